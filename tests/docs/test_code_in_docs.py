@@ -1,0 +1,55 @@
+"""Every Python block of the README and the tutorials runs as it stands, a page's blocks in order in one namespace."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)")
+
+RUN = "import sys; page, code = sys.argv[1:]; exec(compile(code, page, 'exec'), {'__name__': '__main__'})"
+
+
+def python_lines(text: str) -> str:
+    """The page with every line blanked that is not Python, so that a traceback shows the page's own line numbers."""
+    lines, language = [], None
+    for line in text.splitlines():
+        fence = FENCE.match(line)
+        if fence:
+            language = fence[1] if language is None else None
+        lines.append(line if language == "python" and not fence else "")
+    assert language is None, "a code block is not closed"
+    return "\n".join(lines)
+
+
+def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RUN, str(page), python_lines(page.read_text("utf-8"))]
+    return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, tmp_path):
+    ran = run_page(page, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_page_has_code(page):
+    assert "import tensoradapt as ta" in python_lines(page.read_text("utf-8"))
+
+
+def test_blocks_share_a_namespace_and_a_failure_shows_its_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n```python\na = 1\n```\n```bash\nexit 3\n```\n```python\nassert a == 2\n```\n")
+    ran = run_page(page, tmp_path)
+    assert ran.returncode == 1
+    assert f'"{page}", line 9' in ran.stderr and "assert a == 2" in ran.stderr
+
+
+def test_an_open_block_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="not closed"):
+        python_lines("```python\na = 1\n")

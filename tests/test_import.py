@@ -1,0 +1,106 @@
+"""`import tensoradapt` loads no optional package and changes nothing outside itself."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+OPTIONAL = ("transformers", "accelerate", "peft", "matplotlib", "sklearn")
+STATES = (
+    *("tensorly backend", "default dtype", "default device", "torch rng", "numpy rng", "random rng"),
+    *(
+        "grad enabled",
+        "deterministic algorithms",
+        "matmul precision",
+        "torch threads",
+        "warning filters",
+        "environment",
+    ),
+)
+
+LOADED = "import json, sys, tensoradapt; print(json.dumps(sorted(sys.modules)))"
+
+# Everything that the package itself imports is imported first: what changes afterwards is the package's doing.
+CHANGED = """
+import json, os, random, warnings
+import numpy, opt_einsum, pydantic, safetensors.torch, scipy.linalg, tensorly, torch, yaml
+
+def states():
+    name, *numbers = numpy.random.get_state()
+    return {
+        "tensorly backend": tensorly.get_backend(),
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "torch rng": torch.get_rng_state().tolist(),
+        "numpy rng": [name, numbers[0].tolist(), *numbers[1:]],
+        "random rng": str(random.getstate()),
+        "grad enabled": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "torch threads": torch.get_num_threads(),
+        "warning filters": str(warnings.filters),
+        "environment": dict(os.environ),
+    }
+
+for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+    seed(11)
+before = states()
+import tensoradapt
+print(json.dumps({name: before[name] != now for name, now in states().items()}))
+"""
+
+OFFENDER = """
+import importlib, os, random, sys, types, warnings
+import numpy, tensorly, torch
+torch.rand(1), numpy.random.rand(), random.random()
+tensorly.set_backend("pytorch")
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+torch.set_grad_enabled(False)
+torch.use_deterministic_algorithms(True)
+torch.set_float32_matmul_precision("medium")
+torch.set_num_threads(torch.get_num_threads() + 1)
+warnings.simplefilter("ignore")
+os.environ["TENSORADAPT"] = "1"
+for name in ("transformers", "accelerate", "peft", "matplotlib", "sklearn"):
+    sys.modules[name] = types.ModuleType(name)
+"""
+
+
+@cache
+def _run(script: str, instead: Path | None = None):
+    """The script's JSON from a process of its own; `instead` is a folder with another package of that name."""
+    path = {"PYTHONPATH": str(instead)} if instead else {}
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | path, stdin=subprocess.DEVNULL
+    )
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_import_loads_no(name):
+    assert name not in _run(LOADED)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_import_leaves_alone_the(state):
+    assert not _run(CHANGED)[state]
+
+
+@pytest.fixture
+def offender(tmp_path: Path) -> Path:
+    (tmp_path / "tensoradapt.py").write_text(OFFENDER)
+    return tmp_path
+
+
+def test_the_check_sees_every_loaded_package(offender):
+    assert set(OPTIONAL) <= set(_run(LOADED, offender))
+
+
+def test_the_check_sees_every_changed_state(offender):
+    assert _run(CHANGED, offender) == dict.fromkeys(STATES, True)
