@@ -1,0 +1,42 @@
+"""The exceptions that users see: what went wrong, what was got, what was expected, what to do next.
+
+Invariant: every error raised on user input is a `TensorAdaptError`, so that the command line can tell a user's mistake
+(exit code 2, a few lines) from a fault of the library (a traceback).
+"""
+
+from __future__ import annotations
+
+
+class TensorAdaptError(ValueError):
+    """Base of all errors: `what`, and on lines of their own what was got, what was expected and what to do next."""
+
+    def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str | None = None) -> None:
+        lines = [what]
+        lines += [f"  got: {got}"] if got is not None else []
+        lines += [f"  expected: {expected}"] if expected is not None else []
+        lines += [f"  next: {hint}"] if hint is not None else []
+        super().__init__("\n".join(lines))
+
+
+class SpecError(TensorAdaptError):
+    """A spec, a rule or a preset's parameters are at fault."""
+
+
+class RankError(SpecError):
+    """A rank is not a positive integer, or above the limit of its bond."""
+
+
+class ShapeError(TensorAdaptError):
+    """Sizes do not fit: folds that do not multiply out, factors of another shape."""
+
+
+class SiteError(TensorAdaptError):
+    """A target matches nothing, a module cannot be served, coordinates collide."""
+
+
+class FileError(TensorAdaptError):
+    """A file or folder is missing, damaged, of another version, or for another model."""
+
+
+class AdapterError(TensorAdaptError):
+    """An operation does not fit the adapter's state: merged, detached, a name already in use."""

@@ -1,0 +1,288 @@
+"""Grouping: the sites a rule takes, put into groups that share one tensor, each with its diagram.
+
+Invariant: every site of a rule is in exactly one group, and inside a group its coordinates are its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tensoradapt.diagram import Diagram
+from tensoradapt.errors import RankError, SiteError, SpecError
+from tensoradapt.folds import fold
+from tensoradapt.formats import FORMATS
+from tensoradapt.formats.build import Ranks, Shape
+from tensoradapt.formats.network import network, parse
+from tensoradapt.recipe import Recipe, recipe
+from tensoradapt.sites import Site, SiteMap
+from tensoradapt.spec import Rule
+
+COORDINATES = ("stack", "layer", "role", "expert", "task")
+BALANCED = "balanced"
+_KEY_VALUE = re.compile(r"(^|.*[._\[])(k|v|key|value)s?(_proj|_lin)?\]?")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One site in its group: its position on every coordinate axis (of its first slot), and its grid of slots."""
+
+    site: Site
+    index: Mapping[str, int]
+    slots: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sites that share one tensor: its diagram, where each site lies in it, its scale and its laws.
+
+    `store` names the stored tensor of every node, `group.node`; nodes of a bank (sites cut as slices of the largest)
+    are stored once for several groups and used from their first entries on.
+    """
+
+    name: str
+    rule: Rule
+    diagram: Diagram
+    placements: tuple[Placement, ...]
+    labels: Mapping[str, tuple[int | str, ...]]
+    scale: float
+    laws: Mapping[str, str]
+    store: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The sites' paths."""
+        return tuple(p.site.path for p in self.placements)
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The nodes that are trained."""
+        return tuple(node for node in self.diagram.nodes if node not in self.rule.frozen)
+
+    @property
+    def rank(self) -> dict[str, int]:
+        """What every bond got."""
+        return {bond: self.diagram.sizes[bond] for bond in self.diagram.bonds}
+
+    def recipe(self, placement: Placement) -> Recipe:
+        """How a site of the group is lowered."""
+        return recipe(self.diagram, placement.slots, placement.site.kind)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations that the group's deltas add to one token's forward pass."""
+        passes = 2 if self.rule.start == "difference" else 1
+        return sum(passes * self.recipe(p).flops for p in self.placements)
+
+    @property
+    def dense_flops_per_token(self) -> int:
+        """The same with every delta formed and multiplied."""
+        return sum(self.recipe(p).dense_flops for p in self.placements)
+
+
+def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap) -> list[Group]:
+    """The groups of one rule, with their diagrams. Raises SiteError on colliding coordinates, SpecError on the rule."""
+    axes = _axes(rule)
+    _check_axes(rule, axes)
+    multiple = {c for c in COORDINATES if len({s.coordinates.get(c) for s in sites}) > 1}
+    buckets: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        buckets.setdefault((*_own(site, axes), *_shape_key(rule, site, axes, model)), []).append(site)
+    shapes = len({(s.shape, bool(_heads(rule, s, model))) for s in sites}) > 1
+    groups = []
+    for members in buckets.values():
+        name = _name(rule, members, axes, multiple, shapes and rule.shapes == "separate")
+        groups += _slices(rule, axes, members, model, name) if rule.shapes == "slices" else [_group(rule, axes, members, model, name)]
+    return groups
+
+
+def _axes(rule: Rule) -> tuple[str, ...]:
+    if rule.format == "network":
+        return parse(rule.network)[1]
+    return rule.axes or ("out", "in")
+
+
+def _check_axes(rule: Rule, axes: tuple[str, ...]) -> None:
+    """Refuse axes that name no coordinate and no side, or lack a side."""
+    named = {name for how in rule.folds.values() if not isinstance(how, str) for name in map(_plain, how) if name}
+    fixed = {*COORDINATES, "site", "slot", "out", "in", "kernel", *named}
+    unknown = [a for a in axes if a not in fixed and not re.fullmatch(r"(out|in|kernel)_\d+", a)]
+    if unknown:
+        raise SpecError(f"unknown axis {unknown[0]!r}", got=list(axes), expected=f"coordinates ({', '.join(COORDINATES)}, site, slot), out, in, kernel, or folds of them")
+    for side in ("out", "in"):
+        parts = {side, *(f"{side}_{k}" for k in range(16)), *(map(_plain, rule.folds.get(side, ())) if not isinstance(rule.folds.get(side, ""), str) else ())}
+        if not parts & set(axes):
+            raise SpecError(f"the tensor lacks the axis {side!r}", got=list(axes), hint=f"add {side!r} to the axes")
+    if len(set(axes)) < len(axes) or ("site" in axes and set(axes) & {*COORDINATES, "slot"}):
+        raise SpecError("axes are given twice (site is all coordinates flattened)", got=list(axes))
+    if rule.shapes == "slots" and not {"site", "slot"} & set(axes):
+        raise SpecError("slots need an axis to lie on", got=list(axes), hint="add 'slot' or 'site' to the axes")
+
+
+def _plain(part: int | str) -> str:
+    return part.partition("=")[0] if isinstance(part, str) else ""
+
+
+def _own(site: Site, axes: tuple[str, ...]) -> tuple[object, ...]:
+    """The coordinates that are no axis: sites that differ in one of them have tensors of their own."""
+    missing = [a for a in axes if a in COORDINATES and a not in site.coordinates]
+    if missing:
+        raise SiteError(f"{site.path} has no {missing[0]}, an axis of the tensor", got=dict(site.coordinates), hint="exclude the site, or use the axis 'site', which all sites have")
+    return () if "site" in axes else tuple(site.coordinates.get(c) for c in COORDINATES if c not in axes)
+
+
+def _shape_key(rule: Rule, site: Site, axes: tuple[str, ...], model: SiteMap) -> tuple[object, ...]:
+    return (site.shape, _heads(rule, site, model), site.kind == "conv") if rule.shapes == "separate" else ()
+
+
+def _heads(rule: Rule, site: Site, model: SiteMap) -> int | None:
+    """The number of heads on a site's `out`: of keys and values where the role says so. None where no fold asks."""
+    if "head" not in str(rule.folds):
+        return None
+    heads, kv_heads = rule.heads or model.heads, rule.kv_heads or (None if rule.heads else model.kv_heads)
+    is_kv = _KEY_VALUE.fullmatch(str(site.coordinates.get("role", site.path)))
+    return kv_heads if kv_heads and is_kv else heads
+
+
+def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> Group:
+    out, inp, kernel = _extent(rule, axes, sites)
+    placements, labels = _place(rule, axes, sites, (out, inp))
+    heads = _heads(rule, sites[0], model)
+    folds = {axis: fold(axis, size, rule.folds[axis], {"head": heads} if heads else {}) for axis, size in (("out", out), ("in", inp), ("kernel", kernel)) if axis in rule.folds}
+    sizes = {"out": out, "in": inp, "kernel": kernel} | {a: s for parts in folds.values() for a, s in parts.items()}
+    sizes |= {axis: len(values) for axis, values in labels.items()}
+    spread = tuple(part for axis in axes for part in (folds[axis] if axis in folds else (axis,)))
+    shape = Shape(spread, sizes, {axis: tuple(parts) for axis, parts in folds.items()}, rule.compress)
+    diagram = _diagram(rule, shape, name)
+    return Group(name, rule, diagram, tuple(placements), labels, _scale(rule, name), _laws(rule, diagram, name), {n: f"{name}.{n}" for n in diagram.nodes})
+
+
+def _extent(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site]) -> tuple[int, int, int]:
+    """The sizes of `out`, `in` and `kernel` of a group's tensor; without an axis `kernel` it is flattened into `in`."""
+    split = "kernel" in axes
+    inputs = [s.inp if split else s.inp * s.kernel for s in sites]
+    kernels = {s.kernel if split else 1 for s in sites}
+    if len(kernels) > 1 or (rule.shapes == "slots" and any(s.kind == "conv" for s in sites)):
+        raise SpecError("convolutions are neither cut into slots nor stacked over unequal kernels", got=sorted(kernels), hint="use shapes: separate")
+    gather = {"separate": min, "slots": _common, "slices": max}[rule.shapes]
+    out, inp = rule.slot or (gather([s.out for s in sites]), gather(inputs))
+    return out, inp, kernels.pop()
+
+
+def _common(numbers: Sequence[int]) -> int:
+    return math.gcd(*numbers)
+
+
+def _place(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], slot: tuple[int, int]) -> tuple[list[Placement], dict[str, tuple[int | str, ...]]]:
+    """Every site's position on the coordinate axes, and the labels of their positions."""
+    grids = [_grid(site, slot) if rule.shapes == "slots" else (1, 1) for site in sites]
+    labels: dict[str, tuple[int | str, ...]] = {}
+    for axis in (a for a in axes if a in COORDINATES):
+        values = dict.fromkeys(site.coordinates[axis] for site in sites)
+        labels[axis] = tuple(sorted(values, key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, v)) if axis in ("layer", "expert") else values)
+    index = [{axis: values.index(site.coordinates[axis]) for axis, values in labels.items()} for site in sites]
+    counts = [rows * cols for rows, cols in grids]
+    if "site" in axes:
+        labels["site"] = tuple(s.path if c == 1 else f"{s.path}#{k}" for s, c in zip(sites, counts, strict=True) for k in range(c))
+        index = [{"site": sum(counts[:k])} for k in range(len(sites))]
+    if "slot" in axes:
+        labels["slot"] = tuple(range(max(counts)))
+        index = [{**i, "slot": 0} for i in index]
+    _check_collisions(sites, index)
+    return [Placement(s, i, g) for s, i, g in zip(sites, index, grids, strict=True)], labels
+
+
+def _grid(site: Site, slot: tuple[int, int]) -> tuple[int, int]:
+    if site.out % slot[0] or site.inp % slot[1]:
+        raise SpecError(f"{site.path} cannot be cut into slots", got=f"{site.shape}", expected=f"multiples of {slot}", hint="give slot=(out, in), or exclude the site")
+    return site.out // slot[0], site.inp // slot[1]
+
+
+def _check_collisions(sites: Sequence[Site], index: Sequence[Mapping[str, int]]) -> None:
+    seen: dict[tuple[tuple[str, int], ...], str] = {}
+    for site, where in zip(sites, index, strict=True):
+        key = tuple(sorted(where.items()))
+        if key in seen:
+            raise SiteError(f"{seen[key]} and {site.path} have equal coordinates", got=dict(site.coordinates), hint="use the axis 'site', a pattern with named fields, or rules of their own")
+        seen[key] = site.path
+
+
+def _diagram(rule: Rule, shape: Shape, name: str) -> Diagram:
+    rank: Ranks = _sized(rule.ranks.get(name, rule.rank), shape)
+    excess = rule.excess or ("cap" if isinstance(rank, int) or rule.format in ("tt", "ttm") and not isinstance(rank, dict) else "error")
+    try:
+        return network(rule.network, shape, rank, excess) if rule.format == "network" else FORMATS[rule.format](shape, rank, excess)
+    except RankError as error:
+        raise RankError(f"group {name!r}: {error}") from None
+
+
+def _sized(rank: int | list[int] | dict[str, int | str], shape: Shape) -> Ranks:
+    if not isinstance(rank, dict):
+        return rank
+    unknown = [v for v in rank.values() if isinstance(v, str) and v not in shape.sizes]
+    if unknown:
+        raise RankError(f"a rank names the axis {unknown[0]!r}, which the tensor lacks", expected=f"a number, or one of {sorted(shape.sizes)}")
+    return {bond: shape.sizes[value] if isinstance(value, str) else value for bond, value in rank.items()}
+
+
+def _scale(rule: Rule, name: str) -> float:
+    """The scale rule, evaluated once to a number."""
+    if isinstance(rule.scale, float):
+        return rule.scale
+    if rule.scale in ("one", "alpha"):
+        return 1.0 if rule.scale == "one" else rule.alpha
+    rank = rule.ranks.get(name, rule.rank)
+    if not isinstance(rank, int):
+        raise SpecError(f"scale {rule.scale!r} needs one rank, and group {name!r} has one per bond", got=rank, hint="give the scale as a number")
+    return rule.alpha / (rank if rule.scale == "alpha/rank" else math.sqrt(rank))
+
+
+def _laws(rule: Rule, diagram: Diagram, name: str) -> dict[str, str]:
+    """The initial law of every node, and the check of the start: exactly one zero node, trained, for a `zero` start."""
+    nodes = tuple(diagram.nodes)
+    for field_name, given in (("init", set(rule.init) - {"*"}), ("frozen", set(rule.frozen)), ("zero", {rule.zero} - {""})):
+        if given - set(nodes):
+            raise SpecError(f"{field_name} names the node {min(given - set(nodes))!r}, which the network lacks", expected=", ".join(nodes))
+    laws = {node: rule.init.get(node, rule.init.get("*", BALANCED)) for node in nodes} | ({rule.zero: "zero"} if rule.zero else {})
+    zeros = [node for node in nodes if laws[node] == "zero"]
+    if rule.start == "zero" and (len(zeros) != 1 or zeros[0] in rule.frozen):
+        got = f"{len(zeros)} zero nodes{f' ({chr(44).join(zeros)})' if zeros else ''}" if len(zeros) != 1 else f"{zeros[0]} is zero and frozen"
+        raise SpecError(f"a zero start of {name!r} needs exactly one zero node, and a trained one", got=got, expected=f"one of {', '.join(n for n in nodes if n not in rule.frozen)}", hint=f"write zero: {rule.zero or nodes[0]}, or start: nonzero, or start: difference")
+    if rule.start != "zero" and zeros:
+        raise SpecError(f"node {zeros[0]!r} is zero, but the start is {rule.start!r}", hint="use start: zero, or another law")
+    return laws
+
+
+def _slices(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> list[Group]:
+    """Groups by shape whose nodes without the axis `site` are slices of one bank of the largest size."""
+    if rule.folds:
+        raise SpecError("slices of the largest cannot be folded", got=rule.folds, hint="use shapes: separate, or no folds")
+    whole = _group(rule, axes, sites, model, name)
+    bank = f"{name}_bank"
+    groups = []
+    for shape in dict.fromkeys(site.shape for site in sites):
+        members = [site for site in sites if site.shape == shape]
+        part = _group(rule, axes, members, model, name if shape == whole.placements[0].site.shape else f"{name}_{shape[0]}x{shape[1]}")
+        private = [node for node, indices in part.diagram.nodes.items() if "site" in indices]
+        shared = {node: f"{bank}.{node}" for node in part.diagram.nodes if node not in private}
+        kept = {i: whole.diagram.sizes[i] for i in part.diagram.sizes if i not in ("out", "in", "site")}
+        placements = part.placements if "site" in axes else tuple(p for p in whole.placements if p.site in members)
+        diagram = replace(part.diagram, sizes={**part.diagram.sizes, **kept})
+        labels = part.labels if "site" in axes else whole.labels
+        groups.append(replace(part, diagram=diagram, placements=placements, labels=labels, store={**part.store, **shared}))
+    return groups
+
+
+def _name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multiple: set[str], shapes: bool) -> str:
+    """A readable name: the rule's, what the sites have in common and others not, and the shape where shapes differ."""
+    common = {c: sites[0].coordinates.get(c) for c in multiple if len({s.coordinates.get(c) for s in sites}) == 1}
+    pieces = [rule.name] if rule.name else []
+    pieces += [str(common["stack"])] if "stack" in common and "site" not in axes else []
+    pieces += [f"layer{common['layer']}"] if "layer" in common and "site" not in axes else []
+    roles = list(dict.fromkeys(str(s.coordinates.get("role", "")) for s in sites))
+    pieces += ["_".join(roles) if len(roles) <= 4 else f"{len(roles)}_roles"] if not rule.name or "role" in common else []
+    pieces += [f"expert{common['expert']}"] if "expert" in common and "site" not in axes else []
+    pieces += ["x".join(map(str, sites[0].shape))] if shapes and len({s.shape for s in sites}) == 1 else []
+    return re.sub(r"\W+", "_", "_".join(p for p in pieces if p)).strip("_") or "group"

@@ -1,0 +1,274 @@
+"""Plans: spec + sites -> groups, counts, bytes and FLOP, before any tensor exists.
+
+Invariant: a plan's counts are those of the tensors that `attach` makes and `save` stores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tensoradapt.diagram import Diagram
+from tensoradapt.errors import FileError, SiteError
+from tensoradapt.grouping import Group, Placement, group_sites
+from tensoradapt.presets import expand
+from tensoradapt.sites import Site, SiteMap, select
+from tensoradapt.spec import Rule, Spec
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+START = "__start"  # the suffix of the frozen copy that a `difference` start subtracts
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One stored tensor: its key `group.node`, shape, dtype, whether it is trained, its law and the sizes it knows."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    law: str
+    sizes: Mapping[str, int]
+    indices: tuple[str, ...]
+    copied: bool  # a frozen copy of the initial value is stored too
+
+    @property
+    def numel(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every group, factor and count of a spec on a model."""
+
+    spec: Spec
+    groups: tuple[Group, ...]
+    model: str = ""
+    extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # trained parameters of other modules
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def factors(self) -> dict[str, Factor]:
+        """Every stored tensor by its key; a bank's node has the size of its largest user."""
+        found: dict[str, Factor] = {}
+        for group in self.groups:
+            for node, key in group.store.items():
+                made = _factor(group, node, key)
+                if key in found:
+                    made = _larger(found[key], made)
+                found[key] = made
+        return found
+
+    @property
+    def num_trainable(self) -> int:
+        """The number of trained entries of the adapter's factors (extra trained modules apart: `num_extra`)."""
+        return sum(f.numel for f in self.factors.values() if f.trainable)
+
+    @property
+    def num_frozen(self) -> int:
+        """The number of frozen entries: frozen nodes, and the copies that a `difference` start subtracts."""
+        return sum(f.numel * (f.copied + (not f.trainable)) for f in self.factors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of entries stored: trained and frozen factors."""
+        return self.num_trainable + self.num_frozen
+
+    @property
+    def num_extra(self) -> int:
+        """The number of entries of extra trained modules, such as a classifier."""
+        return sum(math.prod(shape) for shape in self.extras.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all factors as they are stored."""
+        return sum(f.numel * (1 + f.copied) * BYTES[f.dtype] for f in self.factors.values())
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations that the adapter adds to one token's forward pass."""
+        return sum(group.flops_per_token for group in self.groups)
+
+    @property
+    def dense_flops_per_token(self) -> int:
+        """The same if every delta were formed and multiplied."""
+        return sum(group.dense_flops_per_token for group in self.groups)
+
+    @property
+    def num_sites(self) -> int:
+        """The number of adapted weights."""
+        return sum(len(group.placements) for group in self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values: its counts, and all that `from_dict` needs."""
+        counts = ("num_trainable", "num_frozen", "num_parameters", "num_extra", "num_bytes", "flops_per_token", "dense_flops_per_token", "num_sites")
+        rules = list(self.spec.rules)
+        return {
+            "model": self.model,
+            **{name: getattr(self, name) for name in counts},
+            "notes": list(self.notes),
+            "spec": self.spec.to_dict(),
+            "extras": {path: list(shape) for path, shape in self.extras.items()},
+            "groups": [_group_dict(group, rules.index(group.rule)) for group in self.groups],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`. Raises FileError on damaged data."""
+        try:
+            spec = Spec.from_dict(data["spec"])
+            groups = tuple(_group_from(row, spec.rules[row["rule"]]) for row in data["groups"])
+            extras = {path: tuple(shape) for path, shape in data["extras"].items()}
+            return cls(spec, groups, data["model"], extras, tuple(data["notes"]))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise FileError("the plan in the file is damaged", got=repr(error), hint="save the adapter again") from None
+
+    def __str__(self) -> str:
+        rows = [("group", "sites", "tensor", "ranks", "trainable", "frozen", "lowering", "FLOP/token", "dense")]
+        for (names, example), members in _alike(self.groups).items():
+            rows.append(_row(names, members[0] if example else members[0], members, self.factors))
+        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) if k < 4 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+        total = f"{self.num_sites} sites in {len(self.groups)} groups: {self.num_trainable:,} trainable, {self.num_frozen:,} frozen, {self.num_bytes:,} bytes, {self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
+        extra = [f"extra trained modules: {self.num_extra:,} parameters"] if self.extras else []
+        return "\n".join([*lines, total, *extra, *(f"note: {note}" for note in self.notes)])
+
+
+def _alike(groups: tuple[Group, ...]) -> dict[tuple[str, bool], list[Group]]:
+    """Groups in rows: those with one diagram, differing in nothing but the sites, are one row."""
+    found: dict[Any, list[Group]] = {}
+    for group in groups:
+        role = tuple(dict.fromkeys(p.site.coordinates.get("role", "") for p in group.placements))
+        found.setdefault((hash(group.diagram), role, group.rule.start, group.scale), []).append(group)
+    return {(m[0].name if len(m) == 1 else f"{m[0].name} .. {m[-1].name}", len(m) == 1): m for m in found.values()}
+
+
+def _row(name: str, group: Group, members: list[Group], factors: Mapping[str, Factor]) -> tuple[str, ...]:
+    owned = {key for m in members for key in m.store.values()}
+    trained = sum(factors[k].numel for k in owned if factors[k].trainable)
+    frozen = sum(factors[k].numel * (factors[k].copied + (not factors[k].trainable)) for k in owned)
+    kinds = dict.fromkeys(m.recipe(p).kind for m in members for p in m.placements)
+    tensor = " ".join(f"{a}={group.diagram.sizes[a]}" for a in group.diagram.open)
+    rank = " ".join(f"{bond}={size}" for bond, size in group.rank.items())
+    flops = (sum(m.flops_per_token for m in members), sum(m.dense_flops_per_token for m in members))
+    sites = f"{sum(len(m.placements) for m in members)}" + (f" in {len(members)}" if len(members) > 1 else "")
+    return (name, sites, tensor, rank, f"{trained:,}", f"{frozen:,}", "/".join(kinds), f"{flops[0]:,}", f"{flops[1]:,}")
+
+
+def _factor(group: Group, node: str, key: str) -> Factor:
+    trainable = node in group.trainable
+    sizes = {**group.diagram.sizes, **{axis: group.diagram.extent(axis) for axis in ("out", "in", "kernel") if group.diagram.fold(axis)}}
+    copied = trainable and group.rule.start == "difference"
+    return Factor(key, group.diagram.shape(node), group.rule.dtype, trainable, group.laws[node], sizes, group.diagram.nodes[node], copied)
+
+
+def _larger(one: Factor, two: Factor) -> Factor:
+    shape = tuple(map(max, one.shape, two.shape))
+    return replace(one, shape=shape, sizes={i: max(s, two.sizes.get(i, 0)) for i, s in one.sizes.items()})
+
+
+def make_plan(spec: Spec, model: SiteMap) -> Plan:
+    """The plan of a spec on a model's sites: the first rule that matches a site takes it.
+
+    Raises SiteError on targets that match nothing and rules left without a site, SpecError on rules that do not fit.
+    """
+    spec = expand(spec)
+    if not spec.rules:
+        raise SiteError("the spec has no rules", hint="write ta.preset('lotr', targets=['query', 'value'])")
+    taken: dict[tuple[str, tuple[int, int] | None], int] = {}
+    groups: list[Group] = []
+    notes: list[str] = []
+    for number, rule in enumerate(spec.rules):
+        matched = select(model.sites, rule)
+        mine = [site for site in matched if _free(site, taken)]
+        if not mine:
+            raise SiteError(f"rule {number + 1} is left without a site: earlier rules take all of its targets", got=list(rule.targets), hint="put the more special rule first")
+        taken |= {(site.owner, site.rows if site.index is None else (site.index, -1)): number for site in mine}
+        notes += [f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True" for s in mine if s.aliases]
+        groups += _unique(group_sites(rule, mine, model), groups)
+    _check_ranks(spec, groups)
+    notes += _rank_notes(groups)
+    return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes))
+
+
+def _free(site: Site, taken: Mapping[tuple[str, tuple[int, int] | None], int]) -> bool:
+    """Whether no earlier rule took the site, or rows of it."""
+    if site.index is not None:
+        return (site.owner, (site.index, -1)) not in taken
+    ranges = [rows for owner, rows in taken if owner == site.owner]
+    return not any(r is None or site.rows is None or (r[0] < site.rows[1] and site.rows[0] < r[1]) for r in ranges)
+
+
+def _unique(new: list[Group], old: list[Group]) -> list[Group]:
+    """Groups with names of their own: a number is put behind one that is in use."""
+    used = {group.name for group in old}
+    result = []
+    for group in new:
+        name, k = group.name, 2
+        while name in used:
+            name, k = f"{group.name}_{k}", k + 1
+        used.add(name)
+        store = {node: f"{name}.{node}" if key.startswith(f"{group.name}.") else key for node, key in group.store.items()}
+        result.append(replace(group, name=name, store=store))
+    return result
+
+
+def _check_ranks(spec: Spec, groups: list[Group]) -> None:
+    names = {group.name for group in groups}
+    for rule in spec.rules:
+        unknown = sorted(set(rule.ranks) - names)
+        if unknown:
+            raise SiteError(f"ranks names the group {unknown[0]!r}, which the plan lacks", expected=", ".join(sorted(names)[:20]))
+
+
+def _rank_notes(groups: list[Group]) -> list[str]:
+    """One note for each rank that was capped."""
+    capped: dict[str, int] = {}
+    for group in groups:
+        asked = group.rule.ranks.get(group.name, group.rule.rank)
+        for bond, size in group.rank.items():
+            if isinstance(asked, int) and size < asked:
+                capped[f"rank {asked} of bond {bond} is capped at {size}, its limit"] = capped.get(f"rank {asked} of bond {bond} is capped at {size}, its limit", 0) + 1
+    return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
+
+
+def _extras(spec: Spec, model: SiteMap) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {}
+    for name in dict.fromkeys(name for rule in spec.rules for name in rule.train):
+        mine = {p: s for p, s in model.parameters.items() if f".{p}".startswith(f".{name}.") or f".{name}." in f".{p}." or p == name}
+        if not mine:
+            raise SiteError(f"train names {name!r}, and no parameter lies under it", got=name, hint="name a module of the model, such as 'classifier'")
+        found |= mine
+    return found
+
+
+def _group_dict(group: Group, rule: int) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "rule": rule,
+        "diagram": group.diagram.to_dict(),
+        "scale": group.scale,
+        "start": group.rule.start,
+        "rank": group.rank,
+        "num_trainable": sum(group.diagram.numel(n) for n in group.trainable if group.store[n] == f"{group.name}.{n}"),
+        "lowering": sorted({group.recipe(p).kind for p in group.placements}),
+        "flops_per_token": group.flops_per_token,
+        "dense_flops_per_token": group.dense_flops_per_token,
+        "labels": {axis: list(values) for axis, values in group.labels.items()},
+        "laws": dict(group.laws),
+        "store": dict(group.store),
+        "sites": [{**asdict(p.site), "place": dict(p.index), "slots": list(p.slots)} for p in group.placements],
+    }
+
+
+def _group_from(row: Mapping[str, Any], rule: Rule) -> Group:
+    placements = []
+    for entry in row["sites"]:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k not in ("place", "slots")}
+        placements.append(Placement(Site(**fields), entry["place"], tuple(entry["slots"])))
+    labels = {axis: tuple(values) for axis, values in row["labels"].items()}
+    return Group(row["name"], rule, Diagram.from_dict(row["diagram"]), tuple(placements), labels, float(row["scale"]), row["laws"], row["store"])

@@ -1,0 +1,293 @@
+"""Recipes: how one site's delta is contracted with its input, decided in names and integers before any tensor exists.
+
+Every network has four candidate lowerings: a *sandwich* `B . M . A` (whenever `out` and `in` sit on different nodes),
+*stages* `I (x) W (x) I` (each node consumes neighbouring axes of the activation), one *einsum* with the activation as an
+operand, and *dense*. The cheapest wins. Invariant: only `dense` ever forms a tensor of out x in entries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import opt_einsum
+
+from tensoradapt.diagram import Diagram
+
+# An einsum permutes what it contracts: it has to promise more than a quarter less work to be chosen.
+HANDICAP = {"sandwich": 1.0, "stages": 1.0, "einsum": 1.25, "dense": 1.0}
+TOKENS = 1024  # the number of tokens a step is planned for: contractions of factors alone are shared by so many
+Indices = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """Pairwise einsum steps over some nodes, ending in one tensor; `flops` is their cost."""
+
+    nodes: tuple[str, ...]
+    steps: tuple[tuple[tuple[int, ...], str], ...]
+    shape: tuple[int, ...]
+    flops: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One map `I_before (x) W (x) I_after` of the activation; W is `(rows, cols)`, or a diagonal of `rows` entries."""
+
+    weight: Contraction
+    before: int
+    rows: int
+    cols: int
+    after: int
+    diagonal: bool = False
+    kernel: bool = False  # consumes the kernel of a convolution
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations per token, a multiply-add counted as two."""
+        return self.rows * self.before if self.diagonal else 2 * self.before * self.rows * self.cols * self.after
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The lowering of one site: what is selected, what is contracted, and what it costs.
+
+    `selected` gives every node's indices once the site's coordinates are picked (a slotted axis becomes `slot_out
+    slot_in`). `stages` is empty for an einsum, whose `weight` then has the activation as its first operand.
+    """
+
+    kind: str
+    selected: tuple[tuple[str, Indices], ...]
+    stages: tuple[Stage, ...]
+    einsum: Contraction | None
+    order: tuple[int, ...]  # a last permutation of the activation's axes, empty where none is needed
+    sizes: tuple[int, ...]  # the sizes of those axes
+    inputs: tuple[int, ...]  # the sizes of the activation's axes on entry
+    flops: int  # per token
+    build: int  # per step, whatever the number of tokens
+    dense_flops: int
+
+    @property
+    def cost(self) -> int:
+        """The cost of a step of `TOKENS` tokens."""
+        return self.flops * TOKENS + self.build
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The network of one site: operands by node, the activation's axes in and out, the size of every index."""
+
+    operands: Mapping[str, Indices]
+    out: Indices
+    inp: Indices
+    sizes: Mapping[str, int]
+    kind: str
+    kernel: Indices
+
+    def numel(self, indices: Iterable[str]) -> int:
+        return math.prod(self.sizes[i] for i in indices)
+
+    @property
+    def letters(self) -> dict[str, str]:
+        return {index: opt_einsum.get_symbol(k) for k, index in enumerate(self.sizes)}
+
+    def contract(self, nodes: Sequence[str], result: Indices, activation: Indices = ()) -> Contraction:
+        """The pairwise path that contracts some nodes (and the activation) to the indices `result`."""
+        terms = ([activation] if activation else []) + [self.operands[node] for node in nodes]
+        steps, flops = _path(tuple(terms), result, tuple(self.sizes.items()))
+        return Contraction(tuple(nodes), steps, tuple(self.sizes[i] for i in result), flops)
+
+
+@lru_cache(maxsize=4096)
+def _path(terms: tuple[Indices, ...], result: Indices, sized: tuple[tuple[str, int], ...]) -> tuple[tuple[tuple[tuple[int, ...], str], ...], int]:
+    sizes = dict(sized)
+    letters = {index: opt_einsum.get_symbol(k) for k, index in enumerate(sizes)}
+    spell = lambda indices: "".join(letters[i] for i in indices)  # noqa: E731
+    equation = ",".join(map(spell, terms)) + "->" + spell(result)
+    path, _ = opt_einsum.contract_path(equation, *[tuple(sizes[i] for i in t) for t in terms], shapes=True)
+    left, steps, flops = list(terms), [], 0
+    for k, group in enumerate(path):
+        positions = tuple(sorted(group, reverse=True))
+        taken = [left.pop(p) for p in positions]
+        wanted = set(result).union(*left)
+        last = k == len(path) - 1
+        kept = result if last else tuple(i for i in dict.fromkeys(i for t in taken for i in t) if i in wanted)
+        steps.append((positions, ",".join(map(spell, taken)) + "->" + spell(kept)))
+        flops += (2 if len(taken) > 1 else 0) * math.prod(sizes[i] for i in set().union(*taken))
+        left.append(kept)
+    return tuple(steps), flops
+
+
+@lru_cache(maxsize=4096)
+def recipe(diagram: Diagram, slots: tuple[int, int] = (1, 1), kind: str = "linear", *, transpose: bool = False) -> Recipe:
+    """The cheapest lowering of one site of a group: of `slots` (rows, columns of them), for a kind of module.
+
+    `transpose` swaps the sides, for a tied module that uses the same tensor the other way round.
+    """
+    problem = _problem(diagram, slots, kind, transpose)
+    found = [c for c in (_sandwich(problem), _staged(problem), _einsum(problem)) if c is not None]
+    return min([*found, _dense(problem)], key=lambda candidate: candidate.cost * HANDICAP[candidate.kind])
+
+
+def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, transpose: bool) -> _Problem:
+    picked = set(diagram.coordinates)
+    slotted = ("slot" if "slot" in picked else "site") if slots != (1, 1) else ""
+    operands = {
+        node: tuple(j for i in indices for j in (("slot_out", "slot_in") if i == slotted else () if i in picked else (i,)))
+        for node, indices in diagram.nodes.items()
+    }
+    out = (*(("slot_out",) if slotted else ()), *diagram.fold("out"))
+    inp = (*(("slot_in",) if slotted else ()), *diagram.fold("in"), *diagram.fold("kernel"))
+    sizes = {"token": TOKENS, "slot_out": slots[0], "slot_in": slots[1]} | {i: s for i, s in diagram.sizes.items() if i not in picked}
+    return _Problem(operands, inp if transpose else out, out if transpose else inp, sizes, kind, diagram.fold("kernel"))
+
+
+def _finish(problem: _Problem, kind: str, stages: Sequence[Stage], order: Sequence[int] = (), state: Indices = ()) -> Recipe:
+    return Recipe(
+        kind=kind,
+        selected=tuple(problem.operands.items()),
+        stages=tuple(stages),
+        einsum=None,
+        order=tuple(order),
+        sizes=tuple(problem.sizes[i] for i in state),
+        inputs=tuple(problem.sizes[i] for i in problem.inp),
+        flops=sum(stage.flops for stage in stages),
+        build=sum(stage.weight.flops for stage in stages),
+        dense_flops=2 * problem.numel(problem.out) * problem.numel(problem.inp),
+    )
+
+
+def _dense(problem: _Problem) -> Recipe:
+    weight = problem.contract(list(problem.operands), (*problem.out, *problem.inp))
+    rows, cols = problem.numel(problem.out), problem.numel(problem.inp)
+    return _finish(problem, "dense", [Stage(weight, 1, rows, cols, 1, kernel=problem.kind == "conv")])
+
+
+def _einsum(problem: _Problem) -> Recipe | None:
+    """One einsum with the activation as an operand; None where its path would form the dense matrix on the way."""
+    if problem.kind != "linear":
+        return None
+    x, y = ("token", *problem.inp), ("token", *problem.out)
+    found = problem.contract(list(problem.operands), y, activation=x)
+    letters = {letter: index for index, letter in problem.letters.items()}
+    for _, equation in found.steps:
+        made = [letters[c] for c in equation.partition("->")[2]]
+        if "token" not in made and problem.numel(made) >= problem.numel(problem.out) * problem.numel(problem.inp):
+            return None
+    base = _finish(problem, "einsum", [])
+    return Recipe(**{**vars(base), "einsum": found, "flops": -(-found.flops // TOKENS)})
+
+
+def _sandwich(problem: _Problem) -> Recipe | None:
+    """`B . M . A`: what hangs on `out`, what hangs on `in`, and what joins them."""
+    slots = {"slot_out", "slot_in"}
+    outer = [n for n, i in problem.operands.items() if set(i) & (set(problem.out) - slots)]
+    inner = [n for n, i in problem.operands.items() if set(i) & (set(problem.inp) - slots)]
+    if not outer or not inner or set(outer) & set(inner) or _carried(problem, [*outer, *inner]) & slots:
+        return None
+    middle: list[str] = []
+    for part in _components(problem, [n for n in problem.operands if n not in outer and n not in inner]):
+        touched = _carried(problem, part)
+        to_out, to_in = touched & _carried(problem, outer), touched & _carried(problem, inner)
+        (middle if touched & slots or (to_out and to_in) else inner if to_in else outer).extend(part)
+    code_out = _ordered(problem, _carried(problem, outer) & _carried(problem, [*inner, *middle]))
+    code_in = _ordered(problem, _carried(problem, inner) & _carried(problem, [*outer, *middle]))
+    return min(_sandwiches(problem, outer, middle, inner, code_out, code_in), key=lambda r: r.cost)
+
+
+def _sandwiches(
+    problem: _Problem, outer: list[str], middle: list[str], inner: list[str], code_out: Indices, code_in: Indices
+) -> Iterator[Recipe]:
+    """The ways to place what joins the sides: as a stage of its own where it factors, else within either side."""
+    slot_out, slot_in = problem.out[: problem.out[0] == "slot_out"], problem.inp[: problem.inp[0] == "slot_in"]
+    out, inp = problem.out[len(slot_out) :], problem.inp[len(slot_in) :]
+    last = _stage(problem, outer, out, code_out, before=problem.numel(slot_out))
+    first = _stage(problem, inner, code_in, inp, before=problem.numel(slot_in))
+    shared = set(code_out) & set(code_in)
+    if not middle:
+        yield _finish(problem, "sandwich", [first, last])
+    elif not shared:
+        yield _finish(problem, "sandwich", [first, _stage(problem, middle, (*slot_out, *code_out), (*slot_in, *code_in)), last])
+    elif not slot_out and set(code_out) == set(code_in) == _carried(problem, middle):
+        weight = problem.contract(middle, code_in)
+        size = problem.numel(code_in)
+        last = _stage(problem, outer, out, code_in)
+        yield _finish(problem, "sandwich", [first, Stage(weight, 1, size, size, 1, diagonal=True), last])
+    else:
+        rows, cols = (*slot_out, *out), (*slot_in, *code_in)
+        yield _finish(problem, "sandwich", [first, _stage(problem, [*outer, *middle], rows, cols)])
+        rows, cols = (*slot_out, *code_out), (*slot_in, *inp)
+        yield _finish(problem, "sandwich", [_stage(problem, [*middle, *inner], rows, cols), last])
+
+
+def _stage(problem: _Problem, nodes: Sequence[str], rows: Indices, cols: Indices, before: int = 1) -> Stage:
+    weight = problem.contract(nodes, (*rows, *cols))
+    kernel = problem.kind == "conv" and bool(set(cols) & set(problem.inp))
+    return Stage(weight, before, problem.numel(rows), problem.numel(cols), 1, kernel=kernel)
+
+
+def _carried(problem: _Problem, nodes: Iterable[str]) -> set[str]:
+    return {index for node in nodes for index in problem.operands[node]}
+
+
+def _ordered(problem: _Problem, indices: set[str]) -> Indices:
+    return tuple(index for index in problem.sizes if index in indices - {"slot_out", "slot_in"})
+
+
+def _components(problem: _Problem, nodes: Sequence[str]) -> list[list[str]]:
+    """The nodes in connected parts: two nodes that share an index are in one."""
+    parts: list[list[str]] = []
+    for node in nodes:
+        joined = [part for part in parts if _carried(problem, part) & set(problem.operands[node])]
+        parts = [part for part in parts if part not in joined] + [[*(n for part in joined for n in part), node]]
+    return parts
+
+
+def _staged(problem: _Problem) -> Recipe | None:
+    """Every node applied to the activation in turn, each to neighbouring axes: no transpose but perhaps a last one."""
+    counts = [sum(index in indices for indices in problem.operands.values()) for index in problem.sizes]
+    if problem.kind == "embedding" or max(counts) > 2 or problem.sizes["slot_out"] * problem.sizes["slot_in"] > 1 or len(problem.operands) > 7:
+        return None
+    best: tuple[int, list[Stage], Indices] | None = None
+    for stages, state in _walks(problem, problem.inp, tuple(problem.operands), 0):
+        cost = sum(s.flops for s in stages) + (0 if state == problem.out else 2 * problem.numel(state))
+        if best is None or cost < best[0]:
+            best = (cost, stages, state)
+    if best is None:
+        return None
+    _, stages, state = best
+    order = () if state == problem.out else tuple(state.index(axis) for axis in problem.out)
+    return _finish(problem, "stages", stages, order, state)
+
+
+def _walks(problem: _Problem, state: Indices, left: tuple[str, ...], depth: int) -> Iterator[tuple[list[Stage], Indices]]:
+    """All orders in which the nodes left can be applied to an activation with the axes `state`."""
+    if not left:
+        if set(state) == set(problem.out):
+            yield [], state
+        return
+    for node in left:
+        for stage, after in _applications(problem, state, node):
+            for stages, final in _walks(problem, after, tuple(n for n in left if n != node), depth + 1):
+                yield [stage, *stages], final
+
+
+def _applications(problem: _Problem, state: Indices, node: str) -> Iterator[tuple[Stage, Indices]]:
+    """One node applied to the activation, in the orders of the axes that it makes; none where its inputs lie apart."""
+    indices = problem.operands[node]
+    taken = tuple(axis for axis in state if axis in indices)
+    start = state.index(taken[0]) if taken else 0
+    if not taken or state[start : start + len(taken)] != taken:
+        return
+    made = tuple(index for index in indices if index not in taken)
+    for rows in permutations(made) if len(made) <= 3 else [made]:
+        before, after = state[:start], state[start + len(taken) :]
+        if problem.kind == "conv" and (before or set(after) - set(problem.kernel)):
+            continue  # on a convolution's channels only plain 1 x 1 and k x k stages are served
+        repeat = 1 if problem.kind == "conv" else problem.numel(after)
+        weight = problem.contract([node], (*rows, *taken))
+        kernel = problem.kind == "conv" and bool(set(taken) & set(problem.kernel or problem.inp))
+        yield Stage(weight, problem.numel(before), problem.numel(rows), problem.numel(taken), repeat, kernel=kernel), (*before, *rows, *after)

@@ -1,0 +1,197 @@
+"""Specs: what the user writes. A rule says which sites, how they are grouped, and which network holds their deltas.
+
+Invariant: a spec is a value. It round-trips through Python, JSON and YAML, and whatever it does not understand is an
+error that names the key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
+
+from tensoradapt.errors import FileError, RankError, SpecError
+
+MAX_SPEC_BYTES = 4_000_000
+Rank = Annotated[StrictInt, Field(gt=0)]
+Ranks = Rank | list[Rank] | dict[str, Rank | str]
+Fold = str | list[StrictInt | str]
+
+
+class _Value(BaseModel):
+    """A frozen model whose validation errors are `SpecError`s in the user's words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _explain(error, type(self), data) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]) -> SpecError:
+    """Turn pydantic's first complaint into one of ours: the field, what was got, what it takes."""
+    first = error.errors(include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SpecError):
+        return cause
+    key = str(first["loc"][0]) if first["loc"] else model.__name__
+    if first["type"] == "extra_forbidden":
+        close = get_close_matches(key, model.model_fields, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the fields are {', '.join(model.model_fields)}"
+        return SpecError(f"unknown key {key!r} in a {model.__name__.lower()}", got=f"{key}: {first['input']!r}", hint=hint)
+    if key == "rank":
+        return RankError(
+            f"rank {data.get('rank')!r} is not a rank",
+            got=f"{data.get('rank')!r} ({type(data.get('rank')).__name__})",
+            expected="a positive integer, a list of them (one per bond), or a mapping from axis to rank",
+            hint="write for example rank=8",
+        )
+    field = model.model_fields.get(key)
+    return SpecError(f"{key!r}: {first['msg']}", got=repr(first["input"]), expected=field.description if field else None)
+
+
+class Rule(_Value):
+    """Which sites, how they are grouped, and the network of their deltas: format, folds, ranks, scale, start, laws."""
+
+    name: str = Field("", description="label of the rule's groups in tables and files; made from the sites where empty")
+    targets: tuple[str, ...] = Field((), description="paths, path suffixes, globs (`*.q_proj`) or `re:` expressions")
+    exclude: tuple[str, ...] = Field((), description="like targets: what these match is left out")
+    pattern: str = Field("", description="coordinates by named fields: `encoder.layer.{layer}.attention.self.{role}`")
+    parts: dict[str, list[str] | dict[str, int]] = Field(
+        {}, description="row ranges of fused weights: {'c_attn': ['q', 'k', 'v']} in equal parts, or {'qkv': {'q': 64}}"
+    )
+    layout: dict[str, Literal["out in", "in out"]] = Field(
+        {}, description="layout of parameters that no module class tells: {'experts.down_proj': 'in out'}"
+    )
+    preset: str = Field("", description="a preset's name; the other fields given here override its own")
+    options: dict[str, Any] = Field({}, description="the preset's own parameters, such as factor of lokr")
+    format: Literal["tt", "tucker", "cp", "ttm", "network"] = Field("tt", description="tt, tucker, cp, ttm or network")
+    network: str = Field("", description="nodes and axes, as in 'out a, layer a b, b in -> layer out in'")
+    axes: tuple[str, ...] = Field((), description="the tensor's axes in order; coordinates left out keep their own tensor")
+    folds: dict[str, Fold] = Field({}, description="cuts of an axis: {'out': ['head', 'head_dim'], 'in': [12, 8, 8]} or 'auto:3'")
+    compress: tuple[str, ...] = Field((), description="tucker: the axes that get a factor; all where empty")
+    rank: Ranks = Field(8, description="one number for all bonds, or one per bond; an axis's name stands for its size")
+    ranks: dict[str, Ranks] = Field({}, description="rank by group name, as solve_rank gives")
+    excess: Literal["cap", "keep", "error"] | None = Field(None, description="a rank above its bond's limit: cap, keep or error")
+    shapes: Literal["separate", "slots", "slices"] = Field("separate", description="sites of unequal shape: separate, slots or slices")
+    slot: tuple[int, int] | None = Field(None, description="(out, in) of a slot; the greatest common one where not given")
+    scale: float | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field("one", description="a number or a rule")
+    alpha: float = Field(1.0, description="alpha of the scale rule")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability in [0, 1)")
+    dropout_at: Literal["in", "code"] = Field("in", description="on the input, or on the code before `out`")
+    start: Literal["zero", "nonzero", "difference"] = Field("zero", description="zero, nonzero or difference")
+    zero: str = Field("", description="the node that is zero at a `zero` start; the one whose law is `zero` where empty")
+    init: dict[str, str] = Field({}, description="initial law per node: 'uniform(1/sqrt(in))', 'normal(0.02)', 'orthogonal'")
+    frozen: tuple[str, ...] = Field((), description="nodes that are not trained")
+    train: tuple[str, ...] = Field((), description="modules trained beside the adapter and saved with it: ['classifier']")
+    heads: int | None = Field(None, gt=0, description="number of attention heads, for the axis `head`")
+    kv_heads: int | None = Field(None, gt=0, description="number of key and value heads; heads where not given")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field("float32", description="dtype of the factors")
+
+    @field_validator("targets", "exclude", "axes", "compress", "frozen", "train", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _used(self) -> Rule:
+        """Refuse fields that would have no effect."""
+        uses = (
+            ("network", bool(self.network), self.format == "network" or bool(self.preset), "format: network"),
+            ("options", bool(self.options), bool(self.preset), "a preset"),
+            ("slot", self.slot is not None, self.shapes == "slots" or bool(self.preset), "shapes: slots"),
+            ("compress", bool(self.compress), self.format == "tucker" or bool(self.preset), "format: tucker"),
+            ("zero", bool(self.zero), self.start == "zero", "start: zero"),
+        )
+        for field, given, used, owner in uses:
+            if given and not used:
+                raise SpecError(f"{field!r} has no effect here", expected=owner, hint=f"remove {field!r} or use {owner}")
+        if self.format == "network" and not self.network and not self.preset:
+            raise SpecError("format 'network' needs a network", hint="write network: 'out a, a in -> out in'")
+        return self
+
+
+class Spec(_Value):
+    """An ordered list of rules; the first rule that matches a site takes it."""
+
+    rules: tuple[Rule, ...] = Field((), description="the rules, in order")
+
+    def __add__(self, other: Spec) -> Spec:
+        return Spec(rules=(*self.rules, *other.rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain JSON values, defaults left out."""
+        return {"rules": [rule.model_dump(mode="json", exclude_defaults=True) for rule in self.rules]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Spec:
+        """Read `{'defaults': {...}, 'rules': [{...}, ...]}`; a rule's own fields win over the defaults."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("rules"), list):
+            raise SpecError("a spec is a mapping with a list of rules", got=type(data).__name__, hint="write 'rules:' and under it '- preset: lotr'")
+        unknown = sorted(set(data) - {"rules", "defaults"})
+        if unknown:
+            raise SpecError(f"unknown key {unknown[0]!r} in a spec", expected="rules, defaults", hint="fields of a rule go under 'rules' or 'defaults'")
+        rows = [{**(data.get("defaults") or {}), **_mapping(row)} for row in data["rules"]]
+        return cls(rules=tuple(Rule(**row) for row in rows))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Spec:
+        """Read a spec from a YAML or JSON file. Raises FileError on an unreadable file, SpecError on its contents."""
+        text = _read_text(Path(path))
+        if Path(path).suffix == ".json":
+            return cls.from_dict(_parse(json.loads, text, path, object_pairs_hook=_unique))
+        return cls.from_dict(_parse(yaml.load, text, path, Loader=_UniqueLoader))
+
+    def save(self, path: str | Path) -> None:
+        """Write the spec as YAML, or as JSON where the path ends in .json."""
+        data = self.to_dict()
+        text = json.dumps(data, indent=2) if Path(path).suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _mapping(row: Any) -> dict[str, Any]:
+    if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
+        raise SpecError("a rule is a mapping from field to value", got=repr(row)[:80], hint="write '- preset: lotr' and its fields below")
+    return dict(row)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileError(f"no spec file at {path}", hint="give the path of a .yaml or .json file")
+    if path.stat().st_size > MAX_SPEC_BYTES:
+        raise FileError(f"{path} is too large for a spec", got=f"{path.stat().st_size:,} bytes", expected=f"at most {MAX_SPEC_BYTES:,}", hint="is it a weight file?")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path} is not UTF-8", got=str(error), hint="save it as UTF-8") from None
+
+
+def _parse(parser: Any, text: str, path: str | Path, **options: Any) -> Any:
+    try:
+        return parser(text, **options)
+    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise FileError(f"{path} cannot be read", got=str(error).replace("\n", " "), hint="mend the line it names") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    doubled = [key for key in keys if keys.count(key) > 1]
+    if doubled:
+        raise SpecError(f"key {doubled[0]!r} is given twice", hint="keep one of them")
+    return dict(pairs)
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """YAML's safe loader, refusing keys given twice (the plain one keeps the last in silence)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        _unique([(key, None) for key in keys])
+        return super().construct_mapping(node, deep)
