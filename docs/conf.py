@@ -21,7 +21,6 @@ release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))[
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "myst_parser"]
 html_theme = "furo"
 html_title = f"tensoradapt {release}"
-html_static_path = ["_static"]
 exclude_patterns = ["_build", "_generated"]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
