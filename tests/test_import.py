@@ -1,7 +1,6 @@
 """`import tensoradapt` loads no optional package and changes nothing outside itself."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import cache
@@ -72,12 +71,10 @@ for name in ("transformers", "accelerate", "peft", "matplotlib", "sklearn"):
 
 
 @cache
-def _run(script: str, instead: Path | None = None):
-    """The script's JSON from a process of its own; `instead` is a folder with another package of that name."""
-    path = {"PYTHONPATH": str(instead)} if instead else {}
-    ran = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | path, stdin=subprocess.DEVNULL
-    )
+def _run(script: str, folder: Path = Path(__file__).parents[1]):
+    """The script's JSON from a process of its own, which finds the package first in the folder it runs in."""
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 

@@ -1,0 +1,24 @@
+"""The API page names what the package exports, and nothing else."""
+
+import re
+from pathlib import Path
+
+import tensoradapt
+from tensoradapt import errors
+
+PAGE = (Path(__file__).parents[2] / "docs/api.md").read_text("utf-8")
+DOCUMENTED = set(re.findall(r"auto(?:function|class|data):: tensoradapt\.(\w+)$", PAGE, re.M))
+ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
+
+
+def test_every_public_name_is_on_the_page():
+    assert set(tensoradapt.__all__) - DOCUMENTED - ERRORS == set()
+
+
+def test_the_page_has_public_names_only():
+    assert DOCUMENTED - set(tensoradapt.__all__) == set()
+
+
+def test_every_error_is_public():
+    assert "automodule:: tensoradapt.errors" in PAGE
+    assert ERRORS - set(tensoradapt.__all__) == set()
