@@ -73,7 +73,7 @@ class Group:
     @property
     def flops_per_token(self) -> int:
         """Floating-point operations that the group's deltas add to one token's forward pass."""
-        passes = 2 if self.rule.start == "difference" else 1
+        passes = 3 if self.rule.start == "difference" else 1  # the start, and the two terms of the product rule
         return sum(passes * self.recipe(p).flops for p in self.placements)
 
     @property

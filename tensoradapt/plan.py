@@ -15,7 +15,7 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Group, Placement, group_sites
 from tensoradapt.presets import expand
-from tensoradapt.sites import Site, SiteMap, select
+from tensoradapt.sites import Site, SiteMap, refuse, select
 from tensoradapt.spec import Rule, Spec
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,7 +32,7 @@ class Factor:
     trainable: bool
     law: str
     sizes: Mapping[str, int]
-    indices: tuple[str, ...]
+    bonds: tuple[str, ...]
     copied: bool  # a frozen copy of the initial value is stored too
 
     @property
@@ -163,7 +163,7 @@ def _factor(group: Group, node: str, key: str) -> Factor:
     trainable = node in group.trainable
     sizes = {**group.diagram.sizes, **{axis: group.diagram.extent(axis) for axis in ("out", "in", "kernel") if group.diagram.fold(axis)}}
     copied = trainable and group.rule.start == "difference"
-    return Factor(key, group.diagram.shape(node), group.rule.dtype, trainable, group.laws[node], sizes, group.diagram.nodes[node], copied)
+    return Factor(key, group.diagram.shape(node), group.rule.dtype, trainable, group.laws[node], sizes, tuple(i for i in group.diagram.nodes[node] if i in group.diagram.bonds), copied)
 
 
 def _larger(one: Factor, two: Factor) -> Factor:
@@ -179,28 +179,39 @@ def make_plan(spec: Spec, model: SiteMap) -> Plan:
     spec = expand(spec)
     if not spec.rules:
         raise SiteError("the spec has no rules", hint="write ta.preset('lotr', targets=['query', 'value'])")
-    taken: dict[tuple[str, tuple[int, int] | None], int] = {}
+    taken: list[Site] = []
     groups: list[Group] = []
     notes: list[str] = []
     for number, rule in enumerate(spec.rules):
-        matched = select(model.sites, rule)
-        mine = [site for site in matched if _free(site, taken)]
+        refuse(model, rule)
+        mine = _joined([site for site in select(model.sites, rule) if not any(_overlap(site, t) for t in taken)])
         if not mine:
             raise SiteError(f"rule {number + 1} is left without a site: earlier rules take all of its targets", got=list(rule.targets), hint="put the more special rule first")
-        taken |= {(site.owner, site.rows if site.index is None else (site.index, -1)): number for site in mine}
-        notes += [f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True" for s in mine if s.aliases]
+        taken += mine
+        notes += [f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True" for s in mine if set(s.aliases) - set(s.joined)]
         groups += _unique(group_sites(rule, mine, model), groups)
     _check_ranks(spec, groups)
     notes += _rank_notes(groups)
     return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes))
 
 
-def _free(site: Site, taken: Mapping[tuple[str, tuple[int, int] | None], int]) -> bool:
-    """Whether no earlier rule took the site, or rows of it."""
-    if site.index is not None:
-        return (site.owner, (site.index, -1)) not in taken
-    ranges = [rows for owner, rows in taken if owner == site.owner]
-    return not any(r is None or site.rows is None or (r[0] < site.rows[1] and site.rows[0] < r[1]) for r in ranges)
+def _overlap(one: Site, two: Site) -> bool:
+    """Whether two sites share entries of one stored tensor (tied modules hold the same one)."""
+    if one.tensor != two.tensor or one.index != two.index:
+        return False
+    return one.rows is None or two.rows is None or (one.rows[0] < two.rows[1] and two.rows[0] < one.rows[1])
+
+
+def _joined(sites: list[Site]) -> list[Site]:
+    """Tied modules that a rule takes together, as one site."""
+    kept: list[Site] = []
+    for site in sites:
+        twin = next((k for k, other in enumerate(kept) if site.path != other.path and site.owner in other.aliases), None)
+        if twin is None:
+            kept.append(site)
+        else:
+            kept[twin] = replace(kept[twin], joined=(*kept[twin].joined, site.path))
+    return kept
 
 
 def _unique(new: list[Group], old: list[Group]) -> list[Group]:

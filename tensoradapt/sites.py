@@ -41,6 +41,8 @@ class Site:
     rows: tuple[int, int] | None = None
     owner: str = ""  # the path without index and part: what stands in the model
     aliases: tuple[str, ...] = ()  # other modules that hold the same tensor
+    joined: tuple[str, ...] = ()  # those of them that the spec adapts too: one site, one delta
+    tensor: str = ""  # the parameter's own name in the model: equal for tied modules
     kind: str = "linear"  # linear, embedding, conv, parameter: which module applies the delta
 
     @property
@@ -143,7 +145,7 @@ def from_mapping(shapes: Mapping[str, Sequence[int]], **known: Any) -> SiteMap:
         if len(shape) not in (2, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
             raise ShapeError(f"the shape of {path} is no weight's", got=tuple(shape), expected="(out, in) or (out, in, kh, kw)")
         kind = "conv" if len(shape) == 4 else "linear"
-        sites.append(Site(path, tuple(shape), located[path], owner=path, kind=kind))
+        sites.append(Site(path, tuple(shape), located[path], owner=path, tensor=path, kind=kind))
     return SiteMap(tuple(sites), **known)
 
 
@@ -180,7 +182,7 @@ def read_header(file: Path) -> dict[str, Any]:
 def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
     """The sites that a rule's targets match and its excludes do not, with the rule's pattern and parts applied.
 
-    Raises SiteError where a target, or an exclude, matches nothing: it names the nearest paths.
+    Raises SiteError where a target matches nothing: it names the nearest roles.
     """
     if not rule.targets:
         raise SiteError("a rule has no targets", hint="write targets=['query', 'value'], or a glob such as '*.attention.*'")
@@ -188,11 +190,25 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
     for target in rule.targets:
         if not any(matches(target, site.path) for site in sites):
             raise _no_match(target, sites)
-    for target in rule.exclude:
-        if not any(matches(target, site.path) for site in sites):
-            raise _no_match(target, sites)
     chosen = [s for s in sites if _any(rule.targets, s.path) and not _any(rule.exclude, s.path)]
-    return [_relocate(site, rule.pattern) for site in chosen]
+    return [_relocate(_turned(site, rule.layout), rule.pattern) for site in chosen]
+
+
+def _turned(site: Site, layouts: Mapping[str, str]) -> Site:
+    """The site in the layout that a rule states for it: parameters of no known module class do not tell theirs."""
+    layout = next((value for target, value in layouts.items() if matches(target, site.path)), site.layout)
+    if layout == site.layout:
+        return site
+    if site.kind != "parameter":
+        raise SpecError(f"{site.path} is a {site.kind} module, whose layout is known", got=layout, expected=site.layout, hint="remove it from layout")
+    return replace(site, layout=layout, shape=site.shape[::-1])
+
+
+def refuse(model: SiteMap, rule: Rule) -> None:
+    """Raise SiteError where a rule's targets mean a module that cannot be adapted, with the reason."""
+    for path, reason in model.refused.items():
+        if _any(rule.targets, path) and not _any(rule.exclude, path):
+            raise SiteError(f"{path} cannot be adapted: {reason}", hint=f"exclude=[{path!r}]")
 
 
 def _relocate(site: Site, pattern: str) -> Site:

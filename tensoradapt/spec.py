@@ -113,6 +113,8 @@ class Rule(_Value):
         for field, given, used, owner in uses:
             if given and not used:
                 raise SpecError(f"{field!r} has no effect here", expected=owner, hint=f"remove {field!r} or use {owner}")
+        if self.dropout and self.dropout_at == "code" and self.start == "difference":
+            raise SpecError("dropout at the code and a difference start do not go together", hint="use dropout_at: in")
         if self.format == "network" and not self.network and not self.preset:
             raise SpecError("format 'network' needs a network", hint="write network: 'out a, a in -> out in'")
         return self

@@ -1,0 +1,29 @@
+"""tensoradapt: build, analyse and plot tensor-structured adapters. An adapter is a tensor network over grouped deltas."""
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.attach import attach, load
+from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
+from tensoradapt.plan import Plan
+from tensoradapt.presets import PRESETS, preset
+from tensoradapt.scan import plan
+from tensoradapt.spec import Rule, Spec
+
+__version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "Adapter",
+    "AdapterError",
+    "FileError",
+    "Plan",
+    "RankError",
+    "Rule",
+    "ShapeError",
+    "SiteError",
+    "Spec",
+    "SpecError",
+    "TensorAdaptError",
+    "attach",
+    "load",
+    "plan",
+    "preset",
+]

@@ -1,0 +1,155 @@
+"""Initial factors: laws stated as bounds and standard deviations, and factors taken from the weights.
+
+Invariant: a random law's bytes depend on the seed and the factor's key alone: not on the machine, the number of threads,
+the order of creation, or other rules. Global generators are neither read nor written.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorly
+import torch
+from tensorly.decomposition import tensor_train_matrix
+from torch import Tensor
+
+from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.grouping import BALANCED, Group
+from tensoradapt.plan import Factor
+
+Random = np.random.Generator
+_OPERATORS: dict[type, Callable[..., float]] = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv},
+    **{ast.Pow: operator.pow, ast.USub: operator.neg},
+}
+
+
+def evaluate(text: str, sizes: Mapping[str, int]) -> float:
+    """A law's argument as a number: arithmetic, `sqrt`, and the names of axes and bonds for their sizes. Raises SpecError."""
+    try:
+        # `in` is a keyword of Python: it is renamed on both sides
+        renamed = {"in_" if name == "in" else name: size for name, size in sizes.items()}
+        return _value(ast.parse(re.sub(r"\bin\b", "in_", text), mode="eval").body, renamed)
+    except (SyntaxError, KeyError, ValueError, TypeError, ZeroDivisionError, RecursionError) as error:
+        raise SpecError(f"cannot evaluate {text!r}", got=repr(error), expected=f"numbers, + - * / **, sqrt(), and {', '.join(sizes)}") from None
+
+
+def _value(node: ast.AST, sizes: Mapping[str, int]) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as number):
+            return float(number)
+        case ast.Name(id=name):
+            return float(sizes[name])
+        case ast.BinOp(left=left, op=op, right=right):
+            return _OPERATORS[type(op)](_value(left, sizes), _value(right, sizes))
+        case ast.UnaryOp(op=op, operand=operand):
+            return _OPERATORS[type(op)](_value(operand, sizes))
+        case ast.Call(func=ast.Name(id="sqrt"), args=[argument]):
+            return math.sqrt(_value(argument, sizes))
+    raise ValueError(ast.dump(node))
+
+
+def _uniform(rng: Random, factor: Factor, bound: float) -> Any:
+    return rng.uniform(-bound, bound, factor.shape)
+
+
+def _normal(rng: Random, factor: Factor, std: float) -> Any:
+    return std * rng.standard_normal(factor.shape)
+
+
+def _constant(rng: Random, factor: Factor, value: float) -> Any:
+    return np.full(factor.shape, value)
+
+
+def _zero(rng: Random, factor: Factor) -> Any:
+    return np.zeros(factor.shape)
+
+
+def _eye(rng: Random, factor: Factor) -> Any:
+    """Identity between the first and the last index, for every value of those between."""
+    first, *between, last = factor.shape if len(factor.shape) > 1 else (1, *factor.shape)
+    eye = np.eye(first, last).reshape(first, *[1 for _ in between], last)
+    return np.broadcast_to(eye, (first, *between, last)).reshape(factor.shape)
+
+
+def _orthogonal(rng: Random, factor: Factor) -> Any:
+    """Orthonormal columns (rows, where they are fewer) of the factor as a matrix (all but the last index, last)."""
+    rows, cols = math.prod(factor.shape[:-1]), factor.shape[-1]
+    q, r = np.linalg.qr(rng.standard_normal((max(rows, cols), min(rows, cols))))
+    q = q * np.where(np.diag(r) < 0, -1.0, 1.0)
+    return (q if rows >= cols else q.T).reshape(factor.shape)
+
+
+def _unit_norm(rng: Random, factor: Factor) -> Any:
+    values = rng.uniform(-1, 1, factor.shape)
+    return values / np.linalg.norm(values)
+
+
+def _balanced(rng: Random, factor: Factor) -> Any:
+    """Standard deviation that leaves a sum over the factor's bonds as large as its terms: 1 / sqrt(sqrt(prod bonds))."""
+    return rng.standard_normal(factor.shape) / math.prod(factor.sizes[bond] for bond in factor.bonds) ** 0.25
+
+
+LAWS: dict[str, tuple[Callable[..., Any], int]] = {
+    **{"uniform": (_uniform, 1), "normal": (_normal, 1), "constant": (_constant, 1), "zero": (_zero, 0), "eye": (_eye, 0)},
+    **{"orthogonal": (_orthogonal, 0), "unit_norm": (_unit_norm, 0), BALANCED: (_balanced, 0)},
+}
+WEIGHT = "weight"
+
+
+def parse_law(factor: Factor) -> tuple[Callable[..., Any], tuple[float, ...]]:
+    """The function and the argument of a factor's law. Raises SpecError on one that does not exist."""
+    name, bracket, rest = factor.law.partition("(")
+    if name not in LAWS or LAWS[name][1] != bool(bracket) or (bracket and not rest.endswith(")")):
+        spelled = ", ".join(f"{law}(...)" if takes else law for law, (_, takes) in LAWS.items())
+        raise SpecError(f"{factor.key} has no law {factor.law!r}", expected=f"one of {spelled}, {WEIGHT}")
+    return LAWS[name][0], (evaluate(rest[:-1], factor.sizes),) if bracket else ()
+
+
+def draw(factor: Factor, seed: int) -> Tensor:
+    """The initial tensor of a factor under its law."""
+    make, arguments = parse_law(factor)
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(factor.key.encode())])))
+    return torch.from_numpy(np.array(make(rng, factor, *arguments), order="C")).to(getattr(torch, factor.dtype))
+
+
+def from_weight(group: Group, weight: Tensor) -> dict[str, Tensor]:
+    """The factors whose law is `weight`, from a site's own weight (out, in).
+
+    Two nodes on either side: W = U S V^T, `out` gets U and `in` gets S V^T (LoRA-XS). Every node of a TT-matrix: its
+    truncated TT-SVD (DoTA). Raises AdapterError on the meta device, SpecError where neither is meant.
+    """
+    if weight.is_meta:
+        raise AdapterError(f"group {group.name!r} starts from the weights, and the model is on the meta device", hint="load the weights first")
+    if len(group.placements) != 1:
+        raise SpecError(f"law 'weight' needs a tensor for every site, and group {group.name!r} has {len(group.placements)}")
+    nodes = [node for node, law in group.laws.items() if law == WEIGHT]
+    if group.rule.format == "ttm" and len(nodes) == len(group.diagram.nodes):
+        return _tt_matrix(group, weight)
+    sides = {axis: [n for n in nodes if axis in group.diagram.nodes[n]] for axis in ("out", "in")}
+    if len(nodes) != 2 or any(len(found) != 1 for found in sides.values()):
+        raise SpecError("law 'weight' serves two nodes, on out and on in, or all nodes of a TT-matrix", got=nodes)
+    return _two_sides(group, sides["out"][0], sides["in"][0], weight)
+
+
+def _two_sides(group: Group, outer: str, inner: str, weight: Tensor) -> dict[str, Tensor]:
+    rank = min(group.diagram.shape(outer)[-1], min(weight.shape))
+    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    signs = torch.where(u.abs().argmax(0, keepdim=True).eq(torch.arange(u.shape[0], device=u.device)[:, None]), u.sign(), 0).sum(0)
+    return {outer: (u * signs)[:, :rank].contiguous(), inner: ((s * signs)[:, None] * vh)[:rank].contiguous()}
+
+
+def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
+    diagram = group.diagram
+    sizes = [diagram.sizes[axis] for axis in (*diagram.fold("out"), *diagram.fold("in"))]
+    ranks = [1, *(diagram.sizes[bond] for bond in diagram.bonds), 1]
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        cores = tensor_train_matrix(weight.float().reshape(sizes), ranks).factors
+    return {node: core.reshape(diagram.shape(node)).contiguous() for node, core in zip(diagram.nodes, cores, strict=True)}

@@ -1,0 +1,1 @@
+"""Files: atomic writing, and the adapter's own format."""

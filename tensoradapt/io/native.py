@@ -1,0 +1,118 @@
+"""The adapter file: one safetensors file with every factor once, under `group.node`, and the plan in its header.
+
+Trained copies of other modules stand under `extra.<parameter>`, the frozen start of a difference under
+`group.node__start`. Invariant: what is written can be read; what is read is complete, finite and of the plan's shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tensoradapt.errors import FileError
+from tensoradapt.io.atomic import atomic
+from tensoradapt.plan import START, Plan
+
+FILE = "adapter.safetensors"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an adapter file holds: its plan, its tensors by key, and the identity of the base model."""
+
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    base: Mapping[str, Any]
+    path: Path
+
+
+def expected(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Key and shape of every tensor that a plan's file holds."""
+    keys = {key: factor.shape for key, factor in plan.factors.items()}
+    keys |= {f"{key}{START}": factor.shape for key, factor in plan.factors.items() if factor.copied}
+    return keys | {f"extra.{path}": shape for path, shape in plan.extras.items()}
+
+
+def identity(plan: Plan, revision: str = "") -> dict[str, str]:
+    """The base model's name, revision, and a hash of the adapted weights' shapes."""
+    shapes = sorted((p.site.path, list(p.site.shape)) for group in plan.groups for p in group.placements)
+    return {"name": plan.model, "revision": revision, "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()}
+
+
+def file_of(path: str | Path) -> Path:
+    """The file that an adapter's path means: itself, or `adapter.safetensors` in the folder."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / FILE
+
+
+def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision: str = "") -> Path:
+    """Write an adapter file atomically. Raises FileError on tensors that are not finite, empty or not there (meta)."""
+    for key, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel():
+            raise FileError(f"{key} has no values to save", got="the meta device" if tensor.is_meta else tuple(tensor.shape), hint="gather the parameters before saving")
+        _check_finite(key, tensor, "the adapter")
+    file = file_of(path)
+    if file.parent.exists() and not file.parent.is_dir():
+        raise FileError(f"{file.parent} is a file, not a folder", hint="give a folder, or a path that ends in .safetensors")
+    metadata = {"format": "pt", "version": str(VERSION), "tensoradapt": json.dumps(plan.to_dict()), "base": json.dumps(identity(plan, revision))}
+    whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    with atomic(file) as temporary:
+        try:
+            save_file(whole, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+    return file
+
+
+def read(path: str | Path) -> Saved:
+    """Read an adapter file. Raises FileError naming the file and what in it is missing, extra, damaged or too new."""
+    file = file_of(path)
+    if not file.is_file():
+        raise FileError(f"no adapter at {path}", expected=f"a folder with {FILE} in it, or that file")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            plan = _plan(file, metadata)
+            _check_keys(file, expected(plan), {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{file} is damaged or no safetensors file", got=str(error), hint="copy or save it again") from None
+    for key, tensor in tensors.items():
+        _check_finite(key, tensor, str(file))
+    return Saved(plan, tensors, json.loads(metadata.get("base", "{}")), file)
+
+
+def _plan(file: Path, metadata: Mapping[str, str]) -> Plan:
+    if "tensoradapt" not in metadata:
+        raise FileError(f"{file} holds no tensoradapt plan", got=f"metadata {sorted(metadata)}", hint="an adapter of another library is imported with import_peft")
+    version = metadata.get("version", "")
+    if not version.isdigit() or int(version) > VERSION:
+        raise FileError(f"{file} has format version {version or 'unknown'}", expected=f"at most {VERSION}", hint="install a newer tensoradapt")
+    try:
+        return Plan.from_dict(json.loads(metadata["tensoradapt"]))
+    except json.JSONDecodeError as error:
+        raise FileError(f"the plan in {file} is damaged", got=str(error), hint="copy or save it again") from None
+
+
+def _check_keys(file: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    for key in sorted(set(wanted) ^ set(found)):
+        raise FileError(f"{file} {'lacks' if key in wanted else 'has an unknown'} key {key!r}", hint="the file was changed after it was saved")
+    for key, shape in wanted.items():
+        if found[key] != shape:
+            raise FileError(f"{key!r} in {file} has another shape than its plan", got=found[key], expected=shape)
+
+
+def _check_finite(key: str, tensor: Tensor, where: str) -> None:
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise FileError(f"{key!r} of {where} is not finite", got=f"{bad} of {tensor.numel()} entries are NaN or infinite", hint="use an earlier checkpoint")
