@@ -60,7 +60,12 @@ class Adapter(nn.Module):
         self._kept: str | None = None
         self._lines: dict[str, tuple[Group, Site, Line]] = {}
         self._addends: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
-        self._sources = {g.name: [(n, *key.rpartition(".")[::2], g.diagram.shape(n), key in _banked(plan)) for n, key in g.store.items()] for g in plan.groups}
+        self._sources = {
+            g.name: [
+                (n, *key.rpartition(".")[::2], g.diagram.shape(n), key in _banked(plan)) for n, key in g.store.items()
+            ]
+            for g in plan.groups
+        }
 
     # -- what it holds ------------------------------------------------------------------------------------------
 
@@ -101,7 +106,11 @@ class Adapter(nn.Module):
             if node not in held:
                 raise SpecError(f"group {group!r} has no node {node!r}", expected=", ".join(held))
             if tuple(tensor.shape) != tuple(held[node].shape):
-                raise ShapeError(f"node {node!r} of group {group!r} has another shape", got=tuple(tensor.shape), expected=tuple(held[node].shape))
+                raise ShapeError(
+                    f"node {node!r} of group {group!r} has another shape",
+                    got=tuple(tensor.shape),
+                    expected=tuple(held[node].shape),
+                )
         with torch.no_grad():
             for node, tensor in tensors.items():
                 held[node].copy_(tensor)
@@ -170,7 +179,12 @@ class Adapter(nn.Module):
 
         Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is.
         """
-        return write(path, self.plan, self.tensors(), revision=getattr(getattr(self._model[0], "config", None), "_commit_hash", None) or "")
+        return write(
+            path,
+            self.plan,
+            self.tensors(),
+            revision=getattr(getattr(self._model[0], "config", None), "_commit_hash", None) or "",
+        )
 
     # -- merging ------------------------------------------------------------------------------------------------
 
@@ -220,11 +234,20 @@ class Adapter(nn.Module):
         owner, name = self._place(site)
         parameter = owner._parameters.get(name)
         if parameter is None or not parameter.is_floating_point():
-            raise AdapterError(f"{site.path} has no floating-point weight to merge into", got=getattr(parameter, "dtype", type(owner).__name__), hint="dequantise the base first, or serve the adapter unmerged")
+            raise AdapterError(
+                f"{site.path} has no floating-point weight to merge into",
+                got=getattr(parameter, "dtype", type(owner).__name__),
+                hint="dequantise the base first, or serve the adapter unmerged",
+            )
         if parameter.is_meta:
-            raise AdapterError(f"{site.path} is on the meta device: there is nothing to merge into", hint="load the weights first")
+            raise AdapterError(
+                f"{site.path} is on the meta device: there is nothing to merge into", hint="load the weights first"
+            )
         if set(site.aliases) - set(site.joined) and not untie:
-            raise AdapterError(f"{site.path} is tied to {', '.join(site.aliases)}: merging would change both", hint="merge(untie=True) gives this module a weight of its own")
+            raise AdapterError(
+                f"{site.path} is tied to {', '.join(site.aliases)}: merging would change both",
+                hint="merge(untie=True) gives this module a weight of its own",
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -232,9 +255,16 @@ class Adapter(nn.Module):
         if self._merged is None:
             raise AdapterError(f"adapter {self.name!r} is not merged", hint="merge() first")
         if self._kept is None:
-            raise AdapterError("the original weights were not kept", got="merge(keep=None)", hint="merge with keep='cpu', or load the base again")
+            raise AdapterError(
+                "the original weights were not kept",
+                got="merge(keep=None)",
+                hint="merge with keep='cpu', or load the base again",
+            )
         if self._host().merged[-1] != self.name:
-            raise AdapterError(f"{self._host().merged[-1]!r} was merged after {self.name!r}", hint=f"unmerge {self._host().merged[-1]!r} first")
+            raise AdapterError(
+                f"{self._host().merged[-1]!r} was merged after {self.name!r}",
+                hint=f"unmerge {self._host().merged[-1]!r} first",
+            )
         restore_all(self._merged)
         self._merged = None
         self._host().merged.remove(self.name)
@@ -261,7 +291,10 @@ class Adapter(nn.Module):
     def _host(self) -> Host:
         host = self._model[0]._modules.get(HOST)
         if host is None or host._modules.get(self.name) is not self:
-            raise AdapterError(f"adapter {self.name!r} is not attached", hint="attach(model, spec) makes a new one, load(path, model) a saved one")
+            raise AdapterError(
+                f"adapter {self.name!r} is not attached",
+                hint="attach(model, spec) makes a new one, load(path, model) a saved one",
+            )
         return host  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
@@ -269,7 +302,11 @@ class Adapter(nn.Module):
 
 
 def _banked(plan: Plan) -> set[str]:
-    return {key for key in plan.factors if sum(key in g.store.values() for g in plan.groups) > 1} if any(g.rule.shapes == "slices" for g in plan.groups) else set()
+    return (
+        {key for key in plan.factors if sum(key in g.store.values() for g in plan.groups) > 1}
+        if any(g.rule.shapes == "slices" for g in plan.groups)
+        else set()
+    )
 
 
 def _take(owner: nn.Module, name: str, keep: str | None, *, untie: bool) -> Merged:

@@ -59,12 +59,20 @@ def load(path: str | Path, model: nn.Module, name: str = "default") -> Adapter:
 
 def _check_model(model: nn.Module, name: str) -> None:
     if not name.isidentifier():
-        raise AdapterError(f"{name!r} is no adapter name", expected="letters, digits and underscores, not starting with a digit")
+        raise AdapterError(
+            f"{name!r} is no adapter name", expected="letters, digits and underscores, not starting with a digit"
+        )
     host = model._modules.get(HOST)
     if host is not None and name in host._modules:
-        raise AdapterError(f"the model has an adapter {name!r} already", expected=f"a name other than {', '.join(host._modules)}", hint=f"attach(..., name='{name}_2'), or detach() the first")
+        raise AdapterError(
+            f"the model has an adapter {name!r} already",
+            expected=f"a name other than {', '.join(host._modules)}",
+            hint=f"attach(..., name='{name}_2'), or detach() the first",
+        )
     if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        raise AdapterError("the model is compiled: hooks added now would be ignored", hint="attach first, then torch.compile")
+        raise AdapterError(
+            "the model is compiled: hooks added now would be ignored", hint="attach first, then torch.compile"
+        )
 
 
 def _check_random(plan: Plan, seed: int) -> None:
@@ -81,14 +89,33 @@ def _check_fits(plan: Plan, found: SiteMap, file: Path) -> None:
     for placement in (p for group in plan.groups for p in group.placements):
         site, mine = placement.site, live.get(placement.site.owner)
         if mine is None:
-            raise FileError(f"{file} adapts {site.path}, which the model lacks", got=found.name, expected=plan.model or "the model it was made for", hint="load it onto the model it was trained on")
+            raise FileError(
+                f"{file} adapts {site.path}, which the model lacks",
+                got=found.name,
+                expected=plan.model or "the model it was made for",
+                hint="load it onto the model it was trained on",
+            )
         whole = site.kind == "parameter" and site.layout != mine.layout
         shape = mine.shape[::-1] if whole else mine.shape
-        if site.shape[1:] != shape[1:] or (site.rows is None and site.shape != shape) or (site.rows and site.rows[1] > shape[0]):
-            raise FileError(f"{site.path} has another shape than in {file}", got=shape, expected=site.shape, hint="load it onto the model it was trained on")
+        if (
+            site.shape[1:] != shape[1:]
+            or (site.rows is None and site.shape != shape)
+            or (site.rows and site.rows[1] > shape[0])
+        ):
+            raise FileError(
+                f"{site.path} has another shape than in {file}",
+                got=shape,
+                expected=site.shape,
+                hint="load it onto the model it was trained on",
+            )
     for path, extra in plan.extras.items():
         if found.parameters.get(path) != extra:
-            raise FileError(f"{file} trains {path}, which the model lacks or has in another shape", got=found.parameters.get(path), expected=extra, hint="give the model the same head")
+            raise FileError(
+                f"{file} trains {path}, which the model lacks or has in another shape",
+                got=found.parameters.get(path),
+                expected=extra,
+                hint="give the model the same head",
+            )
 
 
 def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter:
@@ -124,7 +151,9 @@ def _live(saved: Site, live: Mapping[tuple[str, int | None], Site]) -> Site:
     """A planned site with what the live model says of its delivery: quantising a base, say, changes its modules."""
     mine = live[saved.owner, saved.index]
     layout = saved.layout if mine.kind == "parameter" else mine.layout
-    return replace(saved, delivery=mine.delivery, kind=mine.kind, layout=layout, aliases=mine.aliases, tensor=mine.tensor)
+    return replace(
+        saved, delivery=mine.delivery, kind=mine.kind, layout=layout, aliases=mine.aliases, tensor=mine.tensor
+    )
 
 
 def _joined(group: Group, placement: Placement, twin: Site) -> tuple[Group, Site, object]:
@@ -139,9 +168,13 @@ def _check_extras(model: nn.Module, plan: Plan) -> None:
     trained = {key.replace("/", "."): a.name for a in (host._modules.values() if host else ()) for key in a.extra}  # type: ignore[union-attr]
     for path in plan.extras:
         if path in adapted:
-            raise SpecError(f"{path} is both adapted and trained whole", hint="exclude the site, or leave its module out of train")
+            raise SpecError(
+                f"{path} is both adapted and trained whole", hint="exclude the site, or leave its module out of train"
+            )
         if path in trained:
-            raise AdapterError(f"{path} is trained by the adapter {trained[path]!r} already", hint="leave it out of train")
+            raise AdapterError(
+                f"{path} is trained by the adapter {trained[path]!r} already", hint="leave it out of train"
+            )
 
 
 def _device(model: nn.Module, group: Group) -> torch.device:
@@ -189,7 +222,9 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     host.add_module(adapter.name, adapter)
     for path, (group, site, _) in adapter._lines.items():
         if site.delivery == "output":
-            hook = OutputHook(adapter, HookedSite(path, site.kind, group.scale, group.rule.dropout, group.rule.dropout_at, site.rows))
+            hook = OutputHook(
+                adapter, HookedSite(path, site.kind, group.scale, group.rule.dropout, group.rule.dropout_at, site.rows)
+            )
             adapter._handles.append(model.get_submodule(site.owner).register_forward_hook(hook, with_kwargs=True))
         else:
             adapter._addends.setdefault(parameter_of(model, site), []).append(path)

@@ -152,7 +152,9 @@ def contract(contraction: Contraction, tensors: Sequence[Tensor]) -> Tensor:
     return left[0]
 
 
-def contract_pairs(contraction: Contraction, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def contract_pairs(
+    contraction: Contraction, pairs: Sequence[tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None]:
     """The same on pairs (start, difference), by the product rule; a difference of None is zero."""
     left = list(pairs)
     for positions, equation in contraction.steps:

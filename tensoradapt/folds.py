@@ -35,11 +35,19 @@ def _filled(axis: str, size: int, sizes: Mapping[str, int | None]) -> dict[str, 
     open_names = [name for name, value in sizes.items() if value is None]
     known = math.prod(value for value in sizes.values() if value is not None)
     if "head" in open_names:
-        raise SpecError(f"the number of heads is not known, and {axis} is folded into heads", hint="pass heads=12 (and kv_heads= where keys and values have fewer)")
+        raise SpecError(
+            f"the number of heads is not known, and {axis} is folded into heads",
+            hint="pass heads=12 (and kv_heads= where keys and values have fewer)",
+        )
     if len(open_names) > 1:
         raise SpecError(f"the folds {open_names} of {axis} have no size", hint="write name=size")
     if known <= 0 or size % known or (not open_names and known != size):
-        raise ShapeError(f"the folds of {axis} do not multiply out", got={k: v for k, v in sizes.items() if v is not None}, expected=f"a product of {size}", hint=f"use {balanced(size, max(len(sizes), 1))}, or 'auto:{len(sizes)}'")
+        raise ShapeError(
+            f"the folds of {axis} do not multiply out",
+            got={k: v for k, v in sizes.items() if v is not None},
+            expected=f"a product of {size}",
+            hint=f"use {balanced(size, max(len(sizes), 1))}, or 'auto:{len(sizes)}'",
+        )
     return {name: size // known if value is None else value for name, value in sizes.items()}
 
 
@@ -61,7 +69,7 @@ def balanced(size: int, count: int) -> tuple[int, ...]:
         return (size,)
     best = (size, *(1 for _ in range(count - 1)))
     for first in _divisors(size):
-        if first ** count <= size:  # the smallest factor is at most the count-th root
+        if first**count <= size:  # the smallest factor is at most the count-th root
             rest = balanced(size // first, count - 1)
             if rest[-1] >= first and sum(rest) + first < sum(best):
                 best = (*rest, first)

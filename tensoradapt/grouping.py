@@ -94,7 +94,11 @@ def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap) -> list[Group
     groups = []
     for members in buckets.values():
         name = _name(rule, members, axes, multiple, shapes and rule.shapes == "separate")
-        groups += _slices(rule, axes, members, model, name) if rule.shapes == "slices" else [_group(rule, axes, members, model, name)]
+        groups += (
+            _slices(rule, axes, members, model, name)
+            if rule.shapes == "slices"
+            else [_group(rule, axes, members, model, name)]
+        )
     return groups
 
 
@@ -110,9 +114,17 @@ def _check_axes(rule: Rule, axes: tuple[str, ...]) -> None:
     fixed = {*COORDINATES, "site", "slot", "out", "in", "kernel", *named}
     unknown = [a for a in axes if a not in fixed and not re.fullmatch(r"(out|in|kernel)_\d+", a)]
     if unknown:
-        raise SpecError(f"unknown axis {unknown[0]!r}", got=list(axes), expected=f"coordinates ({', '.join(COORDINATES)}, site, slot), out, in, kernel, or folds of them")
+        raise SpecError(
+            f"unknown axis {unknown[0]!r}",
+            got=list(axes),
+            expected=f"coordinates ({', '.join(COORDINATES)}, site, slot), out, in, kernel, or folds of them",
+        )
     for side in ("out", "in"):
-        parts = {side, *(f"{side}_{k}" for k in range(16)), *(map(_plain, rule.folds.get(side, ())) if not isinstance(rule.folds.get(side, ""), str) else ())}
+        parts = {
+            side,
+            *(f"{side}_{k}" for k in range(16)),
+            *(map(_plain, rule.folds.get(side, ())) if not isinstance(rule.folds.get(side, ""), str) else ()),
+        }
         if not parts & set(axes):
             raise SpecError(f"the tensor lacks the axis {side!r}", got=list(axes), hint=f"add {side!r} to the axes")
     if len(set(axes)) < len(axes) or ("site" in axes and set(axes) & {*COORDINATES, "slot"}):
@@ -129,7 +141,11 @@ def _own(site: Site, axes: tuple[str, ...]) -> tuple[object, ...]:
     """The coordinates that are no axis: sites that differ in one of them have tensors of their own."""
     missing = [a for a in axes if a in COORDINATES and a not in site.coordinates]
     if missing:
-        raise SiteError(f"{site.path} has no {missing[0]}, an axis of the tensor", got=dict(site.coordinates), hint="exclude the site, or use the axis 'site', which all sites have")
+        raise SiteError(
+            f"{site.path} has no {missing[0]}, an axis of the tensor",
+            got=dict(site.coordinates),
+            hint="exclude the site, or use the axis 'site', which all sites have",
+        )
     return () if "site" in axes else tuple(site.coordinates.get(c) for c in COORDINATES if c not in axes)
 
 
@@ -150,13 +166,26 @@ def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: Site
     out, inp, kernel = _extent(rule, axes, sites)
     placements, labels = _place(rule, axes, sites, (out, inp))
     heads = _heads(rule, sites[0], model)
-    folds = {axis: fold(axis, size, rule.folds[axis], {"head": heads} if heads else {}) for axis, size in (("out", out), ("in", inp), ("kernel", kernel)) if axis in rule.folds}
+    folds = {
+        axis: fold(axis, size, rule.folds[axis], {"head": heads} if heads else {})
+        for axis, size in (("out", out), ("in", inp), ("kernel", kernel))
+        if axis in rule.folds
+    }
     sizes = {"out": out, "in": inp, "kernel": kernel} | {a: s for parts in folds.values() for a, s in parts.items()}
     sizes |= {axis: len(values) for axis, values in labels.items()}
     spread = tuple(part for axis in axes for part in (folds[axis] if axis in folds else (axis,)))
     shape = Shape(spread, sizes, {axis: tuple(parts) for axis, parts in folds.items()}, rule.compress)
     diagram = _diagram(rule, shape, name)
-    return Group(name, rule, diagram, tuple(placements), labels, _scale(rule, name), _laws(rule, diagram, name), {n: f"{name}.{n}" for n in diagram.nodes})
+    return Group(
+        name,
+        rule,
+        diagram,
+        tuple(placements),
+        labels,
+        _scale(rule, name),
+        _laws(rule, diagram, name),
+        {n: f"{name}.{n}" for n in diagram.nodes},
+    )
 
 
 def _extent(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site]) -> tuple[int, int, int]:
@@ -165,7 +194,11 @@ def _extent(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site]) -> tuple[i
     inputs = [s.inp if split else s.inp * s.kernel for s in sites]
     kernels = {s.kernel if split else 1 for s in sites}
     if len(kernels) > 1 or (rule.shapes == "slots" and any(s.kind == "conv" for s in sites)):
-        raise SpecError("convolutions are neither cut into slots nor stacked over unequal kernels", got=sorted(kernels), hint="use shapes: separate")
+        raise SpecError(
+            "convolutions are neither cut into slots nor stacked over unequal kernels",
+            got=sorted(kernels),
+            hint="use shapes: separate",
+        )
     gather = {"separate": min, "slots": _common, "slices": max}[rule.shapes]
     out, inp = rule.slot or (gather([s.out for s in sites]), gather(inputs))
     return out, inp, kernels.pop()
@@ -175,17 +208,25 @@ def _common(numbers: Sequence[int]) -> int:
     return math.gcd(*numbers)
 
 
-def _place(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], slot: tuple[int, int]) -> tuple[list[Placement], dict[str, tuple[int | str, ...]]]:
+def _place(
+    rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], slot: tuple[int, int]
+) -> tuple[list[Placement], dict[str, tuple[int | str, ...]]]:
     """Every site's position on the coordinate axes, and the labels of their positions."""
     grids = [_grid(site, slot) if rule.shapes == "slots" else (1, 1) for site in sites]
     labels: dict[str, tuple[int | str, ...]] = {}
     for axis in (a for a in axes if a in COORDINATES):
         values = dict.fromkeys(site.coordinates[axis] for site in sites)
-        labels[axis] = tuple(sorted(values, key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, v)) if axis in ("layer", "expert") else values)
+        labels[axis] = tuple(
+            sorted(values, key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, v))
+            if axis in ("layer", "expert")
+            else values
+        )
     index = [{axis: values.index(site.coordinates[axis]) for axis, values in labels.items()} for site in sites]
     counts = [rows * cols for rows, cols in grids]
     if "site" in axes:
-        labels["site"] = tuple(s.path if c == 1 else f"{s.path}#{k}" for s, c in zip(sites, counts, strict=True) for k in range(c))
+        labels["site"] = tuple(
+            s.path if c == 1 else f"{s.path}#{k}" for s, c in zip(sites, counts, strict=True) for k in range(c)
+        )
         index = [{"site": sum(counts[:k])} for k in range(len(sites))]
     if "slot" in axes:
         labels["slot"] = tuple(range(max(counts)))
@@ -196,7 +237,12 @@ def _place(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], slot: tuple
 
 def _grid(site: Site, slot: tuple[int, int]) -> tuple[int, int]:
     if site.out % slot[0] or site.inp % slot[1]:
-        raise SpecError(f"{site.path} cannot be cut into slots", got=f"{site.shape}", expected=f"multiples of {slot}", hint="give slot=(out, in), or exclude the site")
+        raise SpecError(
+            f"{site.path} cannot be cut into slots",
+            got=f"{site.shape}",
+            expected=f"multiples of {slot}",
+            hint="give slot=(out, in), or exclude the site",
+        )
     return site.out // slot[0], site.inp // slot[1]
 
 
@@ -205,15 +251,25 @@ def _check_collisions(sites: Sequence[Site], index: Sequence[Mapping[str, int]])
     for site, where in zip(sites, index, strict=True):
         key = tuple(sorted(where.items()))
         if key in seen:
-            raise SiteError(f"{seen[key]} and {site.path} have equal coordinates", got=dict(site.coordinates), hint="use the axis 'site', a pattern with named fields, or rules of their own")
+            raise SiteError(
+                f"{seen[key]} and {site.path} have equal coordinates",
+                got=dict(site.coordinates),
+                hint="use the axis 'site', a pattern with named fields, or rules of their own",
+            )
         seen[key] = site.path
 
 
 def _diagram(rule: Rule, shape: Shape, name: str) -> Diagram:
     rank: Ranks = _sized(rule.ranks.get(name, rule.rank), shape)
-    excess = rule.excess or ("cap" if isinstance(rank, int) or rule.format in ("tt", "ttm") and not isinstance(rank, dict) else "error")
+    excess = rule.excess or (
+        "cap" if isinstance(rank, int) or rule.format in ("tt", "ttm") and not isinstance(rank, dict) else "error"
+    )
     try:
-        return network(rule.network, shape, rank, excess) if rule.format == "network" else FORMATS[rule.format](shape, rank, excess)
+        return (
+            network(rule.network, shape, rank, excess)
+            if rule.format == "network"
+            else FORMATS[rule.format](shape, rank, excess)
+        )
     except RankError as error:
         raise RankError(f"group {name!r}: {error}") from None
 
@@ -223,7 +279,10 @@ def _sized(rank: int | list[int] | dict[str, int | str], shape: Shape) -> Ranks:
         return rank
     unknown = [v for v in rank.values() if isinstance(v, str) and v not in shape.sizes]
     if unknown:
-        raise RankError(f"a rank names the axis {unknown[0]!r}, which the tensor lacks", expected=f"a number, or one of {sorted(shape.sizes)}")
+        raise RankError(
+            f"a rank names the axis {unknown[0]!r}, which the tensor lacks",
+            expected=f"a number, or one of {sorted(shape.sizes)}",
+        )
     return {bond: shape.sizes[value] if isinstance(value, str) else value for bond, value in rank.items()}
 
 
@@ -235,43 +294,77 @@ def _scale(rule: Rule, name: str) -> float:
         return 1.0 if rule.scale == "one" else rule.alpha
     rank = rule.ranks.get(name, rule.rank)
     if not isinstance(rank, int):
-        raise SpecError(f"scale {rule.scale!r} needs one rank, and group {name!r} has one per bond", got=rank, hint="give the scale as a number")
+        raise SpecError(
+            f"scale {rule.scale!r} needs one rank, and group {name!r} has one per bond",
+            got=rank,
+            hint="give the scale as a number",
+        )
     return rule.alpha / (rank if rule.scale == "alpha/rank" else math.sqrt(rank))
 
 
 def _laws(rule: Rule, diagram: Diagram, name: str) -> dict[str, str]:
     """The initial law of every node, and the check of the start: exactly one zero node, trained, for a `zero` start."""
     nodes = tuple(diagram.nodes)
-    for field_name, given in (("init", set(rule.init) - {"*"}), ("frozen", set(rule.frozen)), ("zero", {rule.zero} - {""})):
+    for field_name, given in (
+        ("init", set(rule.init) - {"*"}),
+        ("frozen", set(rule.frozen)),
+        ("zero", {rule.zero} - {""}),
+    ):
         if given - set(nodes):
-            raise SpecError(f"{field_name} names the node {min(given - set(nodes))!r}, which the network lacks", expected=", ".join(nodes))
-    laws = {node: rule.init.get(node, rule.init.get("*", BALANCED)) for node in nodes} | ({rule.zero: "zero"} if rule.zero else {})
+            raise SpecError(
+                f"{field_name} names the node {min(given - set(nodes))!r}, which the network lacks",
+                expected=", ".join(nodes),
+            )
+    laws = {node: rule.init.get(node, rule.init.get("*", BALANCED)) for node in nodes} | (
+        {rule.zero: "zero"} if rule.zero else {}
+    )
     zeros = [node for node in nodes if laws[node] == "zero"]
     if rule.start == "zero" and (len(zeros) != 1 or zeros[0] in rule.frozen):
-        got = f"{len(zeros)} zero nodes{f' ({chr(44).join(zeros)})' if zeros else ''}" if len(zeros) != 1 else f"{zeros[0]} is zero and frozen"
-        raise SpecError(f"a zero start of {name!r} needs exactly one zero node, and a trained one", got=got, expected=f"one of {', '.join(n for n in nodes if n not in rule.frozen)}", hint=f"write zero: {rule.zero or nodes[0]}, or start: nonzero, or start: difference")
+        got = (
+            f"{len(zeros)} zero nodes{f' ({chr(44).join(zeros)})' if zeros else ''}"
+            if len(zeros) != 1
+            else f"{zeros[0]} is zero and frozen"
+        )
+        raise SpecError(
+            f"a zero start of {name!r} needs exactly one zero node, and a trained one",
+            got=got,
+            expected=f"one of {', '.join(n for n in nodes if n not in rule.frozen)}",
+            hint=f"write zero: {rule.zero or nodes[0]}, or start: nonzero, or start: difference",
+        )
     if rule.start != "zero" and zeros:
-        raise SpecError(f"node {zeros[0]!r} is zero, but the start is {rule.start!r}", hint="use start: zero, or another law")
+        raise SpecError(
+            f"node {zeros[0]!r} is zero, but the start is {rule.start!r}", hint="use start: zero, or another law"
+        )
     return laws
 
 
 def _slices(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> list[Group]:
     """Groups by shape whose nodes without the axis `site` are slices of one bank of the largest size."""
     if rule.folds:
-        raise SpecError("slices of the largest cannot be folded", got=rule.folds, hint="use shapes: separate, or no folds")
+        raise SpecError(
+            "slices of the largest cannot be folded", got=rule.folds, hint="use shapes: separate, or no folds"
+        )
     whole = _group(rule, axes, sites, model, name)
     bank = f"{name}_bank"
     groups = []
     for shape in dict.fromkeys(site.shape for site in sites):
         members = [site for site in sites if site.shape == shape]
-        part = _group(rule, axes, members, model, name if shape == whole.placements[0].site.shape else f"{name}_{shape[0]}x{shape[1]}")
+        part = _group(
+            rule,
+            axes,
+            members,
+            model,
+            name if shape == whole.placements[0].site.shape else f"{name}_{shape[0]}x{shape[1]}",
+        )
         private = [node for node, indices in part.diagram.nodes.items() if "site" in indices]
         shared = {node: f"{bank}.{node}" for node in part.diagram.nodes if node not in private}
         kept = {i: whole.diagram.sizes[i] for i in part.diagram.sizes if i not in ("out", "in", "site")}
         placements = part.placements if "site" in axes else tuple(p for p in whole.placements if p.site in members)
         diagram = replace(part.diagram, sizes={**part.diagram.sizes, **kept})
         labels = part.labels if "site" in axes else whole.labels
-        groups.append(replace(part, diagram=diagram, placements=placements, labels=labels, store={**part.store, **shared}))
+        groups.append(
+            replace(part, diagram=diagram, placements=placements, labels=labels, store={**part.store, **shared})
+        )
     return groups
 
 
@@ -282,7 +375,9 @@ def _name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multiple: se
     pieces += [str(common["stack"])] if "stack" in common and "site" not in axes else []
     pieces += [f"layer{common['layer']}"] if "layer" in common and "site" not in axes else []
     roles = list(dict.fromkeys(str(s.coordinates.get("role", "")) for s in sites))
-    pieces += ["_".join(roles) if len(roles) <= 4 else f"{len(roles)}_roles"] if not rule.name or "role" in common else []
+    pieces += (
+        ["_".join(roles) if len(roles) <= 4 else f"{len(roles)}_roles"] if not rule.name or "role" in common else []
+    )
     pieces += [f"expert{common['expert']}"] if "expert" in common and "site" not in axes else []
     pieces += ["x".join(map(str, sites[0].shape))] if shapes and len({s.shape for s in sites}) == 1 else []
     return re.sub(r"\W+", "_", "_".join(p for p in pieces if p)).strip("_") or "group"

@@ -52,7 +52,11 @@ class OutputHook:
         if not self.source.active:
             return None
         if not isinstance(output, Tensor):
-            raise AdapterError(f"{self.site.path} returns no single tensor, so nothing can be added to it", got=type(output).__name__, hint="exclude this module")
+            raise AdapterError(
+                f"{self.site.path} returns no single tensor, so nothing can be added to it",
+                got=type(output).__name__,
+                hint="exclude this module",
+            )
         x = args[0] if args else next(iter(kwargs.values()))
         device = output.device.type
         if torch.is_autocast_enabled(device):

@@ -38,7 +38,11 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> float:
         renamed = {"in_" if name == "in" else name: size for name, size in sizes.items()}
         return _value(ast.parse(re.sub(r"\bin\b", "in_", text), mode="eval").body, renamed)
     except (SyntaxError, KeyError, ValueError, TypeError, ZeroDivisionError, RecursionError) as error:
-        raise SpecError(f"cannot evaluate {text!r}", got=repr(error), expected=f"numbers, + - * / **, sqrt(), and {', '.join(sizes)}") from None
+        raise SpecError(
+            f"cannot evaluate {text!r}",
+            got=repr(error),
+            expected=f"numbers, + - * / **, sqrt(), and {', '.join(sizes)}",
+        ) from None
 
 
 def _value(node: ast.AST, sizes: Mapping[str, int]) -> float:
@@ -98,7 +102,13 @@ def _balanced(rng: Random, factor: Factor) -> Any:
 
 
 LAWS: dict[str, tuple[Callable[..., Any], int]] = {
-    **{"uniform": (_uniform, 1), "normal": (_normal, 1), "constant": (_constant, 1), "zero": (_zero, 0), "eye": (_eye, 0)},
+    **{
+        "uniform": (_uniform, 1),
+        "normal": (_normal, 1),
+        "constant": (_constant, 1),
+        "zero": (_zero, 0),
+        "eye": (_eye, 0),
+    },
     **{"orthogonal": (_orthogonal, 0), "unit_norm": (_unit_norm, 0), BALANCED: (_balanced, 0)},
 }
 WEIGHT = "weight"
@@ -127,9 +137,14 @@ def from_weight(group: Group, weight: Tensor) -> dict[str, Tensor]:
     truncated TT-SVD (DoTA). Raises AdapterError on the meta device, SpecError where neither is meant.
     """
     if weight.is_meta:
-        raise AdapterError(f"group {group.name!r} starts from the weights, and the model is on the meta device", hint="load the weights first")
+        raise AdapterError(
+            f"group {group.name!r} starts from the weights, and the model is on the meta device",
+            hint="load the weights first",
+        )
     if len(group.placements) != 1:
-        raise SpecError(f"law 'weight' needs a tensor for every site, and group {group.name!r} has {len(group.placements)}")
+        raise SpecError(
+            f"law 'weight' needs a tensor for every site, and group {group.name!r} has {len(group.placements)}"
+        )
     nodes = [node for node, law in group.laws.items() if law == WEIGHT]
     if group.rule.format == "ttm" and len(nodes) == len(group.diagram.nodes):
         return _tt_matrix(group, weight)
@@ -142,7 +157,9 @@ def from_weight(group: Group, weight: Tensor) -> dict[str, Tensor]:
 def _two_sides(group: Group, outer: str, inner: str, weight: Tensor) -> dict[str, Tensor]:
     rank = min(group.diagram.shape(outer)[-1], min(weight.shape))
     u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    signs = torch.where(u.abs().argmax(0, keepdim=True).eq(torch.arange(u.shape[0], device=u.device)[:, None]), u.sign(), 0).sum(0)
+    signs = torch.where(
+        u.abs().argmax(0, keepdim=True).eq(torch.arange(u.shape[0], device=u.device)[:, None]), u.sign(), 0
+    ).sum(0)
     return {outer: (u * signs)[:, :rank].contiguous(), inner: ((s * signs)[:, None] * vh)[:rank].contiguous()}
 
 
@@ -152,4 +169,6 @@ def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
     ranks = [1, *(diagram.sizes[bond] for bond in diagram.bonds), 1]
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         cores = tensor_train_matrix(weight.float().reshape(sizes), ranks).factors
-    return {node: core.reshape(diagram.shape(node)).contiguous() for node, core in zip(diagram.nodes, cores, strict=True)}
+    return {
+        node: core.reshape(diagram.shape(node)).contiguous() for node, core in zip(diagram.nodes, cores, strict=True)
+    }

@@ -42,7 +42,11 @@ def line(group: Group, placement: Placement, kind: str | None = None, *, transpo
 def _picks(diagram: Diagram, indices: tuple[str, ...], placement: Placement) -> tuple[Pick, ...]:
     slotted = ("slot" if "slot" in placement.index else "site") if placement.slots != (1, 1) else ""
     coordinates = set(diagram.coordinates)
-    found = [(dim, placement.index[i], placement.slots if i == slotted else None) for dim, i in enumerate(indices) if i in coordinates]
+    found = [
+        (dim, placement.index[i], placement.slots if i == slotted else None)
+        for dim, i in enumerate(indices)
+        if i in coordinates
+    ]
     return tuple(reversed(found))
 
 
@@ -56,7 +60,9 @@ def pick(tensor: Tensor, picks: tuple[Pick, ...]) -> Tensor:
     return tensor
 
 
-def chain(line: Line, factors: Mapping[str, Tensor], starts: Mapping[str, Tensor] | None = None, like: Tensor | None = None) -> Chain:
+def chain(
+    line: Line, factors: Mapping[str, Tensor], starts: Mapping[str, Tensor] | None = None, like: Tensor | None = None
+) -> Chain:
     """A site's chain: factors selected and contracted in their own dtype, then cast to that of `like`.
 
     `starts` are the frozen copies that a difference subtracts.
@@ -66,9 +72,17 @@ def chain(line: Line, factors: Mapping[str, Tensor], starts: Mapping[str, Tensor
     if starts is not None:
         begun = _picked(line, starts)
         pairs = {node: (begun[node], tensor - begun[node]) for node, tensor in picked.items()}
-        made = [pairs[n] for n in recipe.einsum.nodes] if recipe.einsum else [_pair(stage, pairs) for stage in recipe.stages]
+        made = (
+            [pairs[n] for n in recipe.einsum.nodes]
+            if recipe.einsum
+            else [_pair(stage, pairs) for stage in recipe.stages]
+        )
         return Chain(recipe, start=tuple((_cast(start, like), _cast(change, like)) for start, change in made))
-    tensors = [picked[n] for n in recipe.einsum.nodes] if recipe.einsum else [_weight(stage, picked) for stage in recipe.stages]
+    tensors = (
+        [picked[n] for n in recipe.einsum.nodes]
+        if recipe.einsum
+        else [_weight(stage, picked) for stage in recipe.stages]
+    )
     return Chain(recipe, tuple(_cast(tensor, like) for tensor in tensors))
 
 

@@ -63,7 +63,11 @@ def add_rows(matrix: Tensor, rows: Rows, path: str, *, write: bool = True) -> No
         result = block.to(matrix.dtype)
         low, high = torch.aminmax(result)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise AdapterError(f"merging {path} would give values that are not finite", got=f"rows {start} to {stop}", hint="look for NaN in the adapter and the base, or for an overflow of the base's dtype")
+            raise AdapterError(
+                f"merging {path} would give values that are not finite",
+                got=f"rows {start} to {stop}",
+                hint="look for NaN in the adapter and the base, or for an overflow of the base's dtype",
+            )
         if write:
             matrix[start:stop].copy_(result)
 

@@ -105,7 +105,16 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values: its counts, and all that `from_dict` needs."""
-        counts = ("num_trainable", "num_frozen", "num_parameters", "num_extra", "num_bytes", "flops_per_token", "dense_flops_per_token", "num_sites")
+        counts = (
+            "num_trainable",
+            "num_frozen",
+            "num_parameters",
+            "num_extra",
+            "num_bytes",
+            "flops_per_token",
+            "dense_flops_per_token",
+            "num_sites",
+        )
         rules = list(self.spec.rules)
         return {
             "model": self.model,
@@ -132,7 +141,12 @@ class Plan:
         for (names, example), members in _alike(self.groups).items():
             rows.append(_row(names, members[0] if example else members[0], members, self.factors))
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(w) if k < 4 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if k < 4 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
         total = f"{self.num_sites} sites in {len(self.groups)} groups: {self.num_trainable:,} trainable, {self.num_frozen:,} frozen, {self.num_bytes:,} bytes, {self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
         extra = [f"extra trained modules: {self.num_extra:,} parameters"] if self.extras else []
         return "\n".join([*lines, total, *extra, *(f"note: {note}" for note in self.notes)])
@@ -161,9 +175,21 @@ def _row(name: str, group: Group, members: list[Group], factors: Mapping[str, Fa
 
 def _factor(group: Group, node: str, key: str) -> Factor:
     trainable = node in group.trainable
-    sizes = {**group.diagram.sizes, **{axis: group.diagram.extent(axis) for axis in ("out", "in", "kernel") if group.diagram.fold(axis)}}
+    sizes = {
+        **group.diagram.sizes,
+        **{axis: group.diagram.extent(axis) for axis in ("out", "in", "kernel") if group.diagram.fold(axis)},
+    }
     copied = trainable and group.rule.start == "difference"
-    return Factor(key, group.diagram.shape(node), group.rule.dtype, trainable, group.laws[node], sizes, tuple(i for i in group.diagram.nodes[node] if i in group.diagram.bonds), copied)
+    return Factor(
+        key,
+        group.diagram.shape(node),
+        group.rule.dtype,
+        trainable,
+        group.laws[node],
+        sizes,
+        tuple(i for i in group.diagram.nodes[node] if i in group.diagram.bonds),
+        copied,
+    )
 
 
 def _larger(one: Factor, two: Factor) -> Factor:
@@ -186,9 +212,17 @@ def make_plan(spec: Spec, model: SiteMap) -> Plan:
         refuse(model, rule)
         mine = _joined([site for site in select(model.sites, rule) if not any(_overlap(site, t) for t in taken)])
         if not mine:
-            raise SiteError(f"rule {number + 1} is left without a site: earlier rules take all of its targets", got=list(rule.targets), hint="put the more special rule first")
+            raise SiteError(
+                f"rule {number + 1} is left without a site: earlier rules take all of its targets",
+                got=list(rule.targets),
+                hint="put the more special rule first",
+            )
         taken += mine
-        notes += [f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True" for s in mine if set(s.aliases) - set(s.joined)]
+        notes += [
+            f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True"
+            for s in mine
+            if set(s.aliases) - set(s.joined)
+        ]
         groups += _unique(group_sites(rule, mine, model), groups)
     _check_ranks(spec, groups)
     notes += _rank_notes(groups)
@@ -206,7 +240,9 @@ def _joined(sites: list[Site]) -> list[Site]:
     """Tied modules that a rule takes together, as one site."""
     kept: list[Site] = []
     for site in sites:
-        twin = next((k for k, other in enumerate(kept) if site.path != other.path and site.owner in other.aliases), None)
+        twin = next(
+            (k for k, other in enumerate(kept) if site.path != other.path and site.owner in other.aliases), None
+        )
         if twin is None:
             kept.append(site)
         else:
@@ -223,7 +259,9 @@ def _unique(new: list[Group], old: list[Group]) -> list[Group]:
         while name in used:
             name, k = f"{group.name}_{k}", k + 1
         used.add(name)
-        store = {node: f"{name}.{node}" if key.startswith(f"{group.name}.") else key for node, key in group.store.items()}
+        store = {
+            node: f"{name}.{node}" if key.startswith(f"{group.name}.") else key for node, key in group.store.items()
+        }
         result.append(replace(group, name=name, store=store))
     return result
 
@@ -233,7 +271,9 @@ def _check_ranks(spec: Spec, groups: list[Group]) -> None:
     for rule in spec.rules:
         unknown = sorted(set(rule.ranks) - names)
         if unknown:
-            raise SiteError(f"ranks names the group {unknown[0]!r}, which the plan lacks", expected=", ".join(sorted(names)[:20]))
+            raise SiteError(
+                f"ranks names the group {unknown[0]!r}, which the plan lacks", expected=", ".join(sorted(names)[:20])
+            )
 
 
 def _rank_notes(groups: list[Group]) -> list[str]:
@@ -243,16 +283,26 @@ def _rank_notes(groups: list[Group]) -> list[str]:
         asked = group.rule.ranks.get(group.name, group.rule.rank)
         for bond, size in group.rank.items():
             if isinstance(asked, int) and size < asked:
-                capped[f"rank {asked} of bond {bond} is capped at {size}, its limit"] = capped.get(f"rank {asked} of bond {bond} is capped at {size}, its limit", 0) + 1
+                capped[f"rank {asked} of bond {bond} is capped at {size}, its limit"] = (
+                    capped.get(f"rank {asked} of bond {bond} is capped at {size}, its limit", 0) + 1
+                )
     return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
 
 
 def _extras(spec: Spec, model: SiteMap) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for name in dict.fromkeys(name for rule in spec.rules for name in rule.train):
-        mine = {p: s for p, s in model.parameters.items() if f".{p}".startswith(f".{name}.") or f".{name}." in f".{p}." or p == name}
+        mine = {
+            p: s
+            for p, s in model.parameters.items()
+            if f".{p}".startswith(f".{name}.") or f".{name}." in f".{p}." or p == name
+        }
         if not mine:
-            raise SiteError(f"train names {name!r}, and no parameter lies under it", got=name, hint="name a module of the model, such as 'classifier'")
+            raise SiteError(
+                f"train names {name!r}, and no parameter lies under it",
+                got=name,
+                hint="name a module of the model, such as 'classifier'",
+            )
         found |= mine
     return found
 
@@ -282,4 +332,13 @@ def _group_from(row: Mapping[str, Any], rule: Rule) -> Group:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k not in ("place", "slots")}
         placements.append(Placement(Site(**fields), entry["place"], tuple(entry["slots"])))
     labels = {axis: tuple(values) for axis, values in row["labels"].items()}
-    return Group(row["name"], rule, Diagram.from_dict(row["diagram"]), tuple(placements), labels, float(row["scale"]), row["laws"], row["store"])
+    return Group(
+        row["name"],
+        rule,
+        Diagram.from_dict(row["diagram"]),
+        tuple(placements),
+        labels,
+        float(row["scale"]),
+        row["laws"],
+        row["store"],
+    )

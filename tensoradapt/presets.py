@@ -17,15 +17,32 @@ from tensoradapt.spec import Fold, Rule, Spec
 
 Folds = Mapping[str, Fold] | Fold
 QUERY_VALUE = (r"re:(.*\.)?(query|value|q_proj|v_proj|q_lin|v_lin|q|v)",)
-ATTENTION = (r"re:(.*\.)?(query|key|value|q_proj|k_proj|v_proj|o_proj|q_lin|k_lin|v_lin|out_lin|q|k|v|o|attention\.output\.dense)",)
+ATTENTION = (
+    r"re:(.*\.)?(query|key|value|q_proj|k_proj|v_proj|o_proj|q_lin|k_lin|v_lin|out_lin|q|k|v|o|attention\.output\.dense)",
+)
 QKV = (r"re:(.*\.)?(query|key|value|q_proj|k_proj|v_proj|q_lin|k_lin|v_lin|q|k|v)",)
-FEED_FORWARD = (r"re:(.*\.)?(output\.dense|intermediate\.dense|o_proj|up_proj|down_proj|gate_proj|fc1|fc2|proj|lin1|lin2|out_lin|wi|wo|o)",)
+FEED_FORWARD = (
+    r"re:(.*\.)?(output\.dense|intermediate\.dense|o_proj|up_proj|down_proj|gate_proj|fc1|fc2|proj|lin1|lin2|out_lin|wi|wo|o)",
+)
 BLOCK = (QKV[0], FEED_FORWARD[0])
 CONVOLUTIONS = (r"re:(.*\.)?[^.]*(conv|downsample|shortcut)[^.]*(\.\d+)?",)
 HEADS: dict[str, Fold] = {"out": ["head", "head_dim"]}
 # What every preset takes beside its own parameters: fields that change neither its network nor its sharing.
 COMMON = (
-    *("name", "targets", "exclude", "pattern", "parts", "layout", "ranks", "excess", "shapes", "slot", "scale", "alpha"),
+    *(
+        "name",
+        "targets",
+        "exclude",
+        "pattern",
+        "parts",
+        "layout",
+        "ranks",
+        "excess",
+        "shapes",
+        "slot",
+        "scale",
+        "alpha",
+    ),
     *("dropout", "dropout_at", "start", "init", "frozen", "train", "dtype"),
 )
 
@@ -48,7 +65,14 @@ def lotr(rank: int = 8) -> dict[str, Any]:
 def lorta(rank: int = 8, heads: int | None = None, kv_heads: int | None = None) -> dict[str, Any]:
     return {
         **{"format": "cp", "axes": ("in", "head", "head_dim", "layer", "role"), "folds": HEADS, "rank": rank},
-        **{"excess": "keep", "scale": "alpha/rank", "alpha": 8.0, "heads": heads, "kv_heads": kv_heads, "targets": ATTENTION},
+        **{
+            "excess": "keep",
+            "scale": "alpha/rank",
+            "alpha": 8.0,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "targets": ATTENTION,
+        },
         "init": {"factor_head_dim": "zero", "factor_in": "uniform(1/sqrt(r))"}
         | dict.fromkeys(("factor_head", "factor_layer", "factor_role"), "uniform(sqrt(6/r))"),
     }
@@ -67,11 +91,16 @@ def loretta(rank: int = 8, tt_rank: int = 5, folds: Folds = "auto:3") -> dict[st
     ins = [f"A_{k}: {f'a_{k - 1} ' if k else ''}in_{k} a_{k}" for k in range(count_in)]
     outs = [f"B_{k}: b_{k} out_{k}{f' b_{k + 1}' if k < count_out - 1 else ''}" for k in range(count_out)]
     nodes = [*ins, f"A_rank: a_{count_in - 1} rank", "B_rank: rank b_0", *outs]
-    bonds = {f"a_{k}": tt_rank for k in range(count_in)} | {"rank": rank} | {f"b_{k}": tt_rank for k in range(count_out)}
+    bonds = (
+        {f"a_{k}": tt_rank for k in range(count_in)} | {"rank": rank} | {f"b_{k}": tt_rank for k in range(count_out)}
+    )
     axes = [f"in_{k}" for k in range(count_in)] + [f"out_{k}" for k in range(count_out)]
     laws = {f"A_{k}": f"normal((in + rank)**(-0.5/{count_in + 1})/sqrt(a_{k}))" for k in range(count_in)}
     laws |= {f"B_{k}": _loretta_law(k, count_out) for k in range(count_out)}
-    laws |= {"A_rank": f"normal((in + rank)**(-0.5/{count_in + 1}))", "B_rank": f"normal((rank + out)**(-0.5/{count_out + 1})/sqrt(b_0))"}
+    laws |= {
+        "A_rank": f"normal((in + rank)**(-0.5/{count_in + 1}))",
+        "B_rank": f"normal((rank + out)**(-0.5/{count_out + 1})/sqrt(b_0))",
+    }
     return {
         **{"format": "network", "network": f"{', '.join(nodes)} -> {' '.join(axes)}", "folds": sides, "rank": bonds},
         **{"excess": "cap", "start": "nonzero", "scale": 2.0, "init": laws},
@@ -85,7 +114,13 @@ def _loretta_law(k: int, count: int) -> str:
 
 def fact_tt(rank: int = 16) -> dict[str, Any]:
     return {
-        **{"format": "tucker", "axes": ("site", "out", "in"), "compress": ("out", "in"), "rank": rank, "shapes": "slots"},
+        **{
+            "format": "tucker",
+            "axes": ("site", "out", "in"),
+            "compress": ("out", "in"),
+            "rank": rank,
+            "shapes": "slots",
+        },
         **{"excess": "cap", "scale": 1.0, "dropout_at": "code", "targets": BLOCK},
         "init": {"factor_out": "zero", "factor_in": "uniform(1/sqrt(in))", "core": "uniform(1/sqrt(r_in))"},
     }
@@ -113,11 +148,19 @@ def _tenslora(rank: Any, form: str, *axes: str) -> dict[str, Any]:
     out = ("head_dim", "head") if "head" in axes else ("out",)
     zero = "core" if form == "tucker" else "factor_in"
     row = {"format": form, "axes": ("in", *out, *(a for a in axes if a != "head")), "rank": rank, "excess": "keep"}
-    return {**row, "folds": HEADS if "head" in axes else {}, "scale": 1.0, "targets": QKV, "init": {zero: "zero", "*": "orthogonal"}}
+    return {
+        **row,
+        "folds": HEADS if "head" in axes else {},
+        "scale": 1.0,
+        "targets": QKV,
+        "init": {zero: "zero", "*": "orthogonal"},
+    }
 
 
 def _tenslora_heads(*axes: str) -> Callable[..., dict[str, Any]]:
-    def build(rank: Any = 4, form: str = "tucker", heads: int | None = None, kv_heads: int | None = None) -> dict[str, Any]:
+    def build(
+        rank: Any = 4, form: str = "tucker", heads: int | None = None, kv_heads: int | None = None
+    ) -> dict[str, Any]:
         return {**_tenslora(rank, form, "head", *axes), "heads": heads, "kv_heads": kv_heads}
 
     return build
@@ -139,16 +182,31 @@ def cara(
     attention = f"{nodes}, factor_head: head r, factor_head_dim: head_dim r -> site in head head_dim"
     blocks = f"{nodes}, factor_out: out r -> site in out"
     return (
-        {**both, "network": attention, "folds": HEADS, "heads": heads, "kv_heads": kv_heads, "targets": QKV, "init": laws},
+        {
+            **both,
+            "network": attention,
+            "folds": HEADS,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "targets": QKV,
+            "init": laws,
+        },
         {**both, "network": blocks, "shapes": "slots", "targets": tuple(projections), "init": laws},
     )
 
 
 def lokr(rank: int = 8, factor: int = -1, decompose: bool = True) -> dict[str, Any]:
     second = "W2a: out_1 r, W2b: r in_1" if decompose else "W2: out_1 in_1"
-    laws = {"W2a": "uniform(1/sqrt(r))", "W2b": "uniform(1/sqrt(in_1))"} if decompose else {"W2": "uniform(1/sqrt(in_1))"}
+    laws = (
+        {"W2a": "uniform(1/sqrt(r))", "W2b": "uniform(1/sqrt(in_1))"} if decompose else {"W2": "uniform(1/sqrt(in_1))"}
+    )
     return {
-        **{"format": "network", "network": f"W1: out_0 in_0, {second} -> out_0 out_1 in_0 in_1", "rank": rank, "excess": "cap"},
+        **{
+            "format": "network",
+            "network": f"W1: out_0 in_0, {second} -> out_0 out_1 in_0 in_1",
+            "rank": rank,
+            "excess": "cap",
+        },
         **{"folds": dict.fromkeys(("out", "in"), f"factor:{factor}"), "scale": "alpha/rank" if decompose else "one"},
         **{"alpha": 8.0 if decompose else 1.0, "init": {"W1": "zero", **laws}},
     }
@@ -203,7 +261,13 @@ def quanta(folds: Folds = "auto:3") -> dict[str, Any]:
         laws[f"gate_{pair[1]}{pair[0]}"] = f"uniform(1/sqrt({'*'.join(before)}))"
     axes = " ".join([f"out_{k}" for k in range(count)] + [f"in_{k}" for k in range(count)])
     return {
-        **{"format": "network", "network": f"{', '.join(nodes)} -> {axes}", "folds": sides, "rank": bonds, "excess": "keep"},
+        **{
+            "format": "network",
+            "network": f"{', '.join(nodes)} -> {axes}",
+            "folds": sides,
+            "rank": bonds,
+            "excess": "keep",
+        },
         **{"start": "difference", "scale": "one", "init": laws},
     }
 
@@ -234,7 +298,13 @@ def mpo_shared(rank: int = 8, folds: Folds = "auto:3") -> dict[str, Any]:
 
 def locon(rank: int = 8) -> dict[str, Any]:
     return {
-        **{"format": "tucker", "axes": ("out", "in", "kernel"), "compress": ("out", "in"), "rank": rank, "excess": "cap"},
+        **{
+            "format": "tucker",
+            "axes": ("out", "in", "kernel"),
+            "compress": ("out", "in"),
+            "rank": rank,
+            "excess": "cap",
+        },
         **{"scale": "alpha/rank", "alpha": 8.0, "targets": CONVOLUTIONS},
         "init": {"factor_out": "zero", "factor_in": "uniform(1/sqrt(in))", "core": "uniform(1/sqrt(r_in*kernel))"},
     }
@@ -282,28 +352,70 @@ PRESETS: dict[str, Preset] = {
     "lora": Preset(lora, "D = B A", "arXiv:2106.09685"),
     "lotr": Preset(lotr, "D[s] = L G[s] R^T", "arXiv:2402.01376", "L and R shared by all sites of one shape"),
     "lorta": Preset(lorta, "D[l,m][h j, i] = sum_r A[i,r] B[j,r] H[h,r] L[l,r] M[m,r]", "arXiv:2410.04060", _HEAD_NOTE),
-    "tt_lora": Preset(tt_lora, "D[o1..oq, i1..ip] = G1[i1] .. Gp[ip] K1[o1] .. Kq[oq]", "arXiv:2408.01008", "unit-norm cores: does not start at zero"),
-    "loretta": Preset(loretta, "D = B A, A = TT(i1..ip, rank), B = TT(rank, o1..oq)", "arXiv:2402.11417", "folds aligned to the factors; the published counts of unaligned folds do not apply; does not start at zero"),
-    "fact_tt": Preset(fact_tt, "D[t] = V S[t] U^T, t over d x d slots", "arXiv:2212.03145", "the paper trains with dropout=0.1 (at the code)"),
-    "fact_tk": Preset(fact_tk, "D[t] = V (sum_c C[:,:,c] P[t,c]) U^T", "arXiv:2212.03145", "the paper trains with dropout=0.1 (at the code)"),
+    "tt_lora": Preset(
+        tt_lora,
+        "D[o1..oq, i1..ip] = G1[i1] .. Gp[ip] K1[o1] .. Kq[oq]",
+        "arXiv:2408.01008",
+        "unit-norm cores: does not start at zero",
+    ),
+    "loretta": Preset(
+        loretta,
+        "D = B A, A = TT(i1..ip, rank), B = TT(rank, o1..oq)",
+        "arXiv:2402.11417",
+        "folds aligned to the factors; the published counts of unaligned folds do not apply; does not start at zero",
+    ),
+    "fact_tt": Preset(
+        fact_tt,
+        "D[t] = V S[t] U^T, t over d x d slots",
+        "arXiv:2212.03145",
+        "the paper trains with dropout=0.1 (at the code)",
+    ),
+    "fact_tk": Preset(
+        fact_tk,
+        "D[t] = V (sum_c C[:,:,c] P[t,c]) U^T",
+        "arXiv:2212.03145",
+        "the paper trains with dropout=0.1 (at the code)",
+    ),
     "metatt_4d": Preset(metatt_4d, "D[l,m]^T = G1 G2[l] G3[m] G4", "arXiv:2506.09105"),
     "metatt_5d": Preset(metatt_5d, "D[l,m]^T[:, h j] = G1 G2[l] G3[m] G4[h] G5[:, j]", "arXiv:2506.09105", _HEAD_NOTE),
     "tenslora_att": Preset(_tenslora_heads(), "Tucker-3 or CP of (in, head_dim, head)", _TENSLORA, _HEAD_NOTE),
     "tenslora_qkv": Preset(_tenslora_plain("role"), "Tucker-3 or CP of (in, out, role)", _TENSLORA),
     "tenslora_depth": Preset(_tenslora_plain("layer"), "Tucker-3 or CP of (in, out, layer)", _TENSLORA),
-    "tenslora_att_qkv": Preset(_tenslora_heads("role"), "Tucker-4 or CP of (in, head_dim, head, role)", _TENSLORA, _HEAD_NOTE),
-    "tenslora_att_depth": Preset(_tenslora_heads("layer"), "Tucker-4 or CP of (in, head_dim, head, layer)", _TENSLORA, _HEAD_NOTE),
-    "tenslora_qkv_depth": Preset(_tenslora_plain("role", "layer"), "Tucker-4 or CP of (in, out, role, layer)", _TENSLORA),
-    "tenslora_att_qkv_depth": Preset(_tenslora_heads("role", "layer"), "Tucker-5 or CP of (in, head_dim, head, role, layer)", _TENSLORA, _HEAD_NOTE),
-    "cara": Preset(cara, "D[k][h j, i] = sum_r lam[r] A1[k,r] A2[i,r] A3[h,r] A4[j,r]; feed-forward in d x d slots", "github.com/BonnBytes/CaRA", "`targets` are the attention's, `projections` the slots'; the paper's shared biases are no weight deltas and are left out"),
+    "tenslora_att_qkv": Preset(
+        _tenslora_heads("role"), "Tucker-4 or CP of (in, head_dim, head, role)", _TENSLORA, _HEAD_NOTE
+    ),
+    "tenslora_att_depth": Preset(
+        _tenslora_heads("layer"), "Tucker-4 or CP of (in, head_dim, head, layer)", _TENSLORA, _HEAD_NOTE
+    ),
+    "tenslora_qkv_depth": Preset(
+        _tenslora_plain("role", "layer"), "Tucker-4 or CP of (in, out, role, layer)", _TENSLORA
+    ),
+    "tenslora_att_qkv_depth": Preset(
+        _tenslora_heads("role", "layer"), "Tucker-5 or CP of (in, head_dim, head, role, layer)", _TENSLORA, _HEAD_NOTE
+    ),
+    "cara": Preset(
+        cara,
+        "D[k][h j, i] = sum_r lam[r] A1[k,r] A2[i,r] A3[h,r] A4[j,r]; feed-forward in d x d slots",
+        "github.com/BonnBytes/CaRA",
+        "`targets` are the attention's, `projections` the slots'; the paper's shared biases are no weight deltas and are left out",
+    ),
     "lokr": Preset(lokr, "D = W1 (x) (W2a W2b)", "arXiv:2309.14859", "decompose=False keeps W2 whole"),
     "krona": Preset(krona, "D = W1 (x) W2", "arXiv:2212.10650"),
     "loha": Preset(loha, "D = (w1_a w1_b) * (w2_a w2_b), entrywise", "arXiv:2108.06098"),
-    "vera": Preset(vera, "D[s] = diag(b[s]) B diag(d[s]) A", "arXiv:2310.11454", "A and B frozen, shared, slices of the largest"),
-    "lora_xs": Preset(lora_xs, "D = B R A, B and A from the SVD of the weight", "arXiv:2405.17604", "R ~ N(0, 1e-5): almost, not exactly, zero at the start"),
+    "vera": Preset(
+        vera, "D[s] = diag(b[s]) B diag(d[s]) A", "arXiv:2310.11454", "A and B frozen, shared, slices of the largest"
+    ),
+    "lora_xs": Preset(
+        lora_xs,
+        "D = B R A, B and A from the SVD of the weight",
+        "arXiv:2405.17604",
+        "R ~ N(0, 1e-5): almost, not exactly, zero at the start",
+    ),
     "quanta": Preset(quanta, "D = prod_(i<j) T_ij - prod_(i<j) T0_ij", "arXiv:2406.00132"),
     "dota": Preset(dota, "D = TTM(G) - TTM(G0), G0 from the weight", "arXiv:2412.20891"),
-    "mpo_shared": Preset(mpo_shared, "D[l] = G1[l] .. Gc .. Gn[l], TT-matrix with a shared central core", "arXiv:2203.01104"),
+    "mpo_shared": Preset(
+        mpo_shared, "D[l] = G1[l] .. Gc .. Gn[l], TT-matrix with a shared central core", "arXiv:2203.01104"
+    ),
     "locon": Preset(locon, "D[o,i,k] = sum_ab up[o,a] mid[a,b,k] down[i,b]", "arXiv:2309.14859"),
 }
 
@@ -320,7 +432,11 @@ def preset(name: str, **parameters: Any) -> Spec:
     """
     if name not in PRESETS:
         close = get_close_matches(str(name), PRESETS, n=3)
-        raise SpecError(f"no preset {name!r}", expected=", ".join(PRESETS), hint=f"did you mean {' or '.join(close)}?" if close else None)
+        raise SpecError(
+            f"no preset {name!r}",
+            expected=", ".join(PRESETS),
+            hint=f"did you mean {' or '.join(close)}?" if close else None,
+        )
     row = PRESETS[name]
     unknown = sorted(set(parameters) - set(row.parameters) - set(COMMON))
     if unknown:

@@ -102,7 +102,9 @@ class _Problem:
 
 
 @lru_cache(maxsize=4096)
-def _path(terms: tuple[Indices, ...], result: Indices, sized: tuple[tuple[str, int], ...]) -> tuple[tuple[tuple[tuple[int, ...], str], ...], int]:
+def _path(
+    terms: tuple[Indices, ...], result: Indices, sized: tuple[tuple[str, int], ...]
+) -> tuple[tuple[tuple[tuple[int, ...], str], ...], int]:
     sizes = dict(sized)
     letters = {index: opt_einsum.get_symbol(k) for k, index in enumerate(sizes)}
     spell = lambda indices: "".join(letters[i] for i in indices)  # noqa: E731
@@ -122,7 +124,9 @@ def _path(terms: tuple[Indices, ...], result: Indices, sized: tuple[tuple[str, i
 
 
 @lru_cache(maxsize=4096)
-def recipe(diagram: Diagram, slots: tuple[int, int] = (1, 1), kind: str = "linear", *, transpose: bool = False) -> Recipe:
+def recipe(
+    diagram: Diagram, slots: tuple[int, int] = (1, 1), kind: str = "linear", *, transpose: bool = False
+) -> Recipe:
     """The cheapest lowering of one site of a group: of `slots` (rows, columns of them), for a kind of module.
 
     `transpose` swaps the sides, for a tied module that uses the same tensor the other way round.
@@ -136,16 +140,22 @@ def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, transpose: boo
     picked = set(diagram.coordinates)
     slotted = ("slot" if "slot" in picked else "site") if slots != (1, 1) else ""
     operands = {
-        node: tuple(j for i in indices for j in (("slot_out", "slot_in") if i == slotted else () if i in picked else (i,)))
+        node: tuple(
+            j for i in indices for j in (("slot_out", "slot_in") if i == slotted else () if i in picked else (i,))
+        )
         for node, indices in diagram.nodes.items()
     }
     out = (*(("slot_out",) if slotted else ()), *diagram.fold("out"))
     inp = (*(("slot_in",) if slotted else ()), *diagram.fold("in"), *diagram.fold("kernel"))
-    sizes = {"token": TOKENS, "slot_out": slots[0], "slot_in": slots[1]} | {i: s for i, s in diagram.sizes.items() if i not in picked}
+    sizes = {"token": TOKENS, "slot_out": slots[0], "slot_in": slots[1]} | {
+        i: s for i, s in diagram.sizes.items() if i not in picked
+    }
     return _Problem(operands, inp if transpose else out, out if transpose else inp, sizes, kind, diagram.fold("kernel"))
 
 
-def _finish(problem: _Problem, kind: str, stages: Sequence[Stage], order: Sequence[int] = (), state: Indices = ()) -> Recipe:
+def _finish(
+    problem: _Problem, kind: str, stages: Sequence[Stage], order: Sequence[int] = (), state: Indices = ()
+) -> Recipe:
     return Recipe(
         kind=kind,
         selected=tuple(problem.operands.items()),
@@ -210,7 +220,9 @@ def _sandwiches(
     if not middle:
         yield _finish(problem, "sandwich", [first, last])
     elif not shared:
-        yield _finish(problem, "sandwich", [first, _stage(problem, middle, (*slot_out, *code_out), (*slot_in, *code_in)), last])
+        yield _finish(
+            problem, "sandwich", [first, _stage(problem, middle, (*slot_out, *code_out), (*slot_in, *code_in)), last]
+        )
     elif not slot_out and set(code_out) == set(code_in) == _carried(problem, middle):
         weight = problem.contract(middle, code_in)
         size = problem.numel(code_in)
@@ -249,7 +261,12 @@ def _components(problem: _Problem, nodes: Sequence[str]) -> list[list[str]]:
 def _staged(problem: _Problem) -> Recipe | None:
     """Every node applied to the activation in turn, each to neighbouring axes: no transpose but perhaps a last one."""
     counts = [sum(index in indices for indices in problem.operands.values()) for index in problem.sizes]
-    if problem.kind == "embedding" or max(counts) > 2 or problem.sizes["slot_out"] * problem.sizes["slot_in"] > 1 or len(problem.operands) > 7:
+    if (
+        problem.kind == "embedding"
+        or max(counts) > 2
+        or problem.sizes["slot_out"] * problem.sizes["slot_in"] > 1
+        or len(problem.operands) > 7
+    ):
         return None
     best: tuple[int, list[Stage], Indices] | None = None
     for stages, state in _walks(problem, problem.inp, tuple(problem.operands), 0):
@@ -263,7 +280,9 @@ def _staged(problem: _Problem) -> Recipe | None:
     return _finish(problem, "stages", stages, order, state)
 
 
-def _walks(problem: _Problem, state: Indices, left: tuple[str, ...], depth: int) -> Iterator[tuple[list[Stage], Indices]]:
+def _walks(
+    problem: _Problem, state: Indices, left: tuple[str, ...], depth: int
+) -> Iterator[tuple[list[Stage], Indices]]:
     """All orders in which the nodes left can be applied to an activation with the axes `state`."""
     if not left:
         if set(state) == set(problem.out):
@@ -290,4 +309,7 @@ def _applications(problem: _Problem, state: Indices, node: str) -> Iterator[tupl
         repeat = 1 if problem.kind == "conv" else problem.numel(after)
         weight = problem.contract([node], (*rows, *taken))
         kernel = problem.kind == "conv" and bool(set(taken) & set(problem.kernel or problem.inp))
-        yield Stage(weight, problem.numel(before), problem.numel(rows), problem.numel(taken), repeat, kernel=kernel), (*before, *rows, *after)
+        yield (
+            Stage(weight, problem.numel(before), problem.numel(rows), problem.numel(taken), repeat, kernel=kernel),
+            (*before, *rows, *after),
+        )

@@ -52,7 +52,9 @@ def _scan_config(path: Path) -> SiteMap:
     try:
         import transformers
     except ImportError:
-        raise FileError("reading a config needs transformers", hint='pip install "tensoradapt[hf]", or give the safetensors file') from None
+        raise FileError(
+            "reading a config needs transformers", hint='pip install "tensoradapt[hf]", or give the safetensors file'
+        ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path)
         names = [name for name in (config.architectures or []) if hasattr(transformers, name)]
@@ -61,7 +63,9 @@ def _scan_config(path: Path) -> SiteMap:
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if isinstance(error, TensorAdaptError):
             raise
-        raise FileError(f"{path} is no config of a model that transformers knows", got=str(error).splitlines()[0]) from None
+        raise FileError(
+            f"{path} is no config of a model that transformers knows", got=str(error).splitlines()[0]
+        ) from None
     return replace(scan_module(made), name=config._name_or_path or path.parent.name)
 
 
@@ -78,7 +82,10 @@ def scan_module(model: nn.Module) -> SiteMap:
         else:
             found += _module_sites(path, module, modules)
     located = locate([site.owner for site in found])
-    found = [replace(s, coordinates={**located[s.owner], **({"expert": s.index} if s.index is not None else {})}) for s in found]
+    found = [
+        replace(s, coordinates={**located[s.owner], **({"expert": s.index} if s.index is not None else {})})
+        for s in found
+    ]
     heads = _heads(model)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     return SiteMap(tuple(_tied(found, parameters)), **heads, parameters=shapes, refused=refused)
@@ -106,14 +113,38 @@ def _module_sites(path: str, module: nn.Module, modules: Mapping[str, nn.Module]
     elif isinstance(module, nn.Embedding):
         plain = type(module).forward is nn.Embedding.forward
         delivery, kind = ("output", "embedding") if plain else ("weight", "parameter")
-        yield Site(path, (module.embedding_dim, module.num_embeddings), layout="in out", delivery=delivery, owner=path, tensor=f"{path}.weight", kind=kind)
+        yield Site(
+            path,
+            (module.embedding_dim, module.num_embeddings),
+            layout="in out",
+            delivery=delivery,
+            owner=path,
+            tensor=f"{path}.weight",
+            kind=kind,
+        )
     elif isinstance(module, nn.Conv1d | nn.Conv2d) and weight is not None:
         shape = tuple(weight.shape) if weight.dim() == 4 else (*weight.shape[:2], 1, weight.shape[2])
         plain = isinstance(module, nn.Conv2d) and module.groups == 1
-        yield Site(path, shape, delivery="output" if plain else "weight", owner=path, tensor=f"{path}.weight", kind="conv" if plain else "parameter")
-    elif isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int):
+        yield Site(
+            path,
+            shape,
+            delivery="output" if plain else "weight",
+            owner=path,
+            tensor=f"{path}.weight",
+            kind="conv" if plain else "parameter",
+        )
+    elif isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    ):
         kind = "linear" if hooked else "parameter"
-        yield Site(path, (module.out_features, module.in_features), delivery="output" if hooked else "weight", owner=path, tensor=f"{path}.weight", kind=kind)
+        yield Site(
+            path,
+            (module.out_features, module.in_features),
+            delivery="output" if hooked else "weight",
+            owner=path,
+            tensor=f"{path}.weight",
+            kind=kind,
+        )
     else:
         yield from _parameter_sites(path, module)
 

@@ -90,7 +90,10 @@ def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
     for coords, rest in split.values():
         rests.setdefault((coords.get("stack"), coords.get("layer")), set()).add(rest)
     owners = {key: _suffix_owners(group) for key, group in rests.items()}
-    return {path: {**c, "role": _shortest(rest, owners[c.get("stack"), c.get("layer")])} for path, (c, rest) in split.items()}
+    return {
+        path: {**c, "role": _shortest(rest, owners[c.get("stack"), c.get("layer")])}
+        for path, (c, rest) in split.items()
+    }
 
 
 def _split(path: str) -> tuple[dict[str, int | str], str]:
@@ -129,7 +132,11 @@ def by_pattern(pattern: str, path: str) -> Coordinates | None:
     names = re.findall(r"\{(\w*)\}", pattern)
     unknown = sorted(set(names) - {"layer", "role", "stack", "expert", "task"})
     if unknown or len(set(names)) < len(names):
-        raise SpecError("a pattern's fields are coordinates, each once", got=pattern, expected="{layer}, {role}, {stack}, {expert}, {task}")
+        raise SpecError(
+            "a pattern's fields are coordinates, each once",
+            got=pattern,
+            expected="{layer}, {role}, {stack}, {expert}, {task}",
+        )
     pieces = re.split(r"\{\w*\}", pattern)
     fields = [r"(?P<layer>\d+)" if n == "layer" else rf"(?P<{n}>.+?)" for n in names]
     regex = "".join(re.escape(a) + b for a, b in zip(pieces, [*fields, ""], strict=True))
@@ -143,7 +150,9 @@ def from_mapping(shapes: Mapping[str, Sequence[int]], **known: Any) -> SiteMap:
     sites = []
     for path, shape in shapes.items():
         if len(shape) not in (2, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ShapeError(f"the shape of {path} is no weight's", got=tuple(shape), expected="(out, in) or (out, in, kh, kw)")
+            raise ShapeError(
+                f"the shape of {path} is no weight's", got=tuple(shape), expected="(out, in) or (out, in, kh, kw)"
+            )
         kind = "conv" if len(shape) == 4 else "linear"
         sites.append(Site(path, tuple(shape), located[path], owner=path, tensor=path, kind=kind))
     return SiteMap(tuple(sites), **known)
@@ -153,7 +162,9 @@ def from_headers(path: Path) -> SiteMap:
     """Sites of a safetensors file or a folder of shards: headers only, no tensor is read."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
-        raise FileError(f"no .safetensors file in {path}", hint="give a safetensors file, a folder of shards, or a config.json")
+        raise FileError(
+            f"no .safetensors file in {path}", hint="give a safetensors file, a folder of shards, or a config.json"
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         entries = read_header(file)
@@ -161,7 +172,11 @@ def from_headers(path: Path) -> SiteMap:
         if doubled:
             raise FileError(f"{doubled[0]} is in two files of {path}", hint="remove the file that does not belong")
         shapes |= {k: tuple(v["shape"]) for k, v in entries.items() if k != "__metadata__"}
-    weights = {k.removesuffix(".weight"): s for k, s in shapes.items() if len(s) in (2, 4) and min(s) > 0 and k.endswith("weight")}
+    weights = {
+        k.removesuffix(".weight"): s
+        for k, s in shapes.items()
+        if len(s) in (2, 4) and min(s) > 0 and k.endswith("weight")
+    }
     return from_mapping(weights, name=str(path.name), parameters=shapes)
 
 
@@ -185,7 +200,9 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
     Raises SiteError where a target matches nothing: it names the nearest roles.
     """
     if not rule.targets:
-        raise SiteError("a rule has no targets", hint="write targets=['query', 'value'], or a glob such as '*.attention.*'")
+        raise SiteError(
+            "a rule has no targets", hint="write targets=['query', 'value'], or a glob such as '*.attention.*'"
+        )
     sites = [part for site in sites for part in split_rows(site, rule.parts)]
     for target in rule.targets:
         if not any(matches(target, site.path) for site in sites):
@@ -200,7 +217,12 @@ def _turned(site: Site, layouts: Mapping[str, str]) -> Site:
     if layout == site.layout:
         return site
     if site.kind != "parameter":
-        raise SpecError(f"{site.path} is a {site.kind} module, whose layout is known", got=layout, expected=site.layout, hint="remove it from layout")
+        raise SpecError(
+            f"{site.path} is a {site.kind} module, whose layout is known",
+            got=layout,
+            expected=site.layout,
+            hint="remove it from layout",
+        )
     return replace(site, layout=layout, shape=site.shape[::-1])
 
 
@@ -216,7 +238,9 @@ def _relocate(site: Site, pattern: str) -> Site:
         return site
     found = by_pattern(pattern, site.path)
     if found is None:
-        raise SiteError(f"the pattern does not match {site.path}", got=pattern, hint="mend the pattern, or exclude the site")
+        raise SiteError(
+            f"the pattern does not match {site.path}", got=pattern, hint="mend the pattern, or exclude the site"
+        )
     return replace(site, coordinates=found)
 
 
@@ -243,12 +267,16 @@ def matches(target: str, path: str) -> bool:
 
 
 def _no_match(target: str, sites: Sequence[Site]) -> SiteError:
-    names = sorted({str(site.coordinates.get("role", site.path)) for site in sites} | {s.path.rpartition(".")[2] for s in sites})
+    names = sorted(
+        {str(site.coordinates.get("role", site.path)) for site in sites} | {s.path.rpartition(".")[2] for s in sites}
+    )
     close = get_close_matches(target, names, n=3)
     return SiteError(
         f"target {target!r} matches no site",
         expected=f"one of the roles {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}",
-        hint=f"did you mean {' or '.join(map(repr, close))}?" if close else "targets are paths, suffixes, globs or 're:' expressions",
+        hint=f"did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else "targets are paths, suffixes, globs or 're:' expressions",
     )
 
 
@@ -259,12 +287,16 @@ def split_rows(site: Site, parts: Mapping[str, list[str] | dict[str, int]]) -> l
         return [site]
     sizes = _part_sizes(site, found)
     if sum(sizes.values()) != site.out:
-        raise ShapeError(f"the parts of {site.path} do not add up to its rows", got=sizes, expected=f"a sum of {site.out}")
+        raise ShapeError(
+            f"the parts of {site.path} do not add up to its rows", got=sizes, expected=f"a sum of {site.out}"
+        )
     result, start = [], 0
     for name, size in sizes.items():
         coords = {**site.coordinates, "role": f"{site.coordinates.get('role', '')}[{name}]"}
         rows = (start, start + size)
-        result.append(replace(site, path=f"{site.path}[{name}]", shape=(size, *site.shape[1:]), rows=rows, coordinates=coords))
+        result.append(
+            replace(site, path=f"{site.path}[{name}]", shape=(size, *site.shape[1:]), rows=rows, coordinates=coords)
+        )
         start += size
     return result
 
@@ -272,6 +304,8 @@ def split_rows(site: Site, parts: Mapping[str, list[str] | dict[str, int]]) -> l
 def _part_sizes(site: Site, parts: list[str] | dict[str, int]) -> dict[str, int]:
     if not hasattr(parts, "keys"):
         if site.out % len(parts):
-            raise ShapeError(f"{site.path} has {site.out} rows, not {len(parts)} equal parts", hint="give sizes: {'q': 64, 'k': 16}")
+            raise ShapeError(
+                f"{site.path} has {site.out} rows, not {len(parts)} equal parts", hint="give sizes: {'q': 64, 'k': 16}"
+            )
         return dict.fromkeys(parts, site.out // len(parts))
     return dict(parts)

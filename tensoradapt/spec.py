@@ -44,8 +44,14 @@ def _explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, 
     key = str(first["loc"][0]) if first["loc"] else model.__name__
     if first["type"] == "extra_forbidden":
         close = get_close_matches(key, model.model_fields, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the fields are {', '.join(model.model_fields)}"
-        return SpecError(f"unknown key {key!r} in a {model.__name__.lower()}", got=f"{key}: {first['input']!r}", hint=hint)
+        hint = (
+            f"did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else f"the fields are {', '.join(model.model_fields)}"
+        )
+        return SpecError(
+            f"unknown key {key!r} in a {model.__name__.lower()}", got=f"{key}: {first['input']!r}", hint=hint
+        )
     if key == "rank":
         return RankError(
             f"rank {data.get('rank')!r} is not a rank",
@@ -54,7 +60,9 @@ def _explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, 
             hint="write for example rank=8",
         )
     field = model.model_fields.get(key)
-    return SpecError(f"{key!r}: {first['msg']}", got=repr(first["input"]), expected=field.description if field else None)
+    return SpecError(
+        f"{key!r}: {first['msg']}", got=repr(first["input"]), expected=field.description if field else None
+    )
 
 
 class Rule(_Value):
@@ -74,23 +82,41 @@ class Rule(_Value):
     options: dict[str, Any] = Field({}, description="the preset's own parameters, such as factor of lokr")
     format: Literal["tt", "tucker", "cp", "ttm", "network"] = Field("tt", description="tt, tucker, cp, ttm or network")
     network: str = Field("", description="nodes and axes, as in 'out a, layer a b, b in -> layer out in'")
-    axes: tuple[str, ...] = Field((), description="the tensor's axes in order; coordinates left out keep their own tensor")
-    folds: dict[str, Fold] = Field({}, description="cuts of an axis: {'out': ['head', 'head_dim'], 'in': [12, 8, 8]} or 'auto:3'")
+    axes: tuple[str, ...] = Field(
+        (), description="the tensor's axes in order; coordinates left out keep their own tensor"
+    )
+    folds: dict[str, Fold] = Field(
+        {}, description="cuts of an axis: {'out': ['head', 'head_dim'], 'in': [12, 8, 8]} or 'auto:3'"
+    )
     compress: tuple[str, ...] = Field((), description="tucker: the axes that get a factor; all where empty")
     rank: Ranks = Field(8, description="one number for all bonds, or one per bond; an axis's name stands for its size")
     ranks: dict[str, Ranks] = Field({}, description="rank by group name, as solve_rank gives")
-    excess: Literal["cap", "keep", "error"] | None = Field(None, description="a rank above its bond's limit: cap, keep or error")
-    shapes: Literal["separate", "slots", "slices"] = Field("separate", description="sites of unequal shape: separate, slots or slices")
-    slot: tuple[int, int] | None = Field(None, description="(out, in) of a slot; the greatest common one where not given")
-    scale: float | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field("one", description="a number or a rule")
+    excess: Literal["cap", "keep", "error"] | None = Field(
+        None, description="a rank above its bond's limit: cap, keep or error"
+    )
+    shapes: Literal["separate", "slots", "slices"] = Field(
+        "separate", description="sites of unequal shape: separate, slots or slices"
+    )
+    slot: tuple[int, int] | None = Field(
+        None, description="(out, in) of a slot; the greatest common one where not given"
+    )
+    scale: float | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field(
+        "one", description="a number or a rule"
+    )
     alpha: float = Field(1.0, description="alpha of the scale rule")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability in [0, 1)")
     dropout_at: Literal["in", "code"] = Field("in", description="on the input, or on the code before `out`")
     start: Literal["zero", "nonzero", "difference"] = Field("zero", description="zero, nonzero or difference")
-    zero: str = Field("", description="the node that is zero at a `zero` start; the one whose law is `zero` where empty")
-    init: dict[str, str] = Field({}, description="initial law per node: 'uniform(1/sqrt(in))', 'normal(0.02)', 'orthogonal'")
+    zero: str = Field(
+        "", description="the node that is zero at a `zero` start; the one whose law is `zero` where empty"
+    )
+    init: dict[str, str] = Field(
+        {}, description="initial law per node: 'uniform(1/sqrt(in))', 'normal(0.02)', 'orthogonal'"
+    )
     frozen: tuple[str, ...] = Field((), description="nodes that are not trained")
-    train: tuple[str, ...] = Field((), description="modules trained beside the adapter and saved with it: ['classifier']")
+    train: tuple[str, ...] = Field(
+        (), description="modules trained beside the adapter and saved with it: ['classifier']"
+    )
     heads: int | None = Field(None, gt=0, description="number of attention heads, for the axis `head`")
     kv_heads: int | None = Field(None, gt=0, description="number of key and value heads; heads where not given")
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field("float32", description="dtype of the factors")
@@ -112,7 +138,9 @@ class Rule(_Value):
         )
         for field, given, used, owner in uses:
             if given and not used:
-                raise SpecError(f"{field!r} has no effect here", expected=owner, hint=f"remove {field!r} or use {owner}")
+                raise SpecError(
+                    f"{field!r} has no effect here", expected=owner, hint=f"remove {field!r} or use {owner}"
+                )
         if self.dropout and self.dropout_at == "code" and self.start == "difference":
             raise SpecError("dropout at the code and a difference start do not go together", hint="use dropout_at: in")
         if self.format == "network" and not self.network and not self.preset:
@@ -136,10 +164,18 @@ class Spec(_Value):
     def from_dict(cls, data: Mapping[str, Any]) -> Spec:
         """Read `{'defaults': {...}, 'rules': [{...}, ...]}`; a rule's own fields win over the defaults."""
         if not isinstance(data, Mapping) or not isinstance(data.get("rules"), list):
-            raise SpecError("a spec is a mapping with a list of rules", got=type(data).__name__, hint="write 'rules:' and under it '- preset: lotr'")
+            raise SpecError(
+                "a spec is a mapping with a list of rules",
+                got=type(data).__name__,
+                hint="write 'rules:' and under it '- preset: lotr'",
+            )
         unknown = sorted(set(data) - {"rules", "defaults"})
         if unknown:
-            raise SpecError(f"unknown key {unknown[0]!r} in a spec", expected="rules, defaults", hint="fields of a rule go under 'rules' or 'defaults'")
+            raise SpecError(
+                f"unknown key {unknown[0]!r} in a spec",
+                expected="rules, defaults",
+                hint="fields of a rule go under 'rules' or 'defaults'",
+            )
         rows = [{**(data.get("defaults") or {}), **_mapping(row)} for row in data["rules"]]
         return cls(rules=tuple(Rule(**row) for row in rows))
 
@@ -160,7 +196,11 @@ class Spec(_Value):
 
 def _mapping(row: Any) -> dict[str, Any]:
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
-        raise SpecError("a rule is a mapping from field to value", got=repr(row)[:80], hint="write '- preset: lotr' and its fields below")
+        raise SpecError(
+            "a rule is a mapping from field to value",
+            got=repr(row)[:80],
+            hint="write '- preset: lotr' and its fields below",
+        )
     return dict(row)
 
 
@@ -168,7 +208,12 @@ def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileError(f"no spec file at {path}", hint="give the path of a .yaml or .json file")
     if path.stat().st_size > MAX_SPEC_BYTES:
-        raise FileError(f"{path} is too large for a spec", got=f"{path.stat().st_size:,} bytes", expected=f"at most {MAX_SPEC_BYTES:,}", hint="is it a weight file?")
+        raise FileError(
+            f"{path} is too large for a spec",
+            got=f"{path.stat().st_size:,} bytes",
+            expected=f"at most {MAX_SPEC_BYTES:,}",
+            hint="is it a weight file?",
+        )
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -179,7 +224,9 @@ def _parse(parser: Any, text: str, path: str | Path, **options: Any) -> Any:
     try:
         return parser(text, **options)
     except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise FileError(f"{path} cannot be read", got=str(error).replace("\n", " "), hint="mend the line it names") from None
+        raise FileError(
+            f"{path} cannot be read", got=str(error).replace("\n", " "), hint="mend the line it names"
+        ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -44,10 +44,18 @@ def per_bond(rank: Ranks, bonds: Sequence[str]) -> dict[str, int]:
     if isinstance(rank, Mapping):
         wrong = sorted(set(rank) ^ set(bonds))
         if wrong:
-            raise RankError(f"ranks do not fit the bonds at {wrong[0]!r}", got=dict(rank), expected=f"one rank for each of {list(bonds)}")
+            raise RankError(
+                f"ranks do not fit the bonds at {wrong[0]!r}",
+                got=dict(rank),
+                expected=f"one rank for each of {list(bonds)}",
+            )
         return {bond: rank[bond] for bond in bonds}
     if len(rank) != len(bonds):
-        raise RankError("the list of ranks does not fit the bonds", got=list(rank), expected=f"{len(bonds)} numbers, for {list(bonds)}")
+        raise RankError(
+            "the list of ranks does not fit the bonds",
+            got=list(rank),
+            expected=f"{len(bonds)} numbers, for {list(bonds)}",
+        )
     return dict(zip(bonds, rank, strict=True))
 
 

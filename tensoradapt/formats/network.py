@@ -45,5 +45,9 @@ def network(text: str, shape: Shape, rank: Ranks, excess: str) -> Diagram:
             limit = min(math.prod(sizes[i] for i in indices if i != bond) for indices in ends)
             sizes[bond] = limited(asked[bond], limit, excess, bond)
         elif len(ends) == 1:
-            raise SpecError(f"bond {bond!r} ends nowhere: it is on one node and not among the axes", got=text, hint=f"put {bond!r} on another node, or after '->'")
+            raise SpecError(
+                f"bond {bond!r} ends nowhere: it is on one node and not among the axes",
+                got=text,
+                hint=f"put {bond!r} on another node, or after '->'",
+            )
     return shape.diagram(nodes, {bond: sizes[bond] for bond in names})

@@ -15,7 +15,11 @@ def ttm(shape: Shape, rank: Ranks, excess: str) -> Diagram:
     """
     outs, ins = shape.folds.get("out", ("out",)), shape.folds.get("in", ("in",))
     if len(outs) != len(ins):
-        raise ShapeError("a TT-matrix pairs every fold of out with one of in", got=f"{len(outs)} and {len(ins)} folds", hint="give out and in as many folds each (1 is allowed)")
+        raise ShapeError(
+            "a TT-matrix pairs every fold of out with one of in",
+            got=f"{len(outs)} and {len(ins)} folds",
+            hint="give out and in as many folds each (1 is allowed)",
+        )
     batch = tuple(axis for axis in shape.axes if axis not in (*outs, *ins))
     asked = per_bond(rank, [str(k) for k in range(len(outs) - 1)])
     bonds: dict[str, int] = {}

@@ -21,7 +21,11 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush(path.parent)
     except OSError as error:
-        raise FileError(f"{path} cannot be written", got=error.strerror or str(error), hint="choose another folder, or free some space") from error
+        raise FileError(
+            f"{path} cannot be written",
+            got=error.strerror or str(error),
+            hint="choose another folder, or free some space",
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

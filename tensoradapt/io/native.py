@@ -59,12 +59,23 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
     """Write an adapter file atomically. Raises FileError on tensors that are not finite, empty or not there (meta)."""
     for key, tensor in tensors.items():
         if tensor.is_meta or not tensor.numel():
-            raise FileError(f"{key} has no values to save", got="the meta device" if tensor.is_meta else tuple(tensor.shape), hint="gather the parameters before saving")
+            raise FileError(
+                f"{key} has no values to save",
+                got="the meta device" if tensor.is_meta else tuple(tensor.shape),
+                hint="gather the parameters before saving",
+            )
         _check_finite(key, tensor, "the adapter")
     file = file_of(path)
     if file.parent.exists() and not file.parent.is_dir():
-        raise FileError(f"{file.parent} is a file, not a folder", hint="give a folder, or a path that ends in .safetensors")
-    metadata = {"format": "pt", "version": str(VERSION), "tensoradapt": json.dumps(plan.to_dict()), "base": json.dumps(identity(plan, revision))}
+        raise FileError(
+            f"{file.parent} is a file, not a folder", hint="give a folder, or a path that ends in .safetensors"
+        )
+    metadata = {
+        "format": "pt",
+        "version": str(VERSION),
+        "tensoradapt": json.dumps(plan.to_dict()),
+        "base": json.dumps(identity(plan, revision)),
+    }
     whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with atomic(file) as temporary:
         try:
@@ -86,7 +97,9 @@ def read(path: str | Path) -> Saved:
             _check_keys(file, expected(plan), {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
-        raise FileError(f"{file} is damaged or no safetensors file", got=str(error), hint="copy or save it again") from None
+        raise FileError(
+            f"{file} is damaged or no safetensors file", got=str(error), hint="copy or save it again"
+        ) from None
     for key, tensor in tensors.items():
         _check_finite(key, tensor, str(file))
     return Saved(plan, tensors, json.loads(metadata.get("base", "{}")), file)
@@ -94,10 +107,18 @@ def read(path: str | Path) -> Saved:
 
 def _plan(file: Path, metadata: Mapping[str, str]) -> Plan:
     if "tensoradapt" not in metadata:
-        raise FileError(f"{file} holds no tensoradapt plan", got=f"metadata {sorted(metadata)}", hint="an adapter of another library is imported with import_peft")
+        raise FileError(
+            f"{file} holds no tensoradapt plan",
+            got=f"metadata {sorted(metadata)}",
+            hint="an adapter of another library is imported with import_peft",
+        )
     version = metadata.get("version", "")
     if not version.isdigit() or int(version) > VERSION:
-        raise FileError(f"{file} has format version {version or 'unknown'}", expected=f"at most {VERSION}", hint="install a newer tensoradapt")
+        raise FileError(
+            f"{file} has format version {version or 'unknown'}",
+            expected=f"at most {VERSION}",
+            hint="install a newer tensoradapt",
+        )
     try:
         return Plan.from_dict(json.loads(metadata["tensoradapt"]))
     except json.JSONDecodeError as error:
@@ -106,7 +127,10 @@ def _plan(file: Path, metadata: Mapping[str, str]) -> Plan:
 
 def _check_keys(file: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     for key in sorted(set(wanted) ^ set(found)):
-        raise FileError(f"{file} {'lacks' if key in wanted else 'has an unknown'} key {key!r}", hint="the file was changed after it was saved")
+        raise FileError(
+            f"{file} {'lacks' if key in wanted else 'has an unknown'} key {key!r}",
+            hint="the file was changed after it was saved",
+        )
     for key, shape in wanted.items():
         if found[key] != shape:
             raise FileError(f"{key!r} in {file} has another shape than its plan", got=found[key], expected=shape)
@@ -115,4 +139,8 @@ def _check_keys(file: Path, wanted: Mapping[str, tuple[int, ...]], found: Mappin
 def _check_finite(key: str, tensor: Tensor, where: str) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
-        raise FileError(f"{key!r} of {where} is not finite", got=f"{bad} of {tensor.numel()} entries are NaN or infinite", hint="use an earlier checkpoint")
+        raise FileError(
+            f"{key!r} of {where} is not finite",
+            got=f"{bad} of {tensor.numel()} entries are NaN or infinite",
+            hint="use an earlier checkpoint",
+        )
