@@ -2,10 +2,11 @@
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.attach import attach, load
+from tensoradapt.budget import BudgetTable, RankSolution
 from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
 from tensoradapt.plan import Plan
 from tensoradapt.presets import PRESETS, preset
-from tensoradapt.scan import plan
+from tensoradapt.scan import budget, plan, solve_rank
 from tensoradapt.spec import Rule, Spec
 
 __version__ = "0.1.0"
@@ -13,9 +14,11 @@ __all__ = [
     "PRESETS",
     "Adapter",
     "AdapterError",
+    "BudgetTable",
     "FileError",
     "Plan",
     "RankError",
+    "RankSolution",
     "Rule",
     "ShapeError",
     "SiteError",
@@ -23,7 +26,9 @@ __all__ = [
     "SpecError",
     "TensorAdaptError",
     "attach",
+    "budget",
     "load",
     "plan",
     "preset",
+    "solve_rank",
 ]

@@ -90,14 +90,14 @@ def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap) -> list[Group
     buckets: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         buckets.setdefault((*_own(site, axes), *_shape_key(rule, site, axes, model)), []).append(site)
-    shapes = len({(s.shape, bool(_heads(rule, s, model))) for s in sites}) > 1
+    plain = [_name(rule, members, axes, multiple) for members in buckets.values()]
     groups = []
-    for members in buckets.values():
-        name = _name(rule, members, axes, multiple, shapes and rule.shapes == "separate")
+    for members, name in zip(buckets.values(), plain, strict=True):
+        full = f"{name}_{'x'.join(map(str, members[0].shape))}" if plain.count(name) > 1 else name
         groups += (
-            _slices(rule, axes, members, model, name)
+            _slices(rule, axes, members, model, full)
             if rule.shapes == "slices"
-            else [_group(rule, axes, members, model, name)]
+            else [_group(rule, axes, members, model, full)]
         )
     return groups
 
@@ -274,6 +274,14 @@ def _diagram(rule: Rule, shape: Shape, name: str) -> Diagram:
         raise RankError(f"group {name!r}: {error}") from None
 
 
+def resized(group: Group, rank: int | list[int] | dict[str, int | str]) -> Diagram:
+    """The diagram of a group with another rank."""
+    diagram = group.diagram
+    shape = Shape(diagram.open, diagram.sizes, diagram.folds, group.rule.compress)
+    rule = group.rule.model_copy(update={"rank": rank, "ranks": {}})
+    return _diagram(rule, shape, group.name)
+
+
 def _sized(rank: int | list[int] | dict[str, int | str], shape: Shape) -> Ranks:
     if not isinstance(rank, dict):
         return rank
@@ -368,8 +376,8 @@ def _slices(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: Sit
     return groups
 
 
-def _name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multiple: set[str], shapes: bool) -> str:
-    """A readable name: the rule's, what the sites have in common and others not, and the shape where shapes differ."""
+def _name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multiple: set[str]) -> str:
+    """A readable name: the rule's, what the sites have in common and others not."""
     common = {c: sites[0].coordinates.get(c) for c in multiple if len({s.coordinates.get(c) for s in sites}) == 1}
     pieces = [rule.name] if rule.name else []
     pieces += [str(common["stack"])] if "stack" in common and "site" not in axes else []
@@ -379,5 +387,4 @@ def _name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multiple: se
         ["_".join(roles) if len(roles) <= 4 else f"{len(roles)}_roles"] if not rule.name or "role" in common else []
     )
     pieces += [f"expert{common['expert']}"] if "expert" in common and "site" not in axes else []
-    pieces += ["x".join(map(str, sites[0].shape))] if shapes and len({s.shape for s in sites}) == 1 else []
     return re.sub(r"\W+", "_", "_".join(p for p in pieces if p)).strip("_") or "group"

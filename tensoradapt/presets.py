@@ -447,14 +447,14 @@ def preset(name: str, **parameters: Any) -> Spec:
         )
     own = {key: value for key, value in parameters.items() if key in row.parameters}
     extra = {key: value for key, value in parameters.items() if key not in row.parameters}
-    return Spec(rules=tuple(_override(rule, extra, first=k == 0) for k, rule in enumerate(_rules(row.build(**own)))))
+    return Spec(rules=tuple(_override(rule, extra, name, first=k == 0) for k, rule in enumerate(_rules(row.build(**own)))))
 
 
-def _override(rule: Rule, extra: Mapping[str, Any], *, first: bool) -> Rule:
+def _override(rule: Rule, extra: Mapping[str, Any], family: str, *, first: bool) -> Rule:
     """The rule with the user's fields; laws are merged, targets and trained modules go to a preset's first rule."""
     changed = {key: value for key, value in extra.items() if first or key not in ("targets", "train")}
     init = {**rule.init, **changed.get("init", {})}
-    return Rule(**{**rule.model_dump(exclude_defaults=True), **changed, "init": init})
+    return Rule(**{**rule.model_dump(exclude_defaults=True), **changed, "init": init, "family": family})
 
 
 def expand(spec: Spec) -> Spec:

@@ -6,7 +6,7 @@ Invariant: a module that neither a hook on its output nor its weight at use can 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensoradapt.budget import BudgetTable, RankSolution, solve, tabulate
 from tensoradapt.errors import FileError, TensorAdaptError
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.sites import Site, SiteMap, from_headers, from_mapping, locate
@@ -45,6 +46,23 @@ def plan(spec: Spec, model: Model) -> Plan:
     Raises SiteError, SpecError, ShapeError or FileError, each naming what is at fault and what to write instead.
     """
     return make_plan(spec, scan(model))
+
+
+def budget(specs: Spec | Mapping[str, Spec] | Sequence[Spec], model: Model, ranks: Iterable[int]) -> BudgetTable:
+    """Parameters, bytes and FLOP per token of specs over a range of ranks on one model.
+
+    `specs` is one spec, a list, or a mapping from label to spec. Raises RankError, SiteError, SpecError or FileError.
+    """
+    return tabulate(specs, scan(model), ranks)
+
+
+def solve_rank(spec: Spec, model: Model, *, max_parameters: int) -> RankSolution:
+    """The largest rank, and the largest ranks by group, with at most `max_parameters` trainable entries.
+
+    The answer has `rank`, `ranks` (group -> rank), and the `spec` and `plan` with those ranks. Extra trained modules do
+    not count. Raises RankError where even rank 1 is too much, SpecError where the spec has no rank.
+    """
+    return solve(spec, scan(model), max_parameters)
 
 
 def _scan_config(path: Path) -> SiteMap:

@@ -80,6 +80,7 @@ class Rule(_Value):
     )
     preset: str = Field("", description="a preset's name; the other fields given here override its own")
     options: dict[str, Any] = Field({}, description="the preset's own parameters, such as factor of lokr")
+    family: str = Field("", description="the preset that the rule came from: a label, with no effect")
     format: Literal["tt", "tucker", "cp", "ttm", "network"] = Field("tt", description="tt, tucker, cp, ttm or network")
     network: str = Field("", description="nodes and axes, as in 'out a, layer a b, b in -> layer out in'")
     axes: tuple[str, ...] = Field(

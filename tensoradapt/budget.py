@@ -1,0 +1,249 @@
+"""Budgets: what specs cost over a range of ranks, and the largest ranks within a number of parameters.
+
+Invariant: an answer never exceeds the budget, and where the groups' counts add up it is the best there is.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+
+from tensoradapt.errors import RankError, SpecError
+from tensoradapt.grouping import Group, resized
+from tensoradapt.plan import Plan, make_plan
+from tensoradapt.presets import expand
+from tensoradapt.sites import SiteMap
+from tensoradapt.spec import Rule, Spec
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One spec at one rank (None where it has none): counts, bytes, FLOP per token, and every group's trainable share."""
+
+    spec: str
+    rank: int | None
+    num_trainable: int
+    num_parameters: int
+    num_bytes: int
+    flops_per_token: int
+    shares: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class BudgetTable:
+    """Specs against ranks."""
+
+    rows: tuple[BudgetRow, ...]
+
+    def to_json(self) -> str:
+        """The table as one JSON object with a list of rows."""
+        return json.dumps({"rows": [asdict(row) for row in self.rows]}, indent=2)
+
+    def to_csv(self) -> str:
+        """The table as CSV, shares left out."""
+        stream = io.StringIO()
+        names = [name for name in BudgetRow.__dataclass_fields__ if name != "shares"]
+        writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in self.rows)
+        return stream.getvalue()
+
+    def __str__(self) -> str:
+        head = ("spec", "rank", "trainable", "parameters", "bytes", "FLOP/token")
+        cells = [head] + [
+            (r.spec, "-" if r.rank is None else str(r.rank), *(f"{n:,}" for n in (r.num_trainable, r.num_parameters)))
+            + (f"{r.num_bytes:,}", f"{r.flops_per_token:,}")
+            for r in self.rows
+        ]
+        widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+        return "\n".join(
+            "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in cells
+        )
+
+
+@dataclass(frozen=True)
+class RankSolution:
+    """The largest `rank` that all groups can have, and the largest `ranks` by group, with the spec and plan of the latter."""
+
+    rank: int
+    ranks: Mapping[str, int]
+    spec: Spec
+    plan: Plan
+
+
+def tabulate(specs: Spec | Mapping[str, Spec] | Sequence[Spec], model: SiteMap, ranks: Iterable[int]) -> BudgetTable:
+    """Counts, bytes and FLOP of specs over ranks on one model. Raises RankError on ranks that are none."""
+    asked = list(ranks)
+    if not asked or any(not isinstance(rank, int) or rank < 1 for rank in asked):
+        raise RankError("ranks are positive integers", got=asked[:8], hint="write ranks=range(1, 65), or --ranks 1:64")
+    rows = []
+    for name, spec in _named(specs).items():
+        for rank in asked if has_rank(spec) else [None]:
+            plan = make_plan(spec if rank is None else with_rank(spec, rank), model)
+            rows.append(_row(name, rank, plan))
+    return BudgetTable(tuple(rows))
+
+
+def _named(specs: Spec | Mapping[str, Spec] | Sequence[Spec]) -> dict[str, Spec]:
+    if isinstance(specs, Mapping):
+        return dict(specs)
+    named: dict[str, Spec] = {}
+    for spec in [specs] if isinstance(specs, Spec) else specs:
+        label = base = "+".join(dict.fromkeys(rule.family or rule.preset or rule.name or rule.format for rule in spec.rules))
+        number = 2
+        while label in named:
+            label, number = f"{base}_{number}", number + 1
+        named[label] = spec
+    return named
+
+
+def _row(name: str, rank: int | None, plan: Plan) -> BudgetRow:
+    shares: dict[str, int] = {}
+    for group in plan.groups:
+        label = "+".join(dict.fromkeys(str(p.site.coordinates.get("role", p.site.path)) for p in group.placements))
+        shares[label] = shares.get(label, 0) + group_trainable(group)
+    return BudgetRow(name, rank, plan.num_trainable, plan.num_parameters, plan.num_bytes, plan.flops_per_token, shares)
+
+
+def group_trainable(group: Group) -> int:
+    """The trained entries that a group owns (a bank's are no single group's)."""
+    own = (node for node in group.trainable if group.store[node] == f"{group.name}.{node}")
+    return sum(map(group.diagram.numel, own))
+
+
+def has_rank(spec: Spec) -> bool:
+    """Whether any rule has a rank that counts: a network may have no bond, or bonds of its axes' sizes."""
+    return any(_ranked(rule) for rule in expand(spec).rules)
+
+
+def _ranked(rule: Rule) -> bool:
+    if isinstance(rule.rank, dict):
+        return any(isinstance(value, int) for value in rule.rank.values())
+    return rule.family not in ("krona",)
+
+
+def with_rank(spec: Spec, rank: int) -> Spec:
+    """The spec with another rank in every rule; of ranks per bond the largest becomes `rank`, others in proportion."""
+    return Spec(rules=tuple(_with_rank(rule, rank) for rule in expand(spec).rules))
+
+
+def _with_rank(rule: Rule, rank: int) -> Rule:
+    old = rule.rank
+    values = [old] if isinstance(old, int) else [v for v in (old.values() if isinstance(old, dict) else old) if isinstance(v, int)]
+    scaled: Callable[[int | str], int | str] = lambda v: max(1, v * rank // max(values)) if isinstance(v, int) else v  # noqa: E731
+    new = (
+        {bond: scaled(v) for bond, v in old.items()}
+        if isinstance(old, dict)
+        else [scaled(v) for v in old]
+        if isinstance(old, list)
+        else rank
+    )
+    return Rule(**{**rule.model_dump(exclude_defaults=True), "rank": new, "ranks": {}})
+
+
+def solve(spec: Spec, model: SiteMap, max_parameters: int) -> RankSolution:
+    """The largest rank, and the largest ranks by group, with at most `max_parameters` trainable entries.
+
+    `rank` is the largest that all groups can have. What is left of the budget then raises single groups, so that the sum
+    of ranks is the largest possible: the cheapest increments first where counts are convex in the rank (exact), a
+    dynamic programme over the sum of ranks where they are not (exact too). Raises RankError where rank 1 is too much.
+    """
+    if not has_rank(spec):
+        raise SpecError("the spec has no rank to solve for", got=[rule.family or rule.format for rule in spec.rules], hint="its size follows from its folds")
+    plans = cache(lambda rank: make_plan(with_rank(spec, rank), model))
+    if plans(1).num_trainable > max_parameters:
+        raise RankError("the budget is below the smallest adapter", got=f"max_parameters={max_parameters:,}", expected=f"at least {plans(1).num_trainable:,} (rank 1)", hint="adapt fewer sites, or use a format that shares factors")
+    rank = _largest(plans, max_parameters)
+    ranks = _by_group(plans, rank, max_parameters)
+    rules = tuple(Rule(**{**r.model_dump(exclude_defaults=True), "ranks": _own(plans(rank), r, ranks)}) for r in plans(rank).spec.rules)
+    solved = Spec(rules=rules)
+    return RankSolution(rank, ranks, solved, make_plan(solved, model))
+
+
+def _own(plan: Plan, rule: Rule, ranks: Mapping[str, int]) -> dict[str, int | list[int] | dict[str, int | str]]:
+    mine = {group.name for group in plan.groups if group.rule is rule}
+    return {name: _with_rank(rule, rank).rank for name, rank in ranks.items() if name in mine}
+
+
+def _largest(plans: Callable[[int], Plan], limit: int) -> int:
+    """The largest rank within the limit, by doubling and halving; a rank above every bond's limit is not looked for."""
+    low, high = 1, 2
+    while plans(high).num_trainable <= limit and plans(high).num_trainable > plans(low).num_trainable:
+        low, high = high, high * 2
+    if plans(high).num_trainable == plans(low).num_trainable:
+        high, target = low, plans(low).num_trainable
+        low = 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if plans(middle).num_trainable == target else (middle, high)
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if plans(middle).num_trainable <= limit else (low, middle)
+    return low
+
+
+def _by_group(plans: Callable[[int], Plan], rank: int, limit: int) -> dict[str, int]:
+    """The ranks by group that use the rest of the budget; those of the common rank where a bank ties the groups."""
+    names = [group.name for group in plans(rank).groups]
+    if sum(map(group_trainable, plans(rank).groups)) != plans(rank).num_trainable:
+        return dict.fromkeys(names, rank)
+    spare = limit - plans(rank).num_trainable
+    found: dict[object, list[int]] = {}
+    tables = []
+    for group in plans(rank).groups:
+        key = (group.diagram, group.rule.format, group.rule.network, group.trainable)
+        if key not in found:
+            found[key] = _increments(group, rank, spare)
+        tables.append(found[key])
+    convex = all(b - a <= c - b for t in tables for a, b, c in zip(t, t[1:], t[2:], strict=False))
+    extras = _cheapest(tables, spare) if convex else _programme(tables, spare)
+    return {name: rank + extra for name, extra in zip(names, extras, strict=True)}
+
+
+def _increments(group: Group, rank: int, spare: int) -> list[int]:
+    """The extra cost of 0, 1, 2, .. ranks more for one group, while it grows and fits."""
+    table = [0]
+    while True:
+        larger = resized(group, _with_rank(group.rule, rank + len(table)).rank)
+        extra = sum(map(larger.numel, group.trainable)) - group_trainable(group)
+        if extra > spare or extra == table[-1]:
+            return table
+        table.append(extra)
+
+
+def _cheapest(tables: Sequence[Sequence[int]], spare: int) -> list[int]:
+    """Increments in order of cost while they fit: the largest sum where costs are convex."""
+    steps = sorted((table[k + 1] - table[k], k, n) for n, table in enumerate(tables) for k in range(len(table) - 1))
+    taken = [0] * len(tables)
+    for cost, _, n in steps:
+        if cost > spare:
+            break
+        spare -= cost
+        taken[n] += 1
+    return taken
+
+
+def _programme(tables: Sequence[Sequence[int]], spare: int) -> list[int]:
+    """The largest sum of increments within the budget, by the least cost of every sum, group after group."""
+    least = np.zeros(1)
+    choices: list[np.ndarray] = []
+    for table in tables:
+        wide = np.full((len(table), len(least) + len(table) - 1), np.inf)
+        for k, cost in enumerate(table):
+            wide[k, k : k + len(least)] = least + cost
+        choices.append(wide.argmin(0))
+        least = wide.min(0)
+    total = int(np.flatnonzero(least <= spare).max())
+    taken: list[int] = []
+    for choice in reversed(choices):
+        taken.append(int(choice[total]))
+        total -= taken[-1]
+    return taken[::-1]
