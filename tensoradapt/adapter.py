@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.grouping import Group
+from tensoradapt.interchange import to_tensorly
 from tensoradapt.io.native import write
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
@@ -168,6 +169,10 @@ class Adapter(nn.Module):
             yield
         finally:
             self.enabled = before
+
+    def to_tensorly(self) -> dict[str, Any]:
+        """Every group as a TensorLy tensor, detached and without the scale. Raises SpecError on other networks."""
+        return {name: to_tensorly(group, self.factors(name)) for name, group in self.groups.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by its key in the adapter file: `group.node`, `group.node__start`, `extra.<parameter>`."""

@@ -13,8 +13,8 @@ TORCH_FREE = (
     *("sites", "recipe", "grouping", "plan", "budget"),
 )
 WITH_TORCH = (
-    *("linalg", "chain", "lower", "gauge", "io", "scan", "fit", "init", "hooks", "merging", "adapter", "attach"),
-    *("change", "optim", "analysis", "extract", "peft", "distributed", "plots", "demo", "cli", "__main__", "__init__"),
+    *("linalg", "chain", "lower", "gauge", "io", "scan", "fit", "init", "interchange", "hooks", "merging", "adapter", "attach"),
+    *("change", "optim", "analysis", "extract", "peft", "distributed", "plots", "trainer", "demo", "cli", "__main__", "__init__"),
 )
 LAYERS = TORCH_FREE + WITH_TORCH
 

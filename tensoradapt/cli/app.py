@@ -1,0 +1,69 @@
+"""The application: its commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from tensoradapt.cli.budget import budget
+from tensoradapt.cli.demo import demo
+from tensoradapt.cli.plan import plan
+from tensoradapt.cli.presets import presets
+from tensoradapt.errors import TensorAdaptError
+
+INTERRUPTED, AT_FAULT = 130, 2
+# Recent versions of typer carry their own copy of click, so the class is found by what it is the base of.
+UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+def application() -> typer.Typer:
+    """The command line's application."""
+    app = typer.Typer(
+        name="tensoradapt",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for command in (presets, plan, budget, demo):
+        app.command()(command)
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"tensoradapt {version('tensoradapt')}\n")
+        raise typer.Exit
+
+
+def _root(
+    show: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Build, plan and compare tensor-structured adapters."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code: 0 done, 2 the user's input is at fault, 130 interrupted."""
+    command = typer.main.get_command(application())
+    try:
+        code = command.main(
+            args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tensoradapt", standalone_mode=False
+        )
+        return code if isinstance(code, int) else 0
+    except TensorAdaptError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return AT_FAULT
+    except UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        return AT_FAULT
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
