@@ -68,7 +68,12 @@ class Group:
 
     def recipe(self, placement: Placement) -> Recipe:
         """How a site of the group is lowered."""
-        return recipe(self.diagram, placement.slots, placement.site.kind)
+        return recipe(self.diagram, placement.slots, placement.site.kind, code=self.drops_code)
+
+    @property
+    def drops_code(self) -> bool:
+        """Whether dropout acts on the code, which a lowering then has to have."""
+        return self.rule.dropout > 0 and self.rule.dropout_at == "code"
 
     @property
     def flops_per_token(self) -> int:

@@ -34,7 +34,7 @@ class Line:
 def line(group: Group, placement: Placement, kind: str | None = None, *, transpose: bool = False) -> Line:
     """The line of one site of a group; `transpose` for a tied module that uses the tensor the other way round."""
     diagram = group.diagram
-    made = recipe(diagram, placement.slots, kind or placement.site.kind, transpose=transpose)
+    made = recipe(diagram, placement.slots, kind or placement.site.kind, transpose=transpose, code=group.drops_code)
     picks = tuple(_picks(diagram, indices, placement) for indices in diagram.nodes.values())
     return Line(made, tuple(diagram.nodes), picks)
 

@@ -1,8 +1,8 @@
 """Recipes: how one site's delta is contracted with its input, decided in names and integers before any tensor exists.
 
 Every network has four candidate lowerings: a *sandwich* `B . M . A` (whenever `out` and `in` sit on different nodes),
-*stages* `I (x) W (x) I` (each node consumes neighbouring axes of the activation), one *einsum* with the activation as an
-operand, and *dense*. The cheapest wins. Invariant: only `dense` ever forms a tensor of out x in entries.
+*stages* `I (x) W (x) I` (each node consumes neighbouring axes of the activation), one *einsum* with the activation as
+an operand, and *dense*. The cheapest wins. Invariant: only `dense` ever forms a tensor of out x in entries.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import permutations
 import opt_einsum
 
 from tensoradapt.diagram import Diagram
+from tensoradapt.errors import SpecError
 
 # An einsum permutes what it contracts: it has to promise more than a quarter less work to be chosen.
 HANDICAP = {"sandwich": 1.0, "stages": 1.0, "einsum": 1.25, "dense": 1.0}
@@ -44,11 +45,14 @@ class Stage:
     after: int
     diagonal: bool = False
     kernel: bool = False  # consumes the kernel of a convolution
+    pointwise: bool = False  # on a convolution's channels: once for a position, though `after` has its kernel still
 
     @property
     def flops(self) -> int:
         """Floating-point operations per token, a multiply-add counted as two."""
-        return self.rows * self.before if self.diagonal else 2 * self.before * self.rows * self.cols * self.after
+        if self.diagonal:
+            return self.rows * self.before
+        return 2 * self.before * self.rows * self.cols * (1 if self.pointwise else self.after)
 
 
 @dataclass(frozen=True)
@@ -125,15 +129,33 @@ def _path(
 
 @lru_cache(maxsize=4096)
 def recipe(
-    diagram: Diagram, slots: tuple[int, int] = (1, 1), kind: str = "linear", *, transpose: bool = False
+    diagram: Diagram,
+    slots: tuple[int, int] = (1, 1),
+    kind: str = "linear",
+    *,
+    transpose: bool = False,
+    code: bool = False,
 ) -> Recipe:
     """The cheapest lowering of one site of a group: of `slots` (rows, columns of them), for a kind of module.
 
-    `transpose` swaps the sides, for a tied module that uses the same tensor the other way round.
+    `transpose` swaps the sides, for a tied module that uses the same tensor the other way round. `code` keeps to the
+    lowerings that have a code before `out`, for dropout there; raises SpecError where none has.
     """
-    problem = _problem(diagram, slots, kind, transpose)
-    found = [c for c in (_sandwich(problem), _staged(problem), _einsum(problem)) if c is not None]
-    return min([*found, _dense(problem)], key=lambda candidate: candidate.cost * HANDICAP[candidate.kind])
+    found = candidates(_problem(diagram, slots, kind, transpose))
+    found = [made for made in found if made.kind == "sandwich"] if code else found
+    if not found:
+        raise SpecError(
+            "dropout at the code needs a network with a code: `out` and `in` on different nodes",
+            got=str(diagram),
+            hint="use dropout_at: in",
+        )
+    return min(found, key=lambda candidate: candidate.cost * HANDICAP[candidate.kind])
+
+
+def candidates(problem: _Problem) -> list[Recipe]:
+    """Every lowering of a site's network; `dense` always is one."""
+    single = (_staged(problem), _einsum(problem), _dense(problem))
+    return [*_sandwich(problem), *(made for made in single if made is not None)]
 
 
 def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, transpose: bool) -> _Problem:
@@ -191,13 +213,13 @@ def _einsum(problem: _Problem) -> Recipe | None:
     return Recipe(**{**vars(base), "einsum": found, "flops": -(-found.flops // TOKENS)})
 
 
-def _sandwich(problem: _Problem) -> Recipe | None:
-    """`B . M . A`: what hangs on `out`, what hangs on `in`, and what joins them."""
+def _sandwich(problem: _Problem) -> Iterator[Recipe]:
+    """`B . M . A`: what hangs on `out`, what hangs on `in`, and what joins them; none where a node carries both."""
     slots = {"slot_out", "slot_in"}
     outer = [n for n, i in problem.operands.items() if set(i) & (set(problem.out) - slots)]
     inner = [n for n, i in problem.operands.items() if set(i) & (set(problem.inp) - slots)]
     if not outer or not inner or set(outer) & set(inner) or _carried(problem, [*outer, *inner]) & slots:
-        return None
+        return
     middle: list[str] = []
     for part in _components(problem, [n for n in problem.operands if n not in outer and n not in inner]):
         touched = _carried(problem, part)
@@ -205,7 +227,9 @@ def _sandwich(problem: _Problem) -> Recipe | None:
         (middle if touched & slots or (to_out and to_in) else inner if to_in else outer).extend(part)
     code_out = _ordered(problem, _carried(problem, outer) & _carried(problem, [*inner, *middle]))
     code_in = _ordered(problem, _carried(problem, inner) & _carried(problem, [*outer, *middle]))
-    return min(_sandwiches(problem, outer, middle, inner, code_out, code_in), key=lambda r: r.cost)
+    found = _sandwiches(problem, outer, middle, inner, code_out, code_in)
+    # an embedding's row is looked up whole: its first stage cannot be repeated over slots
+    yield from (made for made in found if problem.kind != "embedding" or made.stages[0].before == 1)
 
 
 def _sandwiches(
@@ -269,7 +293,9 @@ def _staged(problem: _Problem) -> Recipe | None:
     ):
         return None
     best: tuple[int, list[Stage], Indices] | None = None
-    for stages, state in _walks(problem, problem.inp, tuple(problem.operands), 0):
+    for stages, state in _walks(problem, problem.inp, tuple(problem.operands)):
+        if problem.kind == "conv" and state != problem.out:
+            continue  # channels are not permuted
         cost = sum(s.flops for s in stages) + (0 if state == problem.out else 2 * problem.numel(state))
         if best is None or cost < best[0]:
             best = (cost, stages, state)
@@ -280,9 +306,7 @@ def _staged(problem: _Problem) -> Recipe | None:
     return _finish(problem, "stages", stages, order, state)
 
 
-def _walks(
-    problem: _Problem, state: Indices, left: tuple[str, ...], depth: int
-) -> Iterator[tuple[list[Stage], Indices]]:
+def _walks(problem: _Problem, state: Indices, left: tuple[str, ...]) -> Iterator[tuple[list[Stage], Indices]]:
     """All orders in which the nodes left can be applied to an activation with the axes `state`."""
     if not left:
         if set(state) == set(problem.out):
@@ -290,7 +314,7 @@ def _walks(
         return
     for node in left:
         for stage, after in _applications(problem, state, node):
-            for stages, final in _walks(problem, after, tuple(n for n in left if n != node), depth + 1):
+            for stages, final in _walks(problem, after, tuple(n for n in left if n != node)):
                 yield [stage, *stages], final
 
 
@@ -304,12 +328,10 @@ def _applications(problem: _Problem, state: Indices, node: str) -> Iterator[tupl
     made = tuple(index for index in indices if index not in taken)
     for rows in permutations(made) if len(made) <= 3 else [made]:
         before, after = state[:start], state[start + len(taken) :]
-        if problem.kind == "conv" and (before or set(after) - set(problem.kernel)):
+        conv = problem.kind == "conv"
+        if conv and (before or after not in ((), problem.kernel)):
             continue  # on a convolution's channels only plain 1 x 1 and k x k stages are served
-        repeat = 1 if problem.kind == "conv" else problem.numel(after)
+        sizes = (problem.numel(before), problem.numel(rows), problem.numel(taken), problem.numel(after))
+        kernel = conv and bool(set(taken) & set(problem.kernel or problem.inp))
         weight = problem.contract([node], (*rows, *taken))
-        kernel = problem.kind == "conv" and bool(set(taken) & set(problem.kernel or problem.inp))
-        yield (
-            Stage(weight, problem.numel(before), problem.numel(rows), problem.numel(taken), repeat, kernel=kernel),
-            (*before, *rows, *after),
-        )
+        yield Stage(weight, *sizes, kernel=kernel, pointwise=conv and not kernel), (*before, *rows, *after)

@@ -1,0 +1,338 @@
+"""Every way of lowering a network to a chain gives its dense delta, in values and in gradients."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BY_NAME, CASES, Case, dense, draw, pullback
+from torch import nn
+
+from tensoradapt import recipe as recipes
+from tensoradapt.chain import Convolved, staged
+from tensoradapt.errors import SpecError
+from tensoradapt.grouping import Group, Placement
+from tensoradapt.lower import Line, chain, line, lower
+from tensoradapt.lower import dense as whole
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+some_cases = pytest.mark.parametrize("case", CASES[::7], ids=lambda case: case.name)
+
+
+def tensors(factors, grad=True):
+    return {node: torch.from_numpy(value.copy()).requires_grad_(grad) for node, value in factors.items()}
+
+
+def assert_close(found, expected, says=""):
+    found = found.detach().numpy() if isinstance(found, torch.Tensor) else found
+    assert found.shape == expected.shape, says
+    assert np.abs(found - expected).max() <= 1e-11 * (1 + np.abs(expected).max()), says
+
+
+def gradients(result, factors):
+    """Gradients of a scalar in every factor; zeros where it does not depend on one."""
+    found = torch.autograd.grad(result, list(factors.values()), allow_unused=True)
+    return {
+        node: np.zeros(factor.shape) if grad is None else grad.numpy()
+        for (node, factor), grad in zip(factors.items(), found, strict=True)
+    }
+
+
+def candidates(group: Group, placement: Placement, kind: str = "", transpose: bool = False) -> list[recipes.Recipe]:
+    """Every lowering that exists for a site, chosen or not."""
+    problem = recipes._problem(group.diagram, placement.slots, kind or placement.site.kind, transpose)
+    return recipes.candidates(problem)
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Truth:
+    """What one site's chain has to give: its matrix, its output on some input, and the gradients of both together."""
+
+    def __init__(self, group: Group, placement: Placement, kind: str = "", turned: bool = False) -> None:
+        self.group, self.placement, self.kind = group, placement, kind or placement.site.kind
+        self.factors = draw(group.diagram)
+        delta = dense(group, self.factors, placement)
+        self.matrix = delta.T if turned else delta
+        self.step = Convolved(self._module()) if self.kind == "conv" else staged
+        self.x = self._input()
+        weight = torch.from_numpy(self.matrix.copy()).requires_grad_()
+        y = self._apply(weight)
+        self.y = y.detach().numpy()
+        self.on_y, self.on_matrix = random(2, *y.shape), random(3, *weight.shape)
+        cotangent = torch.autograd.grad((y * self.on_y).sum(), weight)[0] + self.on_matrix
+        self.pulled = pullback(group, self.factors, placement, cotangent.T.numpy() if turned else cotangent.numpy())
+
+    def _module(self) -> nn.Conv2d:
+        out, inp, *kernel = self.placement.site.shape
+        return nn.Conv2d(inp, out, kernel, stride=(2, 1), padding=(1, 2), dilation=(1, 2), dtype=torch.float64)
+
+    def _input(self) -> torch.Tensor:
+        size = self.matrix.shape[1]
+        if self.kind == "conv":
+            return random(1, 2, self.placement.site.inp, 7, 8)
+        if self.kind == "embedding":
+            return torch.randint(0, size, (2, 3), generator=torch.Generator().manual_seed(1))
+        return random(1, 2, 3, size)
+
+    def _apply(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.kind == "conv":
+            how = {name: getattr(self.step.module, name) for name in ("stride", "padding", "dilation")}
+            return F.conv2d(self.x, weight.reshape(self.placement.site.shape), **how)
+        if self.kind == "embedding":
+            return F.one_hot(self.x, weight.shape[1]).double() @ weight.T
+        return self.x @ weight.T
+
+    def check(self, made: Line) -> None:
+        held = tensors(self.factors)
+        found = chain(made, held)
+        y, matrix = found(self.x, self.step), found.dense()
+        assert_close(y, self.y, made.recipe.kind)
+        assert_close(matrix, self.matrix, made.recipe.kind)
+        for node, grad in gradients((y * self.on_y).sum() + (matrix * self.on_matrix).sum(), held).items():
+            assert_close(grad, self.pulled[node], f"{made.recipe.kind} {node}")
+
+
+@every_case
+def test_every_candidate_is_the_dense_delta(case):
+    """The chosen lowering is one of the candidates: `test_the_cheapest_candidate_is_chosen`."""
+    group = case.groups()[-1]
+    placement = group.placements[len(group.placements) // 2]
+    truth, made = Truth(group, placement), line(group, placement)
+    for candidate in candidates(group, placement):
+        truth.check(replace(made, recipe=candidate))
+
+
+@every_case
+def test_every_site_reads_its_own_coordinates(case):
+    for group in case.groups():
+        factors = draw(group.diagram)
+        for placement in group.placements:
+            made = lower(group, placement, tensors(factors, grad=False))
+            assert_close(made.dense(), dense(group, factors, placement), placement.site.path)
+
+
+@some_cases
+def test_a_site_moves_only_the_factors_that_it_reads(case):
+    """Rows of coordinates that no site has, the holes of the grid, get no gradient."""
+    for group in case.groups():
+        factors = draw(group.diagram)
+        read = {node: np.zeros(value.shape, bool) for node, value in factors.items()}
+        held = tensors(factors)
+        total = sum(lower(group, placement, held).dense().sum() for placement in group.placements)
+        for placement in group.placements:
+            ones = np.ones(dense(group, factors, placement).shape)
+            for node, grad in pullback(group, factors, placement, ones).items():
+                read[node] |= grad != 0
+        for node, grad in gradients(total, held).items():
+            assert not grad[~read[node]].any(), node
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES[::5] if "conv" not in c.name and "slots" not in c.name], ids=lambda case: case.name
+)
+def test_a_tied_module_uses_the_tensor_the_other_way_round(case, kind):
+    group = case.groups()[0]
+    placement = group.placements[-1]
+    truth, made = Truth(group, placement, kind, turned=True), line(group, placement, kind, transpose=True)
+    for candidate in [made.recipe, *candidates(group, placement, kind, transpose=True)]:
+        truth.check(replace(made, recipe=candidate))
+
+
+@some_cases
+def test_the_dense_tensor_of_a_group_holds_every_site(case):
+    for group in case.groups():
+        factors = draw(group.diagram)
+        tensor = whole(group.diagram, tensors(factors, grad=False)).numpy()
+        for placement in (p for p in group.placements if p.slots == (1, 1)):
+            index = tuple(placement.index.get(axis, slice(None)) for axis in group.diagram.open)
+            sides = [axis for axis in group.diagram.open if axis not in placement.index]
+            order = [sides.index(part) for axis in ("out", "in", "kernel") for part in group.diagram.fold(axis)]
+            site = tensor[index].transpose(order).reshape(placement.site.out, -1)
+            assert_close(site, dense(group, factors, placement))
+
+
+# -- which lowering is reached ------------------------------------------------------------------------------------
+
+REACHED = {
+    "wide-sandwich": lambda r: r.kind == "sandwich" and len(r.stages) == 2,
+    "wide-middle": lambda r: r.kind == "sandwich" and len(r.stages) == 3,
+    "wide-diagonal": lambda r: r.kind == "sandwich" and r.stages[1].diagonal,
+    "wide-absorbed": lambda r: r.kind == "sandwich" and [len(s.weight.nodes) for s in r.stages] == [1, 2],
+    "wide-stages": lambda r: r.kind == "stages" and r.stages[0].before > 1 and r.stages[1].after > 1,
+    "wide-order": lambda r: r.kind == "stages" and r.order == (1, 0),
+    "wide-einsum": lambda r: r.kind == "einsum" and not r.stages,
+    "wide-dense": lambda r: r.kind == "dense" and len(r.stages) == 1,
+    "wide-kernel": lambda r: r.kind == "stages" and [s.kernel for s in r.stages] == [False, True, False],
+    "slots-core-r1": lambda r: r.kind == "sandwich" and len(r.stages) == 3,
+    "embedding-r1": lambda r: r.kind == "sandwich" and not r.stages[0].diagonal,
+}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_each_kind_of_lowering_is_chosen_where_it_pays(name):
+    group = BY_NAME[name].groups()[0]
+    made = group.recipe(group.placements[-1])
+    assert REACHED[name](made), made
+
+
+def test_the_table_forces_every_kind_on_many_cases():
+    kinds = {"sandwich": 0, "stages": 0, "einsum": 0, "dense": 0}
+    for case in CASES[::7]:
+        group = case.groups()[0]
+        for kind in {c.kind for c in candidates(group, group.placements[0])}:
+            kinds[kind] += 1
+    assert kinds["dense"] == len(CASES[::7]) and min(kinds.values()) > 20, kinds
+
+
+def test_what_joins_the_sides_twice_is_absorbed_by_either():
+    group = BY_NAME["bridge-r2"].groups()[0]
+    made = [c for c in candidates(group, group.placements[0]) if c.kind == "sandwich"]
+    assert [[len(s.weight.nodes) for s in c.stages] for c in made] == [[1, 2], [2, 1]]
+
+
+def test_the_cheapest_candidate_is_chosen():
+    for case in CASES[::11]:
+        for group in case.groups():
+            placement = group.placements[0]
+            cost = {c: c.cost * recipes.HANDICAP[c.kind] for c in candidates(group, placement)}
+            assert cost[group.recipe(placement)] == min(cost.values())
+
+
+# -- cost ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("out", "inp", "rank"), [(48, 32, 1), (48, 32, 4), (200, 300, 7)])
+def test_flops_of_lora_and_lotr(out, inp, rank):
+    site = {"block.0.q": (out, inp)}
+    lora = Case("", {"axes": ("out", "in"), "rank": rank}, site).plan()
+    lotr = {
+        "format": "tucker",
+        "axes": ("site", "out", "in"),
+        "compress": ("out", "in"),
+        "rank": rank,
+        "excess": "keep",
+    }
+    lotr = Case("", lotr, site).plan()
+    assert lora.flops_per_token == 2 * rank * (out + inp)
+    assert lotr.flops_per_token == 2 * rank * (out + inp + rank)
+    assert lora.dense_flops_per_token == lotr.dense_flops_per_token == 2 * out * inp
+
+
+def test_flops_of_stages_and_of_a_difference():
+    folds = {"out": [6, 4], "in": [6, 6]}
+    kron = {"format": "ttm", "axes": ("out", "in"), "folds": folds, "rank": 1}
+    site = {"block.0.q": (24, 36)}
+    # W2 (4 x 6) on each of 6 rows, then W1 (6 x 6) on each of 4 columns
+    assert Case("", kron, site).plan().flops_per_token == 2 * (6 * 4 * 6 + 6 * 6 * 4)
+    assert Case("", {**kron, "start": "difference"}, site).plan().flops_per_token == 3 * 2 * (6 * 4 * 6 + 6 * 6 * 4)
+
+
+def test_flops_of_a_convolution_count_each_position_once():
+    group = BY_NAME["wide-kernel"].groups()[0]
+    assert group.recipe(group.placements[0]).flops == 2 * (2 * 36 + 2 * 18 + 24 * 2)
+
+
+# -- differences, dtypes, dropout -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in CASES[::3] if not c.kind and "conv" not in c.name], ids=lambda c: c.name)
+def test_a_difference_is_the_delta_minus_its_start(case):
+    group = case.groups()[0]
+    placement = group.placements[-1]
+    begun, now = draw(group.diagram, 5), draw(group.diagram, 6)
+    expected = dense(group, now, placement) - dense(group, begun, placement)
+    x = random(1, 2, 3, expected.shape[1])
+    weight = random(2, 2, 3, expected.shape[0])
+    pulled = pullback(group, now, placement, np.einsum("abo,abi->oi", weight.numpy(), x.numpy()))
+    held, start = tensors(now), tensors(begun, grad=False)
+    for candidate in candidates(group, placement):
+        made = replace(line(group, placement), recipe=candidate)
+        found = chain(made, held, start)
+        y = found(x)
+        assert_close(y, x.numpy() @ expected.T, candidate.kind)
+        assert_close(found.dense(), expected, candidate.kind)
+        for node, grad in gradients((y * weight).sum(), held).items():
+            assert_close(grad, pulled[node], f"{candidate.kind} {node}")
+        assert not chain(made, start, start)(x).any(), candidate.kind
+
+
+def test_a_small_difference_loses_no_digits():
+    """N(theta) - N(theta0) subtracted in float32 would keep two digits of a step this small; the product rule all."""
+    group = BY_NAME["wide-stages"].groups()[0]
+    placement = group.placements[0]
+    begun = draw(group.diagram)
+    now = {node: value + 1e-5 * np.sign(value) for node, value in begun.items()}
+    start32 = {node: torch.from_numpy(value).float() for node, value in begun.items()}
+    now32 = {node: torch.from_numpy(value).float() for node, value in now.items()}
+    exact = dense(group, {n: t.double().numpy() for n, t in now32.items()}, placement)
+    exact -= dense(group, {n: t.double().numpy() for n, t in start32.items()}, placement)
+    found = chain(line(group, placement), now32, start32).dense().double().numpy()
+    assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
+
+
+@some_cases
+def test_a_chain_is_cast_to_the_dtype_it_is_asked_for(case):
+    group = case.groups()[0]
+    placement = group.placements[-1]
+    factors = tensors(draw(group.diagram))
+    made = chain(line(group, placement), factors, like=torch.empty(0, dtype=torch.float32))
+    assert {weight.dtype for weight in made.weights} == {torch.float32}
+    expected = dense(group, draw(group.diagram), placement)
+    np.testing.assert_allclose(made.dense().detach(), expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_dropout_at_the_code_acts_between_the_core_and_out():
+    """With every code but the dropped one intact, the output is a sum of columns of the last factor."""
+    rule = {"format": "tucker", "axes": ("site", "out", "in"), "compress": ("out", "in"), "rank": 3}
+    group = Case("", {**rule, "dropout": 0.5, "dropout_at": "code"}).groups()[0]
+    placement = group.placements[0]
+    factors = draw(group.diagram)
+    x = torch.ones(1, 4, dtype=torch.float64)
+    code = factors["core"][0] @ (factors["factor_in"].T @ x[0].numpy())
+    kept = {tuple(np.round(factors["factor_out"] @ (2 * code * mask), 9)) for mask in np.ndindex(2, 2, 2)}
+    torch.manual_seed(0)
+    made = lower(group, placement, tensors(factors))
+    found = {tuple(np.round(made(x, staged, 0.5).detach().numpy()[0], 9)) for _ in range(200)}
+    assert found == kept
+
+
+@pytest.mark.parametrize("name", ["wide-dense", "wide-einsum", "wide-stages"])
+def test_dropout_at_the_code_is_refused_where_there_is_no_code(name):
+    case = BY_NAME[name]
+    rule = {**case.rule, "dropout": 0.1, "dropout_at": "code"}
+    group = replace(case, rule=rule).groups()[0]
+    with pytest.raises(SpecError, match="code"):
+        group.recipe(group.placements[0])
+    with pytest.raises(SpecError, match="dropout_at: in"):
+        line(group, group.placements[0])
+
+
+def test_dropout_at_the_code_keeps_the_code_where_dense_would_be_cheaper():
+    rule = {"axes": ("out", "in"), "rank": 4, "dropout": 0.1, "dropout_at": "code"}
+    group = Case("", rule).groups()[0]
+    assert group.recipe(group.placements[0]).kind == "sandwich"
+    without = Case("", {**rule, "dropout": 0.0}).groups()[0]
+    assert without.recipe(without.placements[0]).kind == "dense"
+
+
+GRADCHECKED = ("tt-layer-in-out-role-r2", "tucker-heads-r2", "cp-heads-r2", "ttm2-layer-out-in-r2", "gates-r1")
+
+
+@pytest.mark.parametrize("name", GRADCHECKED)
+def test_gradcheck(name):
+    group = BY_NAME[name].groups()[0]
+    placement = group.placements[-1]
+    held = tensors(draw(group.diagram))
+    x = random(1, 1, placement.site.inp).requires_grad_()
+    for candidate in candidates(group, placement):
+        made = replace(line(group, placement), recipe=candidate)
+
+        def apply(x, *values, made=made):
+            return chain(made, dict(zip(held, values, strict=True)))(x)
+
+        assert torch.autograd.gradcheck(apply, (x, *held.values())), candidate.kind
