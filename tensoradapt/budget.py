@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 
 import numpy as np
+from pydantic import Field
 
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.grouping import Group, resized
@@ -68,14 +69,12 @@ class BudgetTable:
         )
 
 
-@dataclass(frozen=True)
-class RankSolution:
-    """The largest `rank` that all groups can have, and the largest `ranks` by group, with the spec and plan of the latter."""
+class SolvedSpec(Spec):
+    """A spec with the largest ranks that a budget allows: the `rank` that all groups can have, the `ranks` by group."""
 
-    rank: int
-    ranks: Mapping[str, int]
-    spec: Spec
-    plan: Plan
+    rank: int = Field(description="the largest rank that all groups can have")
+    ranks: dict[str, int] = Field(description="the largest rank of each group, as a rule's `ranks` takes them")
+    num_trainable: int = Field(description="the trained entries at these ranks")
 
 
 def tabulate(specs: Spec | Mapping[str, Spec] | Sequence[Spec], model: SiteMap, ranks: Iterable[int]) -> BudgetTable:
@@ -96,7 +95,9 @@ def _named(specs: Spec | Mapping[str, Spec] | Sequence[Spec]) -> dict[str, Spec]
         return dict(specs)
     named: dict[str, Spec] = {}
     for spec in [specs] if isinstance(specs, Spec) else specs:
-        label = base = "+".join(dict.fromkeys(rule.family or rule.preset or rule.name or rule.format for rule in spec.rules))
+        label = base = "+".join(
+            dict.fromkeys(rule.family or rule.preset or rule.name or rule.format for rule in spec.rules)
+        )
         number = 2
         while label in named:
             label, number = f"{base}_{number}", number + 1
@@ -136,7 +137,11 @@ def with_rank(spec: Spec, rank: int) -> Spec:
 
 def _with_rank(rule: Rule, rank: int) -> Rule:
     old = rule.rank
-    values = [old] if isinstance(old, int) else [v for v in (old.values() if isinstance(old, dict) else old) if isinstance(v, int)]
+    values = (
+        [old]
+        if isinstance(old, int)
+        else [v for v in (old.values() if isinstance(old, dict) else old) if isinstance(v, int)]
+    )
     scaled: Callable[[int | str], int | str] = lambda v: max(1, v * rank // max(values)) if isinstance(v, int) else v  # noqa: E731
     new = (
         {bond: scaled(v) for bond, v in old.items()}
@@ -148,7 +153,7 @@ def _with_rank(rule: Rule, rank: int) -> Rule:
     return Rule(**{**rule.model_dump(exclude_defaults=True), "rank": new, "ranks": {}})
 
 
-def solve(spec: Spec, model: SiteMap, max_parameters: int) -> RankSolution:
+def solve(spec: Spec, model: SiteMap, max_parameters: int) -> SolvedSpec:
     """The largest rank, and the largest ranks by group, with at most `max_parameters` trainable entries.
 
     `rank` is the largest that all groups can have. What is left of the budget then raises single groups, so that the sum
@@ -156,15 +161,27 @@ def solve(spec: Spec, model: SiteMap, max_parameters: int) -> RankSolution:
     dynamic programme over the sum of ranks where they are not (exact too). Raises RankError where rank 1 is too much.
     """
     if not has_rank(spec):
-        raise SpecError("the spec has no rank to solve for", got=[rule.family or rule.format for rule in spec.rules], hint="its size follows from its folds")
+        raise SpecError(
+            "the spec has no rank to solve for",
+            got=[rule.family or rule.format for rule in spec.rules],
+            hint="its size follows from its folds",
+        )
     plans = cache(lambda rank: make_plan(with_rank(spec, rank), model))
     if plans(1).num_trainable > max_parameters:
-        raise RankError("the budget is below the smallest adapter", got=f"max_parameters={max_parameters:,}", expected=f"at least {plans(1).num_trainable:,} (rank 1)", hint="adapt fewer sites, or use a format that shares factors")
+        raise RankError(
+            "the budget is below the smallest adapter",
+            got=f"max_parameters={max_parameters:,}",
+            expected=f"at least {plans(1).num_trainable:,} (rank 1)",
+            hint="adapt fewer sites, or use a format that shares factors",
+        )
     rank = _largest(plans, max_parameters)
     ranks = _by_group(plans, rank, max_parameters)
-    rules = tuple(Rule(**{**r.model_dump(exclude_defaults=True), "ranks": _own(plans(rank), r, ranks)}) for r in plans(rank).spec.rules)
-    solved = Spec(rules=rules)
-    return RankSolution(rank, ranks, solved, make_plan(solved, model))
+    rules = tuple(
+        Rule(**{**r.model_dump(exclude_defaults=True), "ranks": _own(plans(rank), r, ranks)})
+        for r in plans(rank).spec.rules
+    )
+    count = make_plan(Spec(rules=rules), model).num_trainable
+    return SolvedSpec(rules=rules, rank=rank, ranks=ranks, num_trainable=count)
 
 
 def _own(plan: Plan, rule: Rule, ranks: Mapping[str, int]) -> dict[str, int | list[int] | dict[str, int | str]]:

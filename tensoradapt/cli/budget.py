@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tensoradapt.budget import BudgetTable, RankSolution, has_rank
+from tensoradapt.budget import BudgetTable, SolvedSpec, has_rank
 from tensoradapt.cli.options import (
     JsonOption,
     ModelOption,
@@ -79,14 +79,14 @@ def _spec(name: str, targets: list[str] | None, pairs: list[str] | None) -> Spec
     return make_preset(name, **{key: value for key, value in given.items() if key not in own})
 
 
-def _solution(solution: RankSolution) -> dict[str, Any]:
-    return {"rank": solution.rank, "ranks": dict(solution.ranks), "num_trainable": solution.plan.num_trainable}
+def _solution(solution: SolvedSpec) -> dict[str, Any]:
+    return {"rank": solution.rank, "ranks": dict(solution.ranks), "num_trainable": solution.num_trainable}
 
 
-def _line(name: str, solution: RankSolution, limit: int | None) -> str:
+def _line(name: str, solution: SolvedSpec, limit: int | None) -> str:
     spread = sorted(set(solution.ranks.values()))
     groups = "" if len(spread) == 1 else f"; by group {spread[0]} to {spread[-1]}"
-    return f"{name}: rank {solution.rank}{groups}: {solution.plan.num_trainable:,} of {limit:,} parameters"
+    return f"{name}: rank {solution.rank}{groups}: {solution.num_trainable:,} of {limit:,} parameters"
 
 
 def _write(table: BudgetTable, out: Path, max_parameters: int | None) -> None:
