@@ -162,7 +162,9 @@ def _heads(rule: Rule, site: Site, model: SiteMap) -> int | None:
     """The number of heads on a site's `out`: of keys and values where the role says so. None where no fold asks."""
     if "head" not in str(rule.folds):
         return None
-    heads, kv_heads = rule.heads or model.heads, rule.kv_heads or (None if rule.heads else model.kv_heads)
+    heads = rule.heads or model.heads
+    # heads that are not the model's say nothing of its keys and values
+    kv_heads = rule.kv_heads or (model.kv_heads if heads == model.heads else None)
     is_kv = _KEY_VALUE.fullmatch(str(site.coordinates.get("role", site.path)))
     return kv_heads if kv_heads and is_kv else heads
 

@@ -146,21 +146,26 @@ def from_weight(group: Group, weight: Tensor) -> dict[str, Tensor]:
             f"law 'weight' needs a tensor for every site, and group {group.name!r} has {len(group.placements)}"
         )
     nodes = [node for node, law in group.laws.items() if law == WEIGHT]
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if group.rule.format == "ttm" and len(nodes) == len(group.diagram.nodes):
-        return _tt_matrix(group, weight)
+        return _typed(group, _tt_matrix(group, weight))
     sides = {axis: [n for n in nodes if axis in group.diagram.nodes[n]] for axis in ("out", "in")}
     if len(nodes) != 2 or any(len(found) != 1 for found in sides.values()):
         raise SpecError("law 'weight' serves two nodes, on out and on in, or all nodes of a TT-matrix", got=nodes)
-    return _two_sides(group, sides["out"][0], sides["in"][0], weight)
+    return _typed(group, _two_sides(group, sides["out"][0], sides["in"][0], weight))
+
+
+def _typed(group: Group, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {node: factor.to(getattr(torch, group.rule.dtype)).contiguous() for node, factor in factors.items()}
 
 
 def _two_sides(group: Group, outer: str, inner: str, weight: Tensor) -> dict[str, Tensor]:
     rank = min(group.diagram.shape(outer)[-1], min(weight.shape))
-    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     signs = torch.where(
         u.abs().argmax(0, keepdim=True).eq(torch.arange(u.shape[0], device=u.device)[:, None]), u.sign(), 0
     ).sum(0)
-    return {outer: (u * signs)[:, :rank].contiguous(), inner: ((s * signs)[:, None] * vh)[:rank].contiguous()}
+    return {outer: (u * signs)[:, :rank], inner: ((s * signs)[:, None] * vh)[:rank]}
 
 
 def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
@@ -168,7 +173,5 @@ def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
     sizes = [diagram.sizes[axis] for axis in (*diagram.fold("out"), *diagram.fold("in"))]
     ranks = [1, *(diagram.sizes[bond] for bond in diagram.bonds), 1]
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        cores = tensor_train_matrix(weight.float().reshape(sizes), ranks).factors
-    return {
-        node: core.reshape(diagram.shape(node)).contiguous() for node, core in zip(diagram.nodes, cores, strict=True)
-    }
+        cores = tensor_train_matrix(weight.reshape(sizes), ranks).factors
+    return {node: core.reshape(diagram.shape(node)) for node, core in zip(diagram.nodes, cores, strict=True)}

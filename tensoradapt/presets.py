@@ -103,7 +103,7 @@ def loretta(rank: int = 8, tt_rank: int = 5, folds: Folds = "auto:3") -> dict[st
     }
     return {
         **{"format": "network", "network": f"{', '.join(nodes)} -> {' '.join(axes)}", "folds": sides, "rank": bonds},
-        **{"excess": "cap", "start": "nonzero", "scale": 2.0, "init": laws},
+        **{"excess": "cap", "start": "nonzero", "scale": 16.0 / rank, "init": laws},
     }
 
 
@@ -425,7 +425,7 @@ def _rules(rows: Any) -> tuple[Rule, ...]:
     return tuple(Rule(**{"targets": QUERY_VALUE, **{k: v for k, v in row.items() if v is not None}}) for row in rows)
 
 
-def preset(name: str, **parameters: Any) -> Spec:
+def preset(name: str, /, **parameters: Any) -> Spec:
     """The spec of a named adapter family: its own parameters, and further fields of the rule as keywords.
 
     Raises SpecError on a name or a parameter that does not exist, listing those that do.
@@ -447,7 +447,9 @@ def preset(name: str, **parameters: Any) -> Spec:
         )
     own = {key: value for key, value in parameters.items() if key in row.parameters}
     extra = {key: value for key, value in parameters.items() if key not in row.parameters}
-    return Spec(rules=tuple(_override(rule, extra, name, first=k == 0) for k, rule in enumerate(_rules(row.build(**own)))))
+    return Spec(
+        rules=tuple(_override(rule, extra, name, first=k == 0) for k, rule in enumerate(_rules(row.build(**own))))
+    )
 
 
 def _override(rule: Rule, extra: Mapping[str, Any], family: str, *, first: bool) -> Rule:

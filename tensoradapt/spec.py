@@ -136,6 +136,7 @@ class Rule(_Value):
             ("slot", self.slot is not None, self.shapes == "slots" or bool(self.preset), "shapes: slots"),
             ("compress", bool(self.compress), self.format == "tucker" or bool(self.preset), "format: tucker"),
             ("zero", bool(self.zero), self.start == "zero", "start: zero"),
+            ("alpha", self.alpha != 1.0, str(self.scale)[:5] == "alpha" or bool(self.preset), "scale: alpha/rank"),
         )
         for field, given, used, owner in uses:
             if given and not used:
