@@ -2,7 +2,7 @@
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.attach import attach, load
-from tensoradapt.budget import BudgetTable, RankSolution
+from tensoradapt.budget import BudgetTable, SolvedSpec
 from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
 from tensoradapt.plan import Plan
 from tensoradapt.presets import PRESETS, preset
@@ -18,10 +18,10 @@ __all__ = [
     "FileError",
     "Plan",
     "RankError",
-    "RankSolution",
     "Rule",
     "ShapeError",
     "SiteError",
+    "SolvedSpec",
     "Spec",
     "SpecError",
     "TensorAdaptError",

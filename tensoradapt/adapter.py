@@ -5,8 +5,10 @@ Invariant: the base model keeps every parameter name and value; `detach` leaves 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +18,36 @@ from torch import Tensor, nn
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.grouping import Group
+from tensoradapt.host import HOST, Bank, Host, slashed
 from tensoradapt.interchange import to_tensorly
 from tensoradapt.io.native import write
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
-from tensoradapt.merging import Merged, add_rows, keep_original, restore_all, rows_of, view
+from tensoradapt.merging import Merged, Rows, Target, laid_out, merge, restore_all, rows_of
 from tensoradapt.plan import START, Plan
-from tensoradapt.scan import HOST
+from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site
-
-
-class Host(nn.Module):
-    """What a model carries its adapters in: named adapters, and which parameters were trainable before the first came."""
-
-    def __init__(self, flags: Mapping[str, bool]) -> None:
-        super().__init__()
-        self.flags = dict(flags)
-        self.merged: list[str] = []
-
-    def forward(self, x: Any) -> Any:
-        """The identity: `nn.Sequential` calls everything that is registered on it."""
-        return x
-
-    def __len__(self) -> int:
-        return len(self._modules)
 
 
 class Adapter(nn.Module):
     """The factors of one plan on one model, and what they do to it: add, merge, be switched, be saved.
 
-    `scale` multiplies every group's own scale; `enabled` switches the adapter on and off.
+    `scale` multiplies every group's own scale; `enabled` switches the adapter on and off. Neither can be set while the
+    adapter is merged.
     """
 
     def __init__(self, plan: Plan, name: str, model: nn.Module) -> None:
         super().__init__()
         self.plan, self.name = plan, name
-        self.scale: float = 1.0
-        self.enabled: bool = True
-        self.stored = nn.ModuleDict()
-        self.extra = nn.ParameterDict()
+        self.stored = Bank()
+        self.extra = Bank()
         self._model = [model]  # in a list: no registered reference to the model, which would recurse
         self._handles: list[Any] = []
         self._merged: list[Merged] | None = None
         self._kept: str | None = None
+        self._scale, self._enabled = 1.0, True
         self._lines: dict[str, tuple[Group, Site, Line]] = {}
-        self._addends: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
+        self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
         self._sources = {
             g.name: [
                 (n, *key.rpartition(".")[::2], g.diagram.shape(n), key in _banked(plan)) for n, key in g.store.items()
@@ -76,9 +63,31 @@ class Adapter(nn.Module):
         return {group.name: group for group in self.plan.groups}
 
     @property
+    def scale(self) -> float:
+        """What every delta is multiplied by, beside its group's own scale; 1 after attach."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._check_unmerged()
+        if not math.isfinite(value):
+            raise AdapterError("a scale is a finite number", got=value)
+        self._scale = float(value)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter adds anything."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._check_unmerged()
+        self._enabled = bool(value)
+
+    @property
     def active(self) -> bool:
         """Whether hooks add anything: enabled, and not merged into the weights."""
-        return self.enabled and self._merged is None
+        return self._enabled and self._merged is None
 
     @property
     def merged(self) -> bool:
@@ -101,7 +110,7 @@ class Adapter(nn.Module):
         return self._tensors(group)
 
     def set_factors(self, group: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values into a group's factors in place. Raises SpecError on an unknown node, ShapeError on another shape."""
+        """Copy values into a group's factors in place. Raises SpecError on unknown nodes, ShapeError on other shapes."""
         held = self.factors(group)
         for node, tensor in tensors.items():
             if node not in held:
@@ -121,24 +130,28 @@ class Adapter(nn.Module):
             raise SpecError(f"no group {name!r}", expected=", ".join(list(self.groups)[:20]))
         return self.groups[name]
 
+    def _check_unmerged(self) -> None:
+        if self.merged:
+            raise AdapterError(f"adapter {self.name!r} is merged into the weights", hint="unmerge() first")
+
     # -- what it does -------------------------------------------------------------------------------------------
 
     def chain(self, path: str, like: Tensor | None = None) -> Chain:
-        """A site's chain, without the scale, in the dtype and on the device of `like` (of the factors where not given)."""
+        """A site's chain without the scale, in the dtype and on the device of `like`, or of the factors."""
         group, _, made = self._lines[path]
         starts = self._tensors(group.name, START) if group.rule.start == "difference" else None
         return lowered(made, self._tensors(group.name), starts, like)
 
-    def _scale(self, path: str) -> float:
-        return self._lines[path][0].scale * self.scale
+    def _factor(self, path: str) -> float:
+        return self._lines[path][0].scale * self._scale
 
     def delta(self, path: str) -> Tensor:
         """What the adapter adds to one site: scale * (N(theta) - N(theta0) where the start is a difference).
 
-        Shape: (out, in), or (out, in, kh, kw). Scaled, without dropout, with gradients. Raises SiteError on other paths.
+        Shape: (out, in), or (out, in, kh, kw). Without dropout, with gradients. Raises SiteError on other paths.
         """
         site = self._site(path)
-        return (self.chain(path).dense() * self._scale(path)).reshape(site.shape)
+        return (self.chain(path).dense() * self._factor(path)).reshape(site.shape)
 
     def _site(self, path: str) -> Site:
         found = self._lines.get(path)
@@ -146,24 +159,17 @@ class Adapter(nn.Module):
             raise SiteError(f"{path} is not adapted by {self.name!r}", expected=", ".join(list(self._lines)[:12]))
         return found[1]
 
-    def addends(self, key: str, dtype: torch.dtype) -> Tensor:
-        """What stands in or is added in a parameter's place during a call: a trained copy, or the sum of its sites' deltas."""
-        if key.startswith("extra:"):
-            return self.extra[key.removeprefix("extra:")].to(dtype)
-        parameter = self._parameter(key)
-        total = torch.zeros_like(parameter, requires_grad=False)
-        for path in self._addends[key]:
-            matrix = view(total, self._lines[path][1])
-            matrix += self.delta(path).reshape(matrix.shape).to(dtype)
-        return total
-
-    def _parameter(self, name: str) -> Tensor:
-        owner, leaf = owner_of(self._model[0], name)
-        return owner._parameters[leaf]  # type: ignore[return-value]
+    def in_place_of(self, key: str, parameter: Tensor) -> Tensor:
+        """What a call reads in a parameter's place: its trained copy, or the sum with the deltas of its sites."""
+        if key in self.plan.extras:
+            return self.extra[slashed(key)].to(parameter.dtype)
+        return parameter + laid_out(
+            [(self._lines[path][1], self.delta(path)) for path in self._weighted[key]], parameter
+        )
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch the adapter off inside a `with` block."""
+        """Switch the adapter off inside a `with` block. Raises AdapterError where it is merged."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -175,9 +181,10 @@ class Adapter(nn.Module):
         return {name: to_tensorly(group, self.factors(name)) for name, group in self.groups.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every stored tensor by its key in the adapter file: `group.node`, `group.node__start`, `extra.<parameter>`."""
-        held = {f"{group}.{leaf}": t for group, bank in self.stored.items() for leaf, t in bank._parameters.items()}
-        return held | {f"extra.{key.replace('/', '.')}": t for key, t in self.extra.items()}
+        """Every stored tensor by its key in the file: `group.node`, `group.node__start`, `extra.<parameter>`."""
+        banks = self.stored._modules.items()
+        held = {f"{group}.{leaf}": t for group, bank in banks for leaf, t in bank._parameters.items()}  # type: ignore[union-attr]
+        return held | {f"extra.{path}": self.extra[slashed(path)] for path in self.plan.extras}  # type: ignore[return-value]
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter file (a folder with `adapter.safetensors`, or that file), atomically; returns its path.
@@ -197,62 +204,41 @@ class Adapter(nn.Module):
     def merge(self, keep: str | None = "cpu", *, untie: bool = False) -> None:
         """Write W + delta into the base: float32 arithmetic in row blocks; `keep` says where the originals are kept.
 
-        Raises AdapterError when already merged, on results that are not finite (nothing is changed then), on weights that
-        are quantised or on the meta device, and on tied weights without `untie=True`.
+        Raises AdapterError when merged already or switched off, on results that are not finite (nothing is changed
+        then), on weights that are quantised or on the meta device, and on tied weights without `untie=True`.
         """
-        if self.merged:
-            raise AdapterError(f"adapter {self.name!r} is merged already", hint="unmerge() first")
-        keep_original(torch.empty(0), keep)
-        targets = [self._lines[path][1] for group in self.plan.groups for path in group.paths]
-        for site in targets:
-            self._check_mergeable(site, untie)
-        if keep is None:
-            self._merge_sites(targets, None, write=False)
-        self._merged = self._merge_sites(targets, keep, write=True)
+        host = self._host()
+        self._check_unmerged()
+        if not self.enabled:
+            raise AdapterError(f"adapter {self.name!r} is switched off", hint="set adapter.enabled = True first")
+        self._merged = merge(self._model[0], self._targets(), keep, untie=untie)
         self._kept = keep
-        self._host().merged.append(self.name)
+        host.merged.append(self.name)
 
-    def _merge_sites(self, targets: list[Site], keep: str | None, *, write: bool) -> list[Merged]:
-        records: list[Merged] = []
-        done: set[str] = set()
-        try:
-            for site in targets:
-                owner, name = self._place(site)
-                if write and site.tensor not in done:
-                    done.add(site.tensor)
-                    records.append(_take(owner, name, keep, untie=bool(set(site.aliases) - set(site.joined))))
-                rows = rows_of(self.chain(site.path), self._scale(site.path))
-                add_rows(view(owner._parameters[name], site), rows, site.path, write=write)  # type: ignore[arg-type]
-            for key, trained in self.extra.items() if write else ():
-                owner, name = owner_of(self._model[0], key.replace("/", "."))
-                records.append(_take(owner, name, keep, untie=False))
-                owner._parameters[name].copy_(trained)  # type: ignore[union-attr]
-        except BaseException:
-            restore_all(records)
-            raise
-        return records
+    def _targets(self) -> list[Target]:
+        """The parameters that a merge changes, each with all of its sites."""
+        model, sites = self._model[0], {path: site for path, (_, site, _) in self._lines.items()}
+        found: dict[str, list[Site]] = {}
+        for path in (path for group in self.plan.groups for path in group.paths):
+            found.setdefault(parameter_of(model, sites[path]), []).append(sites[path])
+        targets = []
+        for name, mine in found.items():
+            twins = [parameter_of(model, sites[twin]) for site in mine for twin in site.joined]
+            places = tuple(dict.fromkeys(owner_of(model, n) for n in (name, *twins)))
+            targets.append(Target(name, places, tuple((site, partial(self._rows, site.path)) for site in mine)))
+        extras = {path: self.extra[slashed(path)] for path in self.plan.extras}
+        return targets + [Target(path, (owner_of(model, path),), trained=copy) for path, copy in extras.items()]
 
-    def _place(self, site: Site) -> tuple[nn.Module, str]:
-        return owner_of(self._model[0], parameter_of(self._model[0], site))
-
-    def _check_mergeable(self, site: Site, untie: bool) -> None:
-        owner, name = self._place(site)
-        parameter = owner._parameters.get(name)
-        if parameter is None or not parameter.is_floating_point():
-            raise AdapterError(
-                f"{site.path} has no floating-point weight to merge into",
-                got=getattr(parameter, "dtype", type(owner).__name__),
-                hint="dequantise the base first, or serve the adapter unmerged",
-            )
-        if parameter.is_meta:
-            raise AdapterError(
-                f"{site.path} is on the meta device: there is nothing to merge into", hint="load the weights first"
-            )
-        if set(site.aliases) - set(site.joined) and not untie:
-            raise AdapterError(
-                f"{site.path} is tied to {', '.join(site.aliases)}: merging would change both",
-                hint="merge(untie=True) gives this module a weight of its own",
-            )
+    def _rows(self, path: str) -> Rows:
+        """Blocks of rows of a site's delta, computed in float32 at least."""
+        group, _, made = self._lines[path]
+        wide = [
+            {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in self._tensors(group.name, suffix).items()}
+            for suffix in ("", START)
+        ]
+        return rows_of(
+            lowered(made, wide[0], wide[1] if group.rule.start == "difference" else None), self._factor(path)
+        )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -291,7 +277,7 @@ class Adapter(nn.Module):
             model = self._model[0]
             del model._modules[HOST]
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(host.flags.get(name, parameter.requires_grad))
+                parameter.requires_grad = host.flags.get(name, parameter.requires_grad)
 
     def _host(self) -> Host:
         host = self._model[0]._modules.get(HOST)
@@ -303,6 +289,7 @@ class Adapter(nn.Module):
         return host  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the adapter."""
         return f"{self.name!r}, {self.plan.num_sites} sites, {self.plan.num_trainable:,} trainable"
 
 
@@ -312,24 +299,3 @@ def _banked(plan: Plan) -> set[str]:
         if any(g.rule.shapes == "slices" for g in plan.groups)
         else set()
     )
-
-
-def _take(owner: nn.Module, name: str, keep: str | None, *, untie: bool) -> Merged:
-    """Record a parameter before it is changed; a tied one is replaced by a copy of its own."""
-    parameter: nn.Parameter = owner._parameters[name]  # type: ignore[assignment]
-    if untie:
-        owner._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-        return Merged(owner, name, None, untied=parameter)
-    return Merged(owner, name, keep_original(parameter, keep))
-
-
-def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds a parameter, and the parameter's name in it."""
-    owner, _, name = path.rpartition(".")
-    return model.get_submodule(owner), name
-
-
-def parameter_of(model: nn.Module, site: Site) -> str:
-    """The path of the parameter that holds a site's weight."""
-    owner, name = owner_of(model, site.owner)
-    return site.owner if name in owner._parameters else f"{site.owner}.weight"

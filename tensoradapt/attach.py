@@ -13,17 +13,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tensoradapt.adapter import Adapter, Host, owner_of, parameter_of
+from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
 from tensoradapt.grouping import Group, Placement
 from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
+from tensoradapt.host import HOST, Bank, Host, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law
 from tensoradapt.io.native import read
-from tensoradapt.lower import line
+from tensoradapt.lower import Line, line
 from tensoradapt.merging import view
 from tensoradapt.plan import START, Plan, make_plan
-from tensoradapt.scan import HOST, scan_module
+from tensoradapt.scan import owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
 
@@ -40,9 +41,8 @@ def attach(model: nn.Module, spec: Spec, name: str = "default", seed: int = 0) -
     adapter = _prepare(model, plan, found, name)
     _check_random(plan, seed)
     _fill(adapter, _initial(model, plan, adapter, seed))
-    for note in plan.notes:
-        if "tied" in note:
-            warnings.warn(note, stacklevel=2)
+    for note in (*(note for note in plan.notes if "tied" in note), *_without_dropout(adapter)):
+        warnings.warn(note, stacklevel=2)
     return _install(model, adapter)
 
 
@@ -58,11 +58,11 @@ def load(path: str | Path, model: nn.Module, name: str = "default") -> Adapter:
 
 
 def _check_model(model: nn.Module, name: str) -> None:
-    if not name.isidentifier():
-        raise AdapterError(
-            f"{name!r} is no adapter name", expected="letters, digits and underscores, not starting with a digit"
-        )
     host = model._modules.get(HOST)
+    if not name.isidentifier() or hasattr(Host({}), name):
+        raise AdapterError(
+            f"{name!r} is no adapter name", expected="letters, digits and underscores, and no name of a module's method"
+        )
     if host is not None and name in host._modules:
         raise AdapterError(
             f"the model has an adapter {name!r} already",
@@ -73,11 +73,27 @@ def _check_model(model: nn.Module, name: str) -> None:
         raise AdapterError(
             "the model is compiled: hooks added now would be ignored", hint="attach first, then torch.compile"
         )
+    others = {adapter.name for adapter in _sources(model) if adapter._model[0] is not model}
+    if others:
+        raise AdapterError(
+            "a module of this model carries an adapter that was attached to a part of it, or to a larger model",
+            got=", ".join(sorted(others)),
+            hint="attach both to the same module, or detach() the first",
+        )
+
+
+def _sources(model: nn.Module) -> Iterator[Adapter]:
+    """The adapters behind the hooks on a model's modules."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            hook = getattr(hook, "__self__", hook)
+            if isinstance(hook, OutputHook | WeightHook):
+                yield hook.source  # type: ignore[misc]
 
 
 def _check_random(plan: Plan, seed: int) -> None:
-    if seed < 0:
-        raise SpecError("a seed is not negative", got=seed)
+    if type(seed) is not int or seed < 0:
+        raise SpecError("a seed is an integer, and not negative", got=seed)
     for factor in plan.factors.values():
         if factor.law != WEIGHT:
             parse_law(factor)
@@ -85,23 +101,20 @@ def _check_random(plan: Plan, seed: int) -> None:
 
 def _check_fits(plan: Plan, found: SiteMap, file: Path) -> None:
     """Every saved site and extra parameter is in the model, with its shape."""
-    live = {site.owner: site for site in found.sites}
-    for placement in (p for group in plan.groups for p in group.placements):
-        site, mine = placement.site, live.get(placement.site.owner)
-        if mine is None:
+    live = {(site.owner, site.index): site for site in found.sites}
+    sites = [placement.site for group in plan.groups for placement in group.placements]
+    twins = [(twin, None, twin) for site in sites for twin in site.joined]
+    for owner, index, path in [*((s.owner, s.index, s.path) for s in sites), *twins]:
+        if (owner, index) not in live:
             raise FileError(
-                f"{file} adapts {site.path}, which the model lacks",
+                f"{file} adapts {path}, which the model lacks",
                 got=found.name,
                 expected=plan.model or "the model it was made for",
                 hint="load it onto the model it was trained on",
             )
-        whole = site.kind == "parameter" and site.layout != mine.layout
-        shape = mine.shape[::-1] if whole else mine.shape
-        if (
-            site.shape[1:] != shape[1:]
-            or (site.rows is None and site.shape != shape)
-            or (site.rows and site.rows[1] > shape[0])
-        ):
+    for site in sites:
+        shape = _shape_in(live[site.owner, site.index], site)
+        if site.shape != shape:
             raise FileError(
                 f"{site.path} has another shape than in {file}",
                 got=shape,
@@ -118,33 +131,47 @@ def _check_fits(plan: Plan, found: SiteMap, file: Path) -> None:
             )
 
 
+def _shape_in(mine: Site, saved: Site) -> tuple[int, ...]:
+    """The shape of a saved site's part of a live one: in the layout that its rule stated, and its rows."""
+    shape = mine.shape[::-1] if saved.kind == "parameter" and saved.layout != mine.layout else mine.shape
+    return shape if saved.rows is None else (min(shape[0], saved.rows[1]) - saved.rows[0], *shape[1:])
+
+
 def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter:
     """The adapter with the line of every site, and empty factors on the devices of their weights."""
     adapter = Adapter(plan, name, model)
     live = {(site.owner, site.index): site for site in found.sites}
     for group in plan.groups:
         for placement in group.placements:
-            site = _live(placement.site, live)
-            now = replace(placement, site=site)
-            if site.kind == "linear" or site.rows is None or site.delivery == "weight":
-                adapter._lines[site.path] = (group, site, line(group, now))
-            for path in site.joined:
+            now = replace(placement, site=_live(placement.site, live))
+            adapter._lines[now.site.path] = (group, now.site, line(group, now))
+            for path in now.site.joined:
                 adapter._lines[path] = _joined(group, now, live[path, None])
     _check_extras(model, plan)
+    for path, (_, site, _) in adapter._lines.items():
+        if site.delivery == "weight":
+            adapter._weighted.setdefault(parameter_of(model, site), []).append(path)
+    for parameter in (*adapter._weighted, *plan.extras):
+        caller_of(model, parameter)
+    _make_tensors(model, plan, adapter)
+    adapter.train(model.training)
+    return adapter
+
+
+def _make_tensors(model: nn.Module, plan: Plan, adapter: Adapter) -> None:
+    """Empty factors, and copies of the parameters that are trained whole."""
     devices = {g.name: _device(model, g) for g in plan.groups}
     for key, factor in plan.factors.items():
         owner, _, leaf = key.rpartition(".")
         device = next(devices[g.name] for g in plan.groups if key in g.store.values())
-        bank = adapter.stored[owner] if owner in adapter.stored else nn.ParameterDict()
-        adapter.stored[owner] = bank
+        if owner not in adapter.stored._modules:
+            adapter.stored[owner] = Bank()
         for suffix, trained in (("", factor.trainable), *(((START, False),) if factor.copied else ())):
             empty = torch.empty(factor.shape, dtype=getattr(torch, factor.dtype), device=device)
-            bank[leaf + suffix] = nn.Parameter(empty, requires_grad=trained)
+            adapter.stored[owner][leaf + suffix] = nn.Parameter(empty, requires_grad=trained)
     for path in plan.extras:
         owner_module, leaf = owner_of(model, path)
-        adapter.extra[path.replace(".", "/")] = nn.Parameter(owner_module._parameters[leaf].detach().clone())  # type: ignore[union-attr]
-    adapter.train(model.training)
-    return adapter
+        adapter.extra[slashed(path)] = nn.Parameter(owner_module._parameters[leaf].detach().clone())  # type: ignore[union-attr]
 
 
 def _live(saved: Site, live: Mapping[tuple[str, int | None], Site]) -> Site:
@@ -156,7 +183,7 @@ def _live(saved: Site, live: Mapping[tuple[str, int | None], Site]) -> Site:
     )
 
 
-def _joined(group: Group, placement: Placement, twin: Site) -> tuple[Group, Site, object]:
+def _joined(group: Group, placement: Placement, twin: Site) -> tuple[Group, Site, Line]:
     """The line of a tied module: the same tensor, the other way round where the layouts differ."""
     transpose = twin.layout != placement.site.layout
     return group, twin, line(group, placement, twin.kind, transpose=transpose)
@@ -164,8 +191,7 @@ def _joined(group: Group, placement: Placement, twin: Site) -> tuple[Group, Site
 
 def _check_extras(model: nn.Module, plan: Plan) -> None:
     adapted = {parameter_of(model, p.site) for g in plan.groups for p in g.placements}
-    host = model._modules.get(HOST)
-    trained = {key.replace("/", "."): a.name for a in (host._modules.values() if host else ()) for key in a.extra}  # type: ignore[union-attr]
+    trained = {path: other.name for other in _sources(model) for path in other.plan.extras}
     for path in plan.extras:
         if path in adapted:
             raise SpecError(
@@ -191,7 +217,7 @@ def _initial(model: nn.Module, plan: Plan, adapter: Adapter, seed: int) -> Itera
         if WEIGHT in group.laws.values():
             site = adapter._lines[group.paths[0]][1]
             owner, name = owner_of(model, parameter_of(model, site))
-            weight = view(owner._parameters[name].detach(), site)  # type: ignore[union-attr]
+            weight = view(owner._parameters[name].detach(), site).flatten(1)  # type: ignore[union-attr]
             taken |= {group.store[node]: tensor for node, tensor in from_weight(group, weight).items()}
     for key, factor in plan.factors.items():
         held = adapter.stored[key.rpartition(".")[0]][key.rpartition(".")[2]]
@@ -217,7 +243,7 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     if host is None:
         host = Host({name: p.requires_grad for name, p in model.named_parameters()})
         for parameter in model.parameters():
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
         model.add_module(HOST, host)
     host.add_module(adapter.name, adapter)
     for path, (group, site, _) in adapter._lines.items():
@@ -226,22 +252,23 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
                 adapter, HookedSite(path, site.kind, group.scale, group.rule.dropout, group.rule.dropout_at, site.rows)
             )
             adapter._handles.append(model.get_submodule(site.owner).register_forward_hook(hook, with_kwargs=True))
-        else:
-            adapter._addends.setdefault(parameter_of(model, site), []).append(path)
-    for key in adapter._addends:
-        _shadow(model, adapter, key, key, copy=False)
-    for key in adapter.extra:
-        _shadow(model, adapter, key.replace("/", "."), f"extra:{key}", copy=True)
+    for key in (*adapter._weighted, *adapter.plan.extras):
+        shadow = WeightHook(adapter, key, *owner_of(model, key))
+        caller = caller_of(model, key)
+        adapter._handles.append(caller.register_forward_pre_hook(shadow.before))
+        adapter._handles.append(caller.register_forward_hook(shadow.after, always_call=True, prepend=True))
     return adapter
 
 
-def _shadow(model: nn.Module, adapter: Adapter, parameter: str, key: str, *, copy: bool) -> None:
-    """Hook the call during which a parameter is used: of its own module, or of the nearest above that is called."""
-    owner, name = owner_of(model, parameter)
-    hook = WeightHook(adapter, key, owner, name, copy=copy)
-    caller = caller_of(model, parameter)
-    adapter._handles.append(caller.register_forward_pre_hook(hook.before))
-    adapter._handles.append(caller.register_forward_hook(hook.after, always_call=True, prepend=True))
+def _without_dropout(adapter: Adapter) -> list[str]:
+    """What to say of sites whose rule has a dropout that their delivery cannot apply."""
+    deaf = [
+        path
+        for path, (group, site, _) in adapter._lines.items()
+        if group.rule.dropout
+        and (site.delivery == "weight" or (site.kind, group.rule.dropout_at) == ("embedding", "in"))
+    ]
+    return [f"dropout has no effect on {', '.join(deaf[:4])}{' ...' if len(deaf) > 4 else ''}"] if deaf else []
 
 
 def caller_of(model: nn.Module, parameter: str) -> nn.Module:

@@ -7,6 +7,7 @@ Invariant: a hook holds no tensor: it asks its adapter at every call.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,13 +22,21 @@ from tensoradapt.errors import AdapterError
 class Source(Protocol):
     """What a hook needs of its adapter."""
 
-    scale: float
     training: bool
 
     @property
-    def active(self) -> bool: ...
-    def chain(self, key: str, like: Tensor | None = None) -> Chain: ...
-    def addends(self, key: str, dtype: torch.dtype) -> Tensor: ...
+    def scale(self) -> float:
+        """What every delta is multiplied by, beside its site's own scale."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is added."""
+
+    def chain(self, key: str, like: Tensor | None = None) -> Chain:
+        """The chain of a site, in the dtype of `like`."""
+
+    def in_place_of(self, key: str, parameter: Tensor) -> Tensor:
+        """What is read in a parameter's place."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class OutputHook:
         self.source, self.site = source, site
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        """The module's output with the delta's added; None (nothing changed) where the adapter is off."""
         if not self.source.active:
             return None
         if not isinstance(output, Tensor):
@@ -59,13 +69,14 @@ class OutputHook:
             )
         x = args[0] if args else next(iter(kwargs.values()))
         device = output.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.add(module, x, output)
-        return self.add(module, x, output)
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if output.is_nested:  # what nn.TransformerEncoder makes of a padding mask
+                rows = [self.add(module, a, b) for a, b in zip(x.unbind(), output.unbind(), strict=True)]
+                return torch.nested.as_nested_tensor(rows, layout=output.layout)
+            return self.add(module, x, output)
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """y + scale * delta(x), on the rows of the output that the site has."""
+        """The sum y + scale * delta(x), on the rows of the output that the site has."""
         site = self.site
         chain = self.source.chain(site.path, y)
         scale = site.scale * self.source.scale
@@ -76,10 +87,14 @@ class OutputHook:
         if site.kind == "linear" and site.rows is None:
             return chain.add(x, y, scale, at_code)
         delta = chain(x, Convolved(module) if site.kind == "conv" else staged, at_code) * scale  # type: ignore[arg-type]
+        padding = getattr(module, "padding_idx", None)
+        if padding is not None:  # its row is not trained
+            delta = torch.where(x.eq(padding)[..., None], delta.detach(), delta)
         if site.rows is None:
             return y + delta
-        start, stop = site.rows
-        return torch.cat((y[..., :start], y[..., start:stop] + delta, y[..., stop:]), -1)
+        dim = -3 if site.kind == "conv" else -1  # the axis of the output channels
+        above, mine, below = y.tensor_split(site.rows, dim)
+        return torch.cat((above, mine + delta, below), dim)
 
     def _dropout(self) -> tuple[float, float]:
         p = self.site.dropout if self.source.training else 0.0
@@ -87,21 +102,19 @@ class OutputHook:
 
 
 class WeightHook:
-    """Before a call: `owner.name` reads as weight + delta (or as the trained copy); after it: as the parameter again."""
+    """Before a call, `owner.name` reads as the sum with the deltas or as a trained copy; after it, as the parameter."""
 
-    def __init__(self, source: Source, key: str, owner: nn.Module, name: str, *, copy: bool = False) -> None:
-        self.source, self.key, self.name, self.copy = source, key, name, copy
+    def __init__(self, source: Source, key: str, owner: nn.Module, name: str) -> None:
+        self.source, self.key, self.name = source, key, name
         self.owner = [owner]  # in a list: a hook is no module, and must not look like one
         self.shadowed: list[Any] = []
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Put the sum in the parameter's place."""
-        owner = self.owner[0]
-        current: Any = owner._parameters[self.name]
-        self.shadowed.append(current)
+        """Put what the adapter makes of the parameter in its place."""
+        held: Any = self.owner[0]._parameters
+        self.shadowed.append(held[self.name])
         if self.source.active:
-            added = self.source.addends(self.key, current.dtype)
-            owner._parameters[self.name] = added if self.copy else current + added
+            held[self.name] = self.source.in_place_of(self.key, held[self.name])
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Put the parameter back, also when the call has failed."""

@@ -5,10 +5,11 @@ Invariant: a merge that is refused changes nothing; an unmerge restores the kept
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensoradapt.chain import Chain
@@ -17,36 +18,73 @@ from tensoradapt.sites import Site
 
 BLOCK = 1 << 18  # entries of float32 arithmetic at a time: a block and its copies stay in the cache
 Rows = Callable[[int, int], Tensor]
+Place = tuple[nn.Module, str]  # the module that holds a parameter, and the parameter's name in it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that a merge changes: where it stands, and the deltas of its sites or the copy that replaces it."""
+
+    name: str
+    places: tuple[Place, ...]
+    parts: tuple[tuple[Site, Callable[[], Rows]], ...] = ()
+    trained: Tensor | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter as it is now; None where the module has none of that name."""
+        owner, leaf = self.places[0]
+        return owner._parameters.get(leaf)
 
 
 @dataclass
 class Merged:
     """One parameter that a merge changed: where it stands, and what stood there."""
 
-    owner: nn.Module
-    name: str
+    places: tuple[Place, ...]
     original: Tensor | None
-    untied: nn.Parameter | None = None
+    tied: nn.Parameter | None = None
 
     def restore(self) -> None:
-        """Put the original back."""
-        if self.untied is not None:
-            self.owner._parameters[self.name] = self.untied
-        elif self.original is not None:
-            with torch.no_grad():
-                self.owner._parameters[self.name].copy_(self.original)  # type: ignore[union-attr]
+        """Put the original back, or the parameter that others hold too."""
+        for owner, leaf in self.places:
+            if self.tied is not None:
+                owner._parameters[leaf] = self.tied
+            elif self.original is not None:
+                owner._parameters[leaf].copy_(self.original)  # type: ignore[union-attr]
 
 
 def view(parameter: Tensor, site: Site) -> Tensor:
-    """A site's part of a stored parameter, as a matrix (out, in) that shares its memory."""
-    matrix = parameter if site.index is None else parameter[site.index]
-    matrix = matrix.reshape(matrix.shape[0], -1) if matrix.dim() > 2 else matrix
-    matrix = matrix.mT if site.layout == "in out" else matrix
-    return matrix if site.rows is None else matrix[site.rows[0] : site.rows[1]]
+    """A site's part of a stored parameter, `out` first; it shares the parameter's memory."""
+    part = parameter if site.index is None else parameter[site.index]
+    part = part.mT if site.layout == "in out" else part
+    return part if site.rows is None else part[site.rows[0] : site.rows[1]]
+
+
+def laid_out(deltas: Sequence[tuple[Site, Tensor]], like: Tensor) -> Tensor:
+    """The deltas of one parameter's sites in a tensor of its shape and dtype; zero where no site lies."""
+    stored: dict[int | None, Tensor] = {}
+    shape = like.shape if deltas[0][0].index is None else like.shape[1:]
+    for site, delta in deltas:
+        piece = _stored(site, delta.to(device=like.device, dtype=like.dtype), shape)
+        stored[site.index] = stored[site.index] + piece if site.index in stored else piece
+    if None in stored:
+        return stored[None]
+    blank = torch.zeros(shape, device=like.device, dtype=like.dtype)
+    return torch.stack([stored.get(k, blank) for k in range(like.shape[0])])
+
+
+def _stored(site: Site, delta: Tensor, shape: torch.Size) -> Tensor:
+    """A delta (out, in) or (out, in, kh, kw) as its parameter stores it, rows of other sites filled with zeros."""
+    turned = site.layout == "in out"
+    if site.rows is not None:
+        below = shape[-1 if turned else 0] - site.rows[1]
+        delta = F.pad(delta, (0, 0) * (delta.dim() - 1) + (site.rows[0], below))
+    return (delta.mT if turned else delta).reshape(shape)
 
 
 def rows_of(chain: Chain, scale: float) -> Rows:
-    """A function from a range of rows to that block of scale * delta, formed there and then where the chain allows it."""
+    """A function from a range of rows to that block of scale * delta, formed there and then where the chain allows."""
     pair = chain.low_rank
     if pair is not None:
         return lambda a, b: (pair[0][a:b] * scale) @ pair[1]
@@ -54,22 +92,100 @@ def rows_of(chain: Chain, scale: float) -> Rows:
     return lambda a, b: dense[a:b] * scale
 
 
-def add_rows(matrix: Tensor, rows: Rows, path: str, *, write: bool = True) -> None:
-    """matrix += delta in float32, block by block; raises AdapterError at the first block that is not finite."""
-    height = max(1, BLOCK // max(matrix.shape[1], 1))
-    for start in range(0, matrix.shape[0], height):
-        stop = min(start + height, matrix.shape[0])
-        block = rows(start, stop).float().to(matrix.device) + matrix[start:stop]
-        result = block.to(matrix.dtype)
-        low, high = torch.aminmax(result)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise AdapterError(
-                f"merging {path} would give values that are not finite",
-                got=f"rows {start} to {stop}",
-                hint="look for NaN in the adapter and the base, or for an overflow of the base's dtype",
-            )
+def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, untie: bool) -> list[Merged]:
+    """Write every target's deltas into its parameter; what changed is returned, and undone where anything fails.
+
+    Raises AdapterError before anything is changed where a parameter cannot take a delta, or is tied and not to be
+    untied. Without kept originals a merge could not be undone, so it is tried in full first.
+    """
+    keep_original(torch.empty(0), keep)
+    holders = _holders(model)
+    apart = {target.name: _tied(target, holders, untie) for target in targets}
+    for target in targets if keep is None else ():
+        _write(target, write=False)
+    records: list[Merged] = []
+    try:
+        for target in targets:
+            records.append(_take(target, keep, apart=apart[target.name]))
+            _write(target)
+    except BaseException:
+        restore_all(records)
+        raise
+    return records
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[str, Place]]]:
+    """Every module that holds a parameter, by the parameter's identity."""
+    found: dict[int, list[tuple[str, Place]]] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            found.setdefault(id(parameter), []).append((path, (module, leaf)))
+    return found
+
+
+def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie: bool) -> bool:
+    """Whether modules outside the target hold its parameter too. Raises AdapterError where it cannot be merged into."""
+    parameter = target.parameter
+    if parameter is None or not parameter.is_floating_point():
+        raise AdapterError(
+            f"{target.name} is no floating-point weight to merge into",
+            got=type(target.places[0][0]).__name__ if parameter is None else parameter.dtype,
+            hint="dequantise the base first, or serve the adapter unmerged",
+        )
+    if parameter.is_meta:
+        raise AdapterError(
+            f"{target.name} is on the meta device: there is nothing to merge into", hint="load the weights first"
+        )
+    others = [path for path, place in holders[id(parameter)] if place not in target.places]
+    if others and not untie:
+        raise AdapterError(
+            f"{target.name} is tied to {', '.join(others)}: merging would change both",
+            hint="merge(untie=True) gives this module a weight of its own",
+        )
+    return bool(others)
+
+
+def _take(target: Target, keep: str | None, *, apart: bool) -> Merged:
+    """Record a parameter before it is changed; a tied one is replaced by a copy of its own."""
+    parameter: nn.Parameter = target.parameter  # type: ignore[assignment]
+    if not apart:
+        return Merged(target.places, keep_original(parameter, keep))
+    own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+    for owner, leaf in target.places:
+        owner._parameters[leaf] = own
+    return Merged(target.places, None, tied=parameter)
+
+
+def _write(target: Target, *, write: bool = True) -> None:
+    parameter: nn.Parameter = target.parameter  # type: ignore[assignment]
+    for site, rows in target.parts:
+        add_rows(view(parameter, site), rows(), site.path, write=write)
+    if target.trained is not None:
+        _check_finite(target.trained, target.name)
         if write:
-            matrix[start:stop].copy_(result)
+            parameter.copy_(target.trained)
+
+
+def add_rows(part: Tensor, rows: Rows, path: str, *, write: bool = True) -> None:
+    """Add a delta to a part of a weight: in float32 at least, block by block; raises AdapterError at the first block that is not finite."""
+    height = max(1, BLOCK * part.shape[0] // max(part.numel(), 1))
+    precise = torch.promote_types(part.dtype, torch.float32)
+    for start in range(0, part.shape[0], height):
+        block = part[start : start + height]
+        delta = rows(start, start + height).to(device=part.device, dtype=precise)
+        result = (delta.reshape(block.shape) + block).to(part.dtype)
+        _check_finite(result, path)
+        if write:
+            block.copy_(result)
+
+
+def _check_finite(values: Tensor, path: str) -> None:
+    low, high = torch.aminmax(values)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise AdapterError(
+            f"merging {path} would give values that are not finite",
+            hint="look for NaN in the adapter and the base, or for an overflow of the base's dtype",
+        )
 
 
 def keep_original(parameter: Tensor, keep: str | None) -> Tensor | None:
@@ -79,6 +195,7 @@ def keep_original(parameter: Tensor, keep: str | None) -> Tensor | None:
     return None if keep is None else parameter.detach().to("cpu" if keep == "cpu" else parameter.device, copy=True)
 
 
+@torch.no_grad()
 def restore_all(merged: Sequence[Merged]) -> None:
     """Undo a merge, the last parameter first."""
     for record in reversed(merged):

@@ -15,8 +15,9 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Group, Placement, group_sites
 from tensoradapt.presets import expand
-from tensoradapt.sites import Site, SiteMap, refuse, select
+from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule, Spec
+from tensoradapt.targets import refuse, select
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 START = "__start"  # the suffix of the frozen copy that a `difference` start subtracts

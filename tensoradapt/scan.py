@@ -5,7 +5,6 @@ Invariant: a module that neither a hook on its output nor its weight at use can 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from tensoradapt.budget import BudgetTable, RankSolution, solve, tabulate
-from tensoradapt.errors import FileError, TensorAdaptError
+from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
+from tensoradapt.errors import FileError
+from tensoradapt.host import HOST
 from tensoradapt.plan import Plan, make_plan
-from tensoradapt.sites import Site, SiteMap, from_headers, from_mapping, locate
+from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed
 from tensoradapt.spec import Spec
 
-HOST = "tensoradapt"  # the name under which adapters register themselves on a model
+SOURCES = "a module, a mapping {path: (out, in)}, a config.json, a model folder, or a safetensors file"
 Model = nn.Module | Mapping[str, Any] | str | Path
 
 
@@ -32,12 +33,15 @@ def scan(model: Model) -> SiteMap:
         return scan_module(model)
     if isinstance(model, Mapping):
         return from_mapping(model)
-    path = Path(model)
+    try:
+        path = Path(model)
+    except TypeError:
+        raise FileError("this is no model", got=type(model).__name__, expected=SOURCES) from None
     if path.suffix == ".json" or (path / "config.json").is_file():
         return _scan_config(path if path.is_file() else path / "config.json")
     if path.exists():
         return from_headers(path)
-    raise FileError(f"no model at {path}", hint="give a config.json, a model folder, or a safetensors file")
+    raise FileError(f"no model at {path}", hint=f"give {SOURCES}")
 
 
 def plan(spec: Spec, model: Model) -> Plan:
@@ -56,17 +60,17 @@ def budget(specs: Spec | Mapping[str, Spec] | Sequence[Spec], model: Model, rank
     return tabulate(specs, scan(model), ranks)
 
 
-def solve_rank(spec: Spec, model: Model, *, max_parameters: int) -> RankSolution:
+def solve_rank(spec: Spec, model: Model, *, max_parameters: int) -> SolvedSpec:
     """The largest rank, and the largest ranks by group, with at most `max_parameters` trainable entries.
 
-    The answer has `rank`, `ranks` (group -> rank), and the `spec` and `plan` with those ranks. Extra trained modules do
-    not count. Raises RankError where even rank 1 is too much, SpecError where the spec has no rank.
+    The answer is a spec with those ranks, and has `rank`, `ranks` (group -> rank) and `num_trainable` beside its rules.
+    Extra trained modules do not count. Raises RankError where even rank 1 is too much, SpecError where the spec has no rank.
     """
     return solve(spec, scan(model), max_parameters)
 
 
 def _scan_config(path: Path) -> SiteMap:
-    """Build the model of a Hugging Face config on the meta device; a folder of weights without a class is read by its headers."""
+    """The sites of the model that a Hugging Face config describes, built on the meta device."""
     try:
         import transformers
     except ImportError:
@@ -78,41 +82,40 @@ def _scan_config(path: Path) -> SiteMap:
         names = [name for name in (config.architectures or []) if hasattr(transformers, name)]
         with torch.device("meta"):
             made = getattr(transformers, names[0])(config) if names else transformers.AutoModel.from_config(config)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        if isinstance(error, TensorAdaptError):
-            raise
+    except Exception as error:  # whatever a model's constructor makes of sizes that do not fit
         raise FileError(
-            f"{path} is no config of a model that transformers knows", got=str(error).splitlines()[0]
+            f"{path} is no config of a model that transformers can build",
+            got=next(iter(str(error).splitlines()), type(error).__name__),
+            hint="give the model's own config.json, or its safetensors files",
         ) from None
     return replace(scan_module(made), name=config._name_or_path or path.parent.name)
 
 
 def scan_module(model: nn.Module) -> SiteMap:
     """The sites of a live module: every adaptable weight, its layout, its delivery, and what it is tied to."""
-    modules = {path: module for path, module in model.named_modules() if not f"{path}.".startswith(f"{HOST}.")}
-    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if not n.startswith(f"{HOST}.")}
-    found: list[Site] = []
-    refused: dict[str, str] = {}
-    for path, module in modules.items():
-        reason = _reason(module)
-        if reason:
-            refused[path] = reason
-        else:
-            found += _module_sites(path, module, modules)
-    located = locate([site.owner for site in found])
-    found = [
-        replace(s, coordinates={**located[s.owner], **({"expert": s.index} if s.index is not None else {})})
-        for s in found
-    ]
-    heads = _heads(model)
+    modules = {path: module for path, module in model.named_modules() if HOST not in path.split(".")}
+    parameters = {
+        f"{path}.{name}" if path else name: parameter
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and not is_lazy(parameter)
+    }
+    refused = {path: reason for path, module in modules.items() if (reason := _reason(module))}
+    found = [s for path, m in modules.items() if path not in refused for s in _module_sites(path, m, modules)]
+    for site in found:
+        if site.delivery == "weight" and site.tensor not in parameters:
+            refused[site.path] = "its weight is computed from other parameters at every call"
+    sites = placed([site for site in found if site.path not in refused])
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    return SiteMap(tuple(_tied(found, parameters)), **heads, parameters=shapes, refused=refused)
+    return SiteMap(tuple(_tied(sites, parameters)), **_heads(model), parameters=shapes, refused=refused)
 
 
 def _reason(module: nn.Module) -> str:
     """Why a module cannot be adapted; empty where it can."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a ScriptModule runs compiled code that no hook reaches"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return "its shape is not known before its first call"
     if isinstance(module, nn.RNNBase):
         return f"{type(module).__name__} hands its weights to a fused kernel as a flat list"
     if isinstance(module, nn.Bilinear | nn.modules.conv._ConvTransposeNd | nn.Conv3d):
@@ -122,70 +125,44 @@ def _reason(module: nn.Module) -> str:
     return ""
 
 
-def _module_sites(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Site]:
-    weight = getattr(module, "weight", None)
-    parent = modules.get(path.rpartition(".")[0])
-    hooked = not isinstance(parent, nn.MultiheadAttention)  # it uses its out_proj's weight and never calls it
+def _module_sites(path: str, module: Any, modules: Mapping[str, nn.Module]) -> Iterator[Site]:
+    """The site of a module whose class is known, or those of the parameters of any other."""
+    by_hook: dict[str, Any] = {"owner": path, "tensor": f"{path}.weight".removeprefix(".")}
+    by_weight = {**by_hook, "delivery": "weight", "kind": "parameter"}
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        yield Site(path, (weight.shape[1], weight.shape[0]), layout="in out", owner=path, tensor=f"{path}.weight")
-    elif isinstance(module, nn.Embedding):
+        yield Site(path, tuple(module.weight.shape[::-1]), layout="in out", **by_hook)
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         plain = type(module).forward is nn.Embedding.forward
-        delivery, kind = ("output", "embedding") if plain else ("weight", "parameter")
-        yield Site(
-            path,
-            (module.embedding_dim, module.num_embeddings),
-            layout="in out",
-            delivery=delivery,
-            owner=path,
-            tensor=f"{path}.weight",
-            kind=kind,
-        )
-    elif isinstance(module, nn.Conv1d | nn.Conv2d) and weight is not None:
-        shape = tuple(weight.shape) if weight.dim() == 4 else (*weight.shape[:2], 1, weight.shape[2])
-        plain = isinstance(module, nn.Conv2d) and module.groups == 1
-        yield Site(
-            path,
-            shape,
-            delivery="output" if plain else "weight",
-            owner=path,
-            tensor=f"{path}.weight",
-            kind="conv" if plain else "parameter",
-        )
-    elif isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    ):
-        kind = "linear" if hooked else "parameter"
-        yield Site(
-            path,
-            (module.out_features, module.in_features),
-            delivery="output" if hooked else "weight",
-            owner=path,
-            tensor=f"{path}.weight",
-            kind=kind,
-        )
+        shape: tuple[int, ...] = (module.embedding_dim, module.num_embeddings)
+        yield Site(path, shape, layout="in out", **({**by_hook, "kind": "embedding"} if plain else by_weight))
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
+        plain = type(module).forward is nn.Conv2d.forward and module.groups == 1
+        kernel = (1, *module.kernel_size)[-2:]
+        shape = (module.out_channels, module.in_channels // module.groups, *kernel)
+        yield Site(path, shape, **({**by_hook, "kind": "conv"} if plain else by_weight))
+    elif all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features")):
+        # nn.MultiheadAttention uses its out_proj's weight and never calls it
+        called = not isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+        yield Site(path, (module.out_features, module.in_features), **(by_hook if called else by_weight))
     else:
         yield from _parameter_sites(path, module)
 
 
 def _parameter_sites(path: str, module: nn.Module) -> Iterator[Site]:
-    """Matrices that a module holds as parameters, and the experts of a 3-D one."""
-    turned = bool(getattr(module, "is_transposed", False))
+    """Matrices that a module holds as parameters, and the experts of a 3-D one; biases are no weights."""
+    layout = "in out" if getattr(module, "is_transposed", False) else "out in"
     for name, parameter in module._parameters.items():
         full = f"{path}.{name}" if path else name
-        if parameter is None or min(parameter.shape, default=0) == 0:
-            continue
-        layout = "in out" if turned else "out in"
-        shape = tuple(parameter.shape[::-1] if turned else parameter.shape)
-        common = {"layout": layout, "delivery": "weight", "owner": full, "tensor": full, "kind": "parameter"}
-        if parameter.dim() == 2 and min(shape) > 0:
-            yield Site(full, shape, **common)
-        elif parameter.dim() == 3 and "expert" in full:
-            rest = (shape[0], shape[1]) if turned else (shape[1], shape[2])
-            for k in range(parameter.shape[0]):
-                yield Site(f"{full}[{k}]", rest, index=k, **common)
+        shape = () if parameter is None or name.endswith("bias") else tuple(parameter.shape)
+        if len(shape) == 2 and min(shape) > 0:
+            turned = shape if layout == "out in" else shape[::-1]
+            own = full.removesuffix(".weight")
+            yield Site(own, turned, layout=layout, delivery="weight", owner=own, tensor=full, kind="parameter")
+        elif len(shape) == 3 and min(shape) > 0 and "expert" in full:
+            yield from expert_sites(full, shape, layout)
 
 
-def _tied(sites: list[Site], parameters: Mapping[str, nn.Parameter]) -> list[Site]:
+def _tied(sites: Sequence[Site], parameters: Mapping[str, nn.Parameter]) -> list[Site]:
     """The sites with the first name of their tensor, and the other modules that hold it."""
     owners: dict[int, list[str]] = {}
     for name, parameter in parameters.items():
@@ -211,3 +188,15 @@ def _heads(model: nn.Module) -> dict[str, Any]:
         "head_dim": get("head_dim"),
         "name": name if isinstance(name, str) else "",
     }
+
+
+def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter, and the parameter's name in it."""
+    owner, _, name = path.rpartition(".")
+    return model.get_submodule(owner), name
+
+
+def parameter_of(model: nn.Module, site: Site) -> str:
+    """The path of the parameter that holds a site's weight."""
+    owner, name = owner_of(model, site.owner)
+    return site.owner if name in owner._parameters else f"{site.owner}.weight"

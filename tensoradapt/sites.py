@@ -1,7 +1,7 @@
-"""Sites: the adaptable weights of a model, where they lie in it (coordinates), and which of them a rule means.
+"""Sites: the adaptable weights of a model, and where they lie in it (coordinates).
 
-Invariant: within one model a site's coordinates follow from its path alone, and no two matched sites of one group share
-them. No tensor is needed: paths and shapes come from a mapping, a checkpoint's header, or (in `scan`) a live module.
+Invariant: within one model a site's coordinates follow from its path alone. No tensor is needed: paths and shapes come
+from a mapping, a checkpoint's header, or (in `scan`) a live module.
 """
 
 from __future__ import annotations
@@ -10,14 +10,10 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tensoradapt.errors import FileError, ShapeError, SiteError, SpecError
-from tensoradapt.spec import Rule
+from tensoradapt.errors import FileError, ShapeError, SpecError
 
 Coordinates = Mapping[str, int | str]
 MAX_HEADER_BYTES = 100_000_000
@@ -97,18 +93,18 @@ def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
 
 
 def _split(path: str) -> tuple[dict[str, int | str], str]:
+    """A path's numbers as coordinates, and what is left of it for the role."""
     parts = path.split(".")
-    numbered = [k for k, part in enumerate(parts) if part.isdigit()]
     coords: dict[str, int | str] = {}
-    rest = list(parts)
-    for k in reversed(numbered[1:] if numbered else []):
-        if "expert" in parts[k - 1]:
-            coords["expert"] = int(rest.pop(k))
+    for k in reversed(range(1, len(parts))):
+        if parts[k].isdecimal() and "expert" in parts[k - 1]:
+            coords["expert"] = int(parts.pop(k))
             break
-    if numbered and "expert" not in parts[numbered[0] - 1 if numbered[0] else 0]:
-        coords |= {"stack": ".".join(parts[: numbered[0]]), "layer": int(parts[numbered[0]])}
-        rest = rest[numbered[0] + 1 :]
-    return coords, ".".join(rest)
+    layer = next((k for k, part in enumerate(parts) if part.isdecimal()), None)
+    if layer is not None:
+        coords |= {"stack": ".".join(parts[:layer]), "layer": int(parts[layer])}
+        parts = parts[layer + 1 :]
+    return coords, ".".join(parts)
 
 
 def _suffix_owners(rests: Iterable[str]) -> dict[str, int]:
@@ -128,7 +124,7 @@ def _shortest(rest: str, owners: Mapping[str, int]) -> str:
 
 
 def by_pattern(pattern: str, path: str) -> Coordinates | None:
-    """Coordinates by a pattern with named fields, `encoder.layer.{layer}.attention.self.{role}`; None where it does not match."""
+    """Coordinates by a pattern with named fields, `encoder.layer.{layer}.self.{role}`; None where it does not match."""
     names = re.findall(r"\{(\w*)\}", pattern)
     unknown = sorted(set(names) - {"layer", "role", "stack", "expert", "task"})
     if unknown or len(set(names)) < len(names):
@@ -141,25 +137,42 @@ def by_pattern(pattern: str, path: str) -> Coordinates | None:
     fields = [r"(?P<layer>\d+)" if n == "layer" else rf"(?P<{n}>.+?)" for n in names]
     regex = "".join(re.escape(a) + b for a, b in zip(pieces, [*fields, ""], strict=True))
     match = re.fullmatch(rf"(?:.*\.)?{regex}", path)
-    return {n: int(v) if v.isdigit() else v for n, v in match.groupdict().items()} if match else None
+    return {n: int(v) if v.isdecimal() else v for n, v in match.groupdict().items()} if match else None
+
+
+def expert_sites(tensor: str, shape: Sequence[int], layout: str = "out in") -> list[Site]:
+    """The experts of a 3-D parameter, (expert, out, in) or (expert, in, out): one site each."""
+    side = tuple(shape[1:] if layout == "out in" else shape[:0:-1])
+    path = tensor.removesuffix(".weight")
+    return [
+        Site(f"{path}[{k}]", side, {}, layout, "weight", k, owner=path, tensor=tensor, kind="parameter")
+        for k in range(shape[0])
+    ]
+
+
+def placed(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites with their coordinates: by the paths of all of them, and by the index of an expert."""
+    located = locate([site.owner for site in sites])
+    experts = [{} if site.index is None else {"expert": site.index} for site in sites]
+    return tuple(replace(s, coordinates={**located[s.owner], **e}) for s, e in zip(sites, experts, strict=True))
 
 
 def from_mapping(shapes: Mapping[str, Sequence[int]], **known: Any) -> SiteMap:
-    """Sites of a mapping `{path: (out, in)}`, convolutions as `(out, in, kh, kw)`."""
-    located = locate(list(shapes))
-    sites = []
-    for path, shape in shapes.items():
-        if len(shape) not in (2, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ShapeError(
-                f"the shape of {path} is no weight's", got=tuple(shape), expected="(out, in) or (out, in, kh, kw)"
-            )
-        kind = "conv" if len(shape) == 4 else "linear"
-        sites.append(Site(path, tuple(shape), located[path], owner=path, tensor=path, kind=kind))
-    return SiteMap(tuple(sites), **known)
+    """Sites of a mapping `{path: (out, in)}`, convolutions as `(out, in, kh, kw)`. Raises ShapeError."""
+    return SiteMap(placed([_mapped(path, shape) for path, shape in shapes.items()]), **known)
+
+
+def _mapped(path: str, shape: Any) -> Site:
+    sizes = tuple(shape) if hasattr(shape, "__iter__") else ()
+    if len(sizes) not in (2, 4) or not all(type(n) is int and n > 0 for n in sizes):
+        raise ShapeError(
+            f"the shape of {path} is no weight's", got=repr(shape), expected="(out, in) or (out, in, kh, kw)"
+        )
+    return Site(path, sizes, owner=path, tensor=path, kind="conv" if len(sizes) == 4 else "linear")
 
 
 def from_headers(path: Path) -> SiteMap:
-    """Sites of a safetensors file or a folder of shards: headers only, no tensor is read."""
+    """Sites of a safetensors file or a folder of shards: headers only, no tensor is read. Raises FileError."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise FileError(
@@ -167,17 +180,35 @@ def from_headers(path: Path) -> SiteMap:
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        entries = read_header(file)
-        doubled = sorted(set(shapes) & set(entries))
+        found = read_shapes(file)
+        doubled = sorted(set(shapes) & set(found))
         if doubled:
             raise FileError(f"{doubled[0]} is in two files of {path}", hint="remove the file that does not belong")
-        shapes |= {k: tuple(v["shape"]) for k, v in entries.items() if k != "__metadata__"}
-    weights = {
-        k.removesuffix(".weight"): s
-        for k, s in shapes.items()
-        if len(s) in (2, 4) and min(s) > 0 and k.endswith("weight")
+        shapes |= found
+    return SiteMap(placed(_weights(shapes)), name=str(path.name), parameters=shapes)
+
+
+def _weights(shapes: Mapping[str, tuple[int, ...]]) -> list[Site]:
+    """What in a header is a weight: matrices, convolutions, and experts in one tensor."""
+    found = []
+    for name, shape in shapes.items():
+        if len(shape) in (2, 4) and min(shape) > 0 and name.endswith("weight"):
+            found.append(_mapped(name.removesuffix(".weight"), shape))
+        elif len(shape) == 3 and min(shape) > 0 and "expert" in name and not name.endswith("bias"):
+            found += expert_sites(name, shape)
+    return found
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a safetensors file, by name, from its header. Raises FileError."""
+    entries = {name: entry for name, entry in read_header(file).items() if name != "__metadata__"}
+    shapes: dict[str, Any] = {
+        name: entry.get("shape") if hasattr(entry, "get") else None for name, entry in entries.items()
     }
-    return from_mapping(weights, name=str(path.name), parameters=shapes)
+    for name, shape in shapes.items():
+        if not hasattr(shape, "append") or not all(type(n) is int and n >= 0 for n in shape):
+            raise FileError(f"{file} has no shape for {name!r}", got=shape, hint="download or save it again")
+    return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -187,125 +218,8 @@ def read_header(file: Path) -> dict[str, Any]:
             size = int.from_bytes(stream.read(8), "little")
             text = stream.read(size) if size <= MAX_HEADER_BYTES else b""
         header = json.loads(text) if len(text) == size else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise FileError(f"{file} cannot be read as safetensors", got=str(error)) from None
     if not isinstance(header, dict):
         raise FileError(f"{file} is no safetensors file, or truncated", hint="download or save it again")
     return header
-
-
-def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
-    """The sites that a rule's targets match and its excludes do not, with the rule's pattern and parts applied.
-
-    Raises SiteError where a target matches nothing: it names the nearest roles.
-    """
-    if not rule.targets:
-        raise SiteError(
-            "a rule has no targets", hint="write targets=['query', 'value'], or a glob such as '*.attention.*'"
-        )
-    sites = [part for site in sites for part in split_rows(site, rule.parts)]
-    for target in rule.targets:
-        if not any(matches(target, site.path) for site in sites):
-            raise _no_match(target, sites)
-    chosen = [s for s in sites if _any(rule.targets, s.path) and not _any(rule.exclude, s.path)]
-    return [_relocate(_turned(site, rule.layout), rule.pattern) for site in chosen]
-
-
-def _turned(site: Site, layouts: Mapping[str, str]) -> Site:
-    """The site in the layout that a rule states for it: parameters of no known module class do not tell theirs."""
-    layout = next((value for target, value in layouts.items() if matches(target, site.path)), site.layout)
-    if layout == site.layout:
-        return site
-    if site.kind != "parameter":
-        raise SpecError(
-            f"{site.path} is a {site.kind} module, whose layout is known",
-            got=layout,
-            expected=site.layout,
-            hint="remove it from layout",
-        )
-    return replace(site, layout=layout, shape=site.shape[::-1])
-
-
-def refuse(model: SiteMap, rule: Rule) -> None:
-    """Raise SiteError where a rule's targets mean a module that cannot be adapted, with the reason."""
-    for path, reason in model.refused.items():
-        if _any(rule.targets, path) and not _any(rule.exclude, path):
-            raise SiteError(f"{path} cannot be adapted: {reason}", hint=f"exclude=[{path!r}]")
-
-
-def _relocate(site: Site, pattern: str) -> Site:
-    if not pattern:
-        return site
-    found = by_pattern(pattern, site.path)
-    if found is None:
-        raise SiteError(
-            f"the pattern does not match {site.path}", got=pattern, hint="mend the pattern, or exclude the site"
-        )
-    return replace(site, coordinates=found)
-
-
-def _any(patterns: Sequence[str], path: str) -> bool:
-    return any(matches(pattern, path) for pattern in patterns)
-
-
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise SpecError(f"the target 're:{pattern}' is no regular expression", got=str(error)) from None
-
-
-def matches(target: str, path: str) -> bool:
-    """Whether a target (exact path, suffix of whole components, glob, or `re:` expression) means a path."""
-    if target.startswith("re:"):
-        return _compiled(target[3:]).fullmatch(path) is not None
-    if any(c in target for c in "*?"):
-        return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
-    base = path.partition("[")[0]
-    return target in (path, base) or path.endswith(f".{target}") or base.endswith(f".{target}")
-
-
-def _no_match(target: str, sites: Sequence[Site]) -> SiteError:
-    names = sorted(
-        {str(site.coordinates.get("role", site.path)) for site in sites} | {s.path.rpartition(".")[2] for s in sites}
-    )
-    close = get_close_matches(target, names, n=3)
-    return SiteError(
-        f"target {target!r} matches no site",
-        expected=f"one of the roles {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}",
-        hint=f"did you mean {' or '.join(map(repr, close))}?"
-        if close
-        else "targets are paths, suffixes, globs or 're:' expressions",
-    )
-
-
-def split_rows(site: Site, parts: Mapping[str, list[str] | dict[str, int]]) -> list[Site]:
-    """The site, or its row ranges where a rule's `parts` names it: `h.0.attn.c_attn` becomes `...c_attn[q]`, `[k]`, `[v]`."""
-    found = next((value for target, value in parts.items() if matches(target, site.path)), None)
-    if found is None or site.rows is not None:
-        return [site]
-    sizes = _part_sizes(site, found)
-    if sum(sizes.values()) != site.out:
-        raise ShapeError(
-            f"the parts of {site.path} do not add up to its rows", got=sizes, expected=f"a sum of {site.out}"
-        )
-    result, start = [], 0
-    for name, size in sizes.items():
-        coords = {**site.coordinates, "role": f"{site.coordinates.get('role', '')}[{name}]"}
-        rows = (start, start + size)
-        result.append(
-            replace(site, path=f"{site.path}[{name}]", shape=(size, *site.shape[1:]), rows=rows, coordinates=coords)
-        )
-        start += size
-    return result
-
-
-def _part_sizes(site: Site, parts: list[str] | dict[str, int]) -> dict[str, int]:
-    if not hasattr(parts, "keys"):
-        if site.out % len(parts):
-            raise ShapeError(
-                f"{site.path} has {site.out} rows, not {len(parts)} equal parts", hint="give sizes: {'q': 64, 'k': 16}"
-            )
-        return dict.fromkeys(parts, site.out // len(parts))
-    return dict(parts)

@@ -10,10 +10,10 @@ PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
     *("errors", "diagram", "spec", "folds", "formats", "presets"),
-    *("sites", "recipe", "grouping", "plan", "budget"),
+    *("sites", "targets", "recipe", "grouping", "plan", "budget"),
 )
 WITH_TORCH = (
-    *("linalg", "chain", "lower", "gauge", "io", "scan", "fit", "init", "interchange", "hooks", "merging", "adapter", "attach"),
+    *("linalg", "chain", "lower", "gauge", "io", "host", "scan", "fit", "init", "interchange", "hooks", "merging", "adapter", "attach"),
     *("change", "optim", "analysis", "extract", "peft", "distributed", "plots", "trainer", "demo", "cli", "__main__", "__init__"),
 )
 LAYERS = TORCH_FREE + WITH_TORCH

@@ -1,0 +1,45 @@
+"""Hosts: how a model carries its adapters, and how those hold their tensors.
+
+Invariant: what is registered on a model under `HOST` is never a part of the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+HOST = "tensoradapt"  # the name under which adapters register themselves on a model
+
+
+class Host(nn.Module):
+    """What a model carries its adapters in, and which parameters were trainable before the first one came."""
+
+    def __init__(self, flags: Mapping[str, bool]) -> None:
+        super().__init__()
+        self.flags = dict(flags)
+        self.merged: list[str] = []
+
+    def forward(self, x: Any) -> Any:
+        """The identity: `nn.Sequential` calls everything that is registered on it."""
+        return x
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+class Bank(nn.Module):
+    """Tensors, or banks of them, by name. Unlike `nn.ParameterDict` it takes any: `values`, say, or `keys`."""
+
+    def __getitem__(self, name: str) -> Any:
+        return self._parameters[name] if name in self._parameters else self._modules[name]
+
+    def __setitem__(self, name: str, held: nn.Parameter | Bank) -> None:
+        names: dict[str, Any] = self._parameters if isinstance(held, nn.Parameter) else self._modules  # type: ignore[assignment]
+        names[name] = held
+
+
+def slashed(path: str) -> str:
+    """A parameter's path as one name: PyTorch takes dots for levels."""
+    return path.replace(".", "/")

@@ -1,0 +1,149 @@
+"""Targets: which of a model's sites a rule means, and which parts of them.
+
+Invariant: a name in a rule that means nothing in the model is an error that names what it may have meant.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from tensoradapt.errors import ShapeError, SiteError, SpecError
+from tensoradapt.sites import Site, SiteMap, by_pattern
+from tensoradapt.spec import Rule
+
+
+def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
+    """The sites that a rule's targets match and its excludes do not, with the rule's pattern and parts applied.
+
+    Raises SiteError where a target matches nothing: it names the nearest roles.
+    """
+    if not rule.targets:
+        raise SiteError(
+            "a rule has no targets", hint="write targets=['query', 'value'], or a glob such as '*.attention.*'"
+        )
+    sites = [part for site in sites for part in split_rows(site, rule.parts)]
+    for target in rule.targets:
+        _check_match("target", target, sites)
+    chosen = [s for s in sites if _any(rule.targets, s.path) and not _any(rule.exclude, s.path)]
+    if not chosen:
+        raise SiteError(
+            "exclude leaves none of the targets", got=list(rule.exclude), hint="remove an exclude, or the rule"
+        )
+    return [_relocate(_turned(site, rule.layout), rule.pattern) for site in chosen]
+
+
+def _turned(site: Site, layouts: Mapping[str, str]) -> Site:
+    """The site in the layout that a rule states for it: parameters of no known module class do not tell theirs."""
+    layout = next((value for target, value in layouts.items() if matches(target, site.path)), site.layout)
+    if layout == site.layout:
+        return site
+    if site.kind != "parameter":
+        raise SpecError(
+            f"{site.path} is a {site.kind} module, whose layout is known",
+            got=layout,
+            expected=site.layout,
+            hint="remove it from layout",
+        )
+    return replace(site, layout=layout, shape=site.shape[::-1])
+
+
+def refuse(model: SiteMap, rule: Rule) -> None:
+    """Raise SiteError where a rule's targets mean a module that cannot be adapted, or its other names mean nothing."""
+    for path, reason in model.refused.items():
+        if _any(rule.targets, path) and not _any(rule.exclude, path):
+            raise SiteError(f"{path} cannot be adapted: {reason}", hint=f"exclude=[{path!r}]")
+    split = [part for site in model.sites for part in split_rows(site, rule.parts)]
+    refused = [Site(path, (1, 1)) for path in model.refused]
+    named = (("exclude", rule.exclude, [*split, *refused]), ("layout", rule.layout, split))
+    for field, names, sites in (*named, ("parts", rule.parts, model.sites)):
+        for name in names:
+            _check_match(field, name, sites)
+
+
+def _relocate(site: Site, pattern: str) -> Site:
+    if not pattern:
+        return site
+    found = by_pattern(pattern, site.path)
+    if found is None:
+        raise SiteError(
+            f"the pattern does not match {site.path}", got=pattern, hint="mend the pattern, or exclude the site"
+        )
+    return replace(site, coordinates=found)
+
+
+def _any(patterns: Sequence[str], path: str) -> bool:
+    return any(matches(pattern, path) for pattern in patterns)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise SpecError(f"the target 're:{pattern}' is no regular expression", got=str(error)) from None
+
+
+def matches(target: str, path: str) -> bool:
+    """Whether a target means a path: equal, a suffix of whole components, a glob (`*`, `?`), or a `re:` expression."""
+    if target.startswith("re:"):
+        return _compiled(target[3:]).fullmatch(path) is not None
+    if any(c in target for c in "*?"):
+        glob = target.replace("[", "[[]")  # brackets are part of a path, `c_attn[q]`
+        return fnmatchcase(path, glob) or fnmatchcase(path, f"*.{glob}")
+    base = path.partition("[")[0]
+    return target in (path, base) or path.endswith(f".{target}") or base.endswith(f".{target}")
+
+
+def _check_match(field: str, name: str, sites: Sequence[Site]) -> None:
+    """Raise SiteError where a name of a rule's field matches no site: with the nearest roles."""
+    if any(matches(name, site.path) for site in sites):
+        return
+    names = sorted(
+        {str(site.coordinates.get("role", site.path)) for site in sites} | {s.path.rpartition(".")[2] for s in sites}
+    )
+    close = get_close_matches(name, names, n=3)
+    raise SiteError(
+        f"{field} {name!r} matches no site",
+        expected=f"one of the roles {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}",
+        hint=f"did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else "names are paths, suffixes, globs or 're:' expressions",
+    )
+
+
+def split_rows(site: Site, parts: Mapping[str, list[str] | dict[str, int]]) -> list[Site]:
+    """The site, or its row ranges where a rule's `parts` names it: `c_attn` becomes `c_attn[q]`, `c_attn[k]`, ..."""
+    found = next((value for target, value in parts.items() if matches(target, site.path)), None)
+    if found is None or site.rows is not None:
+        return [site]
+    sizes = _part_sizes(site, found)
+    if sum(sizes.values()) != site.out or min(sizes.values()) <= 0:
+        raise ShapeError(
+            f"the parts of {site.path} do not add up to its rows",
+            got=sizes,
+            expected=f"positive numbers with the sum {site.out}",
+        )
+    result, start = [], 0
+    for name, size in sizes.items():
+        coords = {**site.coordinates, "role": f"{site.coordinates.get('role', '')}[{name}]"}
+        rows = (start, start + size)
+        result.append(
+            replace(site, path=f"{site.path}[{name}]", shape=(size, *site.shape[1:]), rows=rows, coordinates=coords)
+        )
+        start += size
+    return result
+
+
+def _part_sizes(site: Site, parts: list[str] | dict[str, int]) -> dict[str, int]:
+    if isinstance(parts, list):
+        if not parts or site.out % len(parts):
+            raise ShapeError(
+                f"{site.path} has {site.out} rows, not {len(parts)} equal parts", hint="give sizes: {'q': 64, 'k': 16}"
+            )
+        return dict.fromkeys(parts, site.out // len(parts))
+    return dict(parts)
