@@ -7,10 +7,10 @@ the order of creation, or other rules. Global generators are neither read nor wr
 from __future__ import annotations
 
 import ast
+import hashlib
 import math
 import operator
 import re
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from tensorly.decomposition import tensor_train_matrix
 from torch import Tensor
 
-from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.errors import AdapterError, RankError, SpecError
 from tensoradapt.grouping import BALANCED, Group
 from tensoradapt.plan import Factor
 
@@ -36,8 +36,11 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> float:
     try:
         # `in` is a keyword of Python: it is renamed on both sides
         renamed = {"in_" if name == "in" else name: size for name, size in sizes.items()}
-        return _value(ast.parse(re.sub(r"\bin\b", "in_", text), mode="eval").body, renamed)
-    except (SyntaxError, KeyError, ValueError, TypeError, ZeroDivisionError, RecursionError) as error:
+        value = _value(ast.parse(re.sub(r"\bin\b", "in_", text), mode="eval").body, renamed)
+        if not math.isfinite(value):  # a TypeError where a root of a negative number made it complex
+            raise ValueError(f"it is {value}")
+        return value
+    except (SyntaxError, KeyError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise SpecError(
             f"cannot evaluate {text!r}",
             got=repr(error),
@@ -93,7 +96,7 @@ def _orthogonal(rng: Random, factor: Factor) -> Any:
 
 def _unit_norm(rng: Random, factor: Factor) -> Any:
     values = rng.uniform(-1, 1, factor.shape)
-    return values / np.linalg.norm(values)
+    return values / math.sqrt(math.fsum(np.square(values).ravel()))  # a threaded sum would depend on the machine
 
 
 def _balanced(rng: Random, factor: Factor) -> Any:
@@ -126,7 +129,8 @@ def parse_law(factor: Factor) -> tuple[Callable[..., Any], tuple[float, ...]]:
 def draw(factor: Factor, seed: int) -> Tensor:
     """The initial tensor of a factor under its law."""
     make, arguments = parse_law(factor)
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(factor.key.encode())])))
+    own = int.from_bytes(hashlib.sha256(factor.key.encode()).digest(), "little")
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, own])))
     return torch.from_numpy(np.array(make(rng, factor, *arguments), order="C")).to(getattr(torch, factor.dtype))
 
 
@@ -156,16 +160,33 @@ def from_weight(group: Group, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _typed(group: Group, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {node: factor.to(getattr(torch, group.rule.dtype)).contiguous() for node, factor in factors.items()}
+    """Factors in the shapes and the dtype of the group's nodes. Raises RankError where the weight holds no such rank."""
+    diagram, dtype = group.diagram, getattr(torch, group.rule.dtype)
+    for node, factor in factors.items():
+        if factor.numel() != diagram.numel(node):
+            raise RankError(
+                f"node {node!r} of group {group.name!r} asks the weight for a rank that it does not have",
+                got=diagram.shape(node),
+                expected=tuple(factor.shape),
+                hint="use a smaller rank, or excess: cap",
+            )
+    return {node: factor.reshape(diagram.shape(node)).to(dtype).contiguous() for node, factor in factors.items()}
 
 
 def _two_sides(group: Group, outer: str, inner: str, weight: Tensor) -> dict[str, Tensor]:
-    rank = min(group.diagram.shape(outer)[-1], min(weight.shape))
+    nodes = group.diagram.nodes
+    if len(nodes[outer]) != 2 or len(nodes[inner]) != 2:
+        raise SpecError("law 'weight' serves nodes with one bond each", got={n: nodes[n] for n in (outer, inner)})
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     signs = torch.where(
         u.abs().argmax(0, keepdim=True).eq(torch.arange(u.shape[0], device=u.device)[:, None]), u.sign(), 0
     ).sum(0)
-    return {outer: (u * signs)[:, :rank], inner: ((s * signs)[:, None] * vh)[:rank]}
+    columns = {outer: u * signs, inner: ((s * signs)[:, None] * vh).mT}
+    ranks = {node: group.diagram.numel(node) // matrix.shape[0] for node, matrix in columns.items()}
+    return {
+        node: matrix[:, : ranks[node]] if nodes[node][0] in ("out", "in") else matrix[:, : ranks[node]].mT
+        for node, matrix in columns.items()
+    }
 
 
 def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
@@ -174,4 +195,4 @@ def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
     ranks = [1, *(diagram.sizes[bond] for bond in diagram.bonds), 1]
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         cores = tensor_train_matrix(weight.reshape(sizes), ranks).factors
-    return {node: core.reshape(diagram.shape(node)) for node, core in zip(diagram.nodes, cores, strict=True)}
+    return dict(zip(diagram.nodes, cores, strict=True))

@@ -19,8 +19,8 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.q_proj(x) + torch.cat([self.k_proj(x), self.v_proj(x)], -1).repeat(1, 1, 2)[..., : x.shape[-1]]
-        x = x + self.o_proj(mixed.tanh())
+        mixed = (self.k_proj(x) * self.v_proj(x)).repeat(1, 1, self.q_proj.out_features // self.k_proj.out_features)
+        x = x + self.o_proj(self.q_proj(x) + mixed)
         return x + self.down_proj(self.up_proj(x).relu())
 
 

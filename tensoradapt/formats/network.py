@@ -39,15 +39,17 @@ def network(text: str, shape: Shape, rank: Ranks, excess: str) -> Diagram:
     names = list(dict.fromkeys(i for indices in nodes.values() for i in indices if i not in axes))
     asked = per_bond(rank, names)
     sizes = {axis: shape.sizes[axis] for axis in axes} | asked
-    for bond in names:
-        ends = [indices for indices in nodes.values() if bond in indices]
-        if len(ends) == 2:
-            limit = min(math.prod(sizes[i] for i in indices if i != bond) for indices in ends)
+    ends = {bond: [indices for indices in nodes.values() if bond in indices] for bond in names}
+    for bond in (bond for bond in names if len(ends[bond]) == 1):
+        raise SpecError(
+            f"bond {bond!r} ends nowhere: it is on one node and not among the axes",
+            got=text,
+            hint=f"put {bond!r} on another node, or after '->'",
+        )
+    before: dict[str, int] = {}
+    while sizes != before:  # a bond that is capped lowers the limits of its neighbours
+        before = dict(sizes)
+        for bond in (bond for bond in names if len(ends[bond]) == 2):
+            limit = min(math.prod(sizes[i] for i in indices if i != bond) for indices in ends[bond])
             sizes[bond] = limited(asked[bond], limit, excess, bond)
-        elif len(ends) == 1:
-            raise SpecError(
-                f"bond {bond!r} ends nowhere: it is on one node and not among the axes",
-                got=text,
-                hint=f"put {bond!r} on another node, or after '->'",
-            )
     return shape.diagram(nodes, {bond: sizes[bond] for bond in names})
