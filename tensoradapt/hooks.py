@@ -69,7 +69,8 @@ class OutputHook:
             )
         x = args[0] if args else next(iter(kwargs.values()))
         device = output.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        cast = not output.is_meta and torch.is_autocast_enabled(device)  # which knows no meta device
+        with torch.autocast(device, enabled=False) if cast else nullcontext():
             if output.is_nested:  # what nn.TransformerEncoder makes of a padding mask
                 rows = [self.add(module, a, b) for a, b in zip(x.unbind(), output.unbind(), strict=True)]
                 return torch.nested.as_nested_tensor(rows, layout=output.layout)
