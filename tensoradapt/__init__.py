@@ -1,4 +1,4 @@
-"""tensoradapt: build, analyse and plot tensor-structured adapters. An adapter is a tensor network over grouped deltas."""
+"""Tensor-structured adapters: an adapter is a tensor network over grouped weight deltas."""
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.attach import attach, load

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ class Adapter(nn.Module):
         return self._tensors(group)
 
     def set_factors(self, group: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values into a group's factors in place. Raises SpecError on unknown nodes, ShapeError on other shapes."""
+        """Copy values into a group's factors. Raises SpecError on unknown nodes, ShapeError on other shapes."""
         held = self.factors(group)
         for node, tensor in tensors.items():
             if node not in held:
@@ -189,14 +190,12 @@ class Adapter(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write the adapter file (a folder with `adapter.safetensors`, or that file), atomically; returns its path.
 
+        The scale that was set is written into every group's own, so that a loaded adapter has the same deltas.
         Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is.
         """
-        return write(
-            path,
-            self.plan,
-            self.tensors(),
-            revision=getattr(getattr(self._model[0], "config", None), "_commit_hash", None) or "",
-        )
+        revision = getattr(getattr(self._model[0], "config", None), "_commit_hash", None) or ""
+        groups = tuple(replace(group, scale=group.scale * self._scale) for group in self.plan.groups)
+        return write(path, replace(self.plan, groups=groups), self.tensors(), revision=revision)
 
     # -- merging ------------------------------------------------------------------------------------------------
 

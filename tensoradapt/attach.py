@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
-from tensoradapt.grouping import Group, Placement
+from tensoradapt.grouping import Group
 from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, slashed
@@ -23,6 +23,7 @@ from tensoradapt.init import WEIGHT, draw, from_weight, parse_law
 from tensoradapt.io.native import read
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import view
+from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
 from tensoradapt.scan import owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap

@@ -22,10 +22,12 @@ from tensoradapt.presets import expand
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Rule, Spec
 
+RuleRank = int | list[int] | dict[str, int | str]
+
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One spec at one rank (None where it has none): counts, bytes, FLOP per token, and every group's trainable share."""
+    """One spec at one rank (None where it has none): counts, bytes, FLOP per token, trainable shares by role."""
 
     spec: str
     rank: int | None
@@ -136,28 +138,24 @@ def with_rank(spec: Spec, rank: int) -> Spec:
 
 
 def _with_rank(rule: Rule, rank: int) -> Rule:
-    old = rule.rank
-    values = (
-        [old]
-        if isinstance(old, int)
-        else [v for v in (old.values() if isinstance(old, dict) else old) if isinstance(v, int)]
-    )
-    scaled: Callable[[int | str], int | str] = lambda v: max(1, v * rank // max(values)) if isinstance(v, int) else v  # noqa: E731
-    new = (
-        {bond: scaled(v) for bond, v in old.items()}
-        if isinstance(old, dict)
-        else [scaled(v) for v in old]
-        if isinstance(old, list)
-        else rank
-    )
-    return Rule(**{**rule.model_dump(exclude_defaults=True), "rank": new, "ranks": {}})
+    return Rule(**{**rule.model_dump(exclude_defaults=True), "rank": _scaled(rule.rank, rank), "ranks": {}})
+
+
+def _scaled(old: RuleRank, rank: int) -> RuleRank:
+    """A rule's rank with its largest number at `rank`, and the others in proportion."""
+    if isinstance(old, int):
+        return rank
+    pairs = list(old.items()) if isinstance(old, dict) else list(enumerate(old))
+    top = max(value for _, value in pairs if isinstance(value, int))
+    new = [(key, max(1, v * rank // top) if isinstance(v, int) else v) for key, v in pairs]
+    return dict(new) if isinstance(old, dict) else [v for _, v in new]  # type: ignore[arg-type, misc]
 
 
 def solve(spec: Spec, model: SiteMap, max_parameters: int) -> SolvedSpec:
     """The largest rank, and the largest ranks by group, with at most `max_parameters` trainable entries.
 
-    `rank` is the largest that all groups can have. What is left of the budget then raises single groups, so that the sum
-    of ranks is the largest possible: the cheapest increments first where counts are convex in the rank (exact), a
+    `rank` is the largest that all groups can have. What is left of the budget then raises single groups, so that the
+    sum of ranks is the largest possible: the cheapest increments first where counts are convex in the rank (exact), a
     dynamic programme over the sum of ranks where they are not (exact too). Raises RankError where rank 1 is too much.
     """
     if not has_rank(spec):
@@ -184,7 +182,7 @@ def solve(spec: Spec, model: SiteMap, max_parameters: int) -> SolvedSpec:
     return SolvedSpec(rules=rules, rank=rank, ranks=ranks, num_trainable=count)
 
 
-def _own(plan: Plan, rule: Rule, ranks: Mapping[str, int]) -> dict[str, int | list[int] | dict[str, int | str]]:
+def _own(plan: Plan, rule: Rule, ranks: Mapping[str, int]) -> dict[str, RuleRank]:
     mine = {group.name for group in plan.groups if group.rule is rule}
     return {name: _with_rank(rule, rank).rank for name, rank in ranks.items() if name in mine}
 

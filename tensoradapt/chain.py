@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tensoradapt.recipe import Contraction, Recipe, Stage
+from tensoradapt.contraction import Contraction
+from tensoradapt.recipe import Recipe, Stage
 
 Weights = tuple[Tensor, ...]
 Pair = tuple[Tensor, Tensor]  # a tensor's start, and its difference from it
@@ -40,11 +41,12 @@ def staged(stage: Stage, weight: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Convolved:
-    """One stage on a convolution's channels: the stage that consumes the kernel has its stride and padding, others are 1 x 1."""
+    """One stage on a convolution's channels: the one that consumes the kernel has its stride and padding."""
 
     module: nn.Conv2d
 
     def __call__(self, stage: Stage, weight: Tensor, x: Tensor) -> Tensor:
+        """One stage.  Shapes: (.., channels, height, width) -> (.., rows, height, width)."""
         if stage.diagonal:
             return x * weight[:, None, None]
         if stage.kernel:
@@ -82,7 +84,7 @@ class Chain:
         return F.dropout(x, dropout) if dropout else x
 
     def add(self, x: Tensor, y: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-        """y + scale * chain(x), the sum fused into the last product where that is a plain matrix."""
+        """Return y + scale * chain(x), the sum fused into the last product where that is a plain matrix."""
         if not self.plain_end or self.start is not None or y.dim() < 2:
             return y + self(x, dropout=dropout) * scale
         code = self.code(x, dropout=dropout)

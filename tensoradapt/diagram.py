@@ -1,7 +1,7 @@
 """Diagrams: the nodes of a tensor network, the indices they carry, and the size of every index.
 
-A diagram is a format made concrete, in names and integers and without tensors. Whatever follows from nodes and indices
-(shapes, counts, bonds, tree structure, the einsum equation of the dense tensor) is derived here, once, for every format.
+A diagram is a format made concrete, in names and integers, without tensors. Whatever follows from nodes and indices
+(shapes, counts, bonds, tree structure, the einsum equation of the dense tensor) is derived here, once for all.
 Invariant: every open axis and every bond has a size, and every open axis sits on at least one node.
 """
 
@@ -68,7 +68,7 @@ class Diagram:
         return {bond: tuple(nodes) for bond, nodes in joined.items()}
 
     def fold(self, axis: str) -> tuple[str, ...]:
-        """The axes that `out`, `in` or `kernel` is cut into; the axis itself where it is not, none where it is absent."""
+        """The axes that `out`, `in` or `kernel` is cut into; itself where it is not cut, none where it is absent."""
         if axis in self.folds:
             return self.folds[axis]
         return (axis,) if axis in self.open else ()

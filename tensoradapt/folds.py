@@ -83,7 +83,7 @@ def _divisors(size: int) -> tuple[int, ...]:
 
 
 def two_factors(size: int, factor: int) -> tuple[int, int]:
-    """LyCORIS's factorisation into (small, large): `factor` itself where it divides, else the nearest below it; -1 is near-square."""
+    """LyCORIS's factors (small, large): `factor` where it divides, else the nearest below; -1 is near-square."""
     if factor > 0 and size % factor == 0:
         small = factor
     else:

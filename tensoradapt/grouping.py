@@ -11,27 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.errors import RankError, SiteError, SpecError
+from tensoradapt.errors import RankError, SpecError
 from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Ranks, Shape
 from tensoradapt.formats.network import network, parse
+from tensoradapt.laws import laws_of, scale_of
+from tensoradapt.placing import COORDINATES, Placement, group_name, own_coordinates, place
 from tensoradapt.recipe import Recipe, recipe
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 
-COORDINATES = ("stack", "layer", "role", "expert", "task")
-BALANCED = "balanced"
 _KEY_VALUE = re.compile(r"(^|.*[._\[])(k|v|key|value)s?(_proj|_lin)?\]?")
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One site in its group: its position on every coordinate axis (of its first slot), and its grid of slots."""
-
-    site: Site
-    index: Mapping[str, int]
-    slots: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -94,8 +85,8 @@ def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap) -> list[Group
     multiple = {c for c in COORDINATES if len({s.coordinates.get(c) for s in sites}) > 1}
     buckets: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
-        buckets.setdefault((*_own(site, axes), *_shape_key(rule, site, axes, model)), []).append(site)
-    plain = [_name(rule, members, axes, multiple) for members in buckets.values()]
+        buckets.setdefault((*own_coordinates(site, axes), *_shape_key(rule, site, axes, model)), []).append(site)
+    plain = [group_name(rule, members, axes, multiple) for members in buckets.values()]
     groups = []
     for members, name in zip(buckets.values(), plain, strict=True):
         full = f"{name}_{'x'.join(map(str, members[0].shape))}" if plain.count(name) > 1 else name
@@ -142,18 +133,6 @@ def _plain(part: int | str) -> str:
     return part.partition("=")[0] if isinstance(part, str) else ""
 
 
-def _own(site: Site, axes: tuple[str, ...]) -> tuple[object, ...]:
-    """The coordinates that are no axis: sites that differ in one of them have tensors of their own."""
-    missing = [a for a in axes if a in COORDINATES and a not in site.coordinates]
-    if missing:
-        raise SiteError(
-            f"{site.path} has no {missing[0]}, an axis of the tensor",
-            got=dict(site.coordinates),
-            hint="exclude the site, or use the axis 'site', which all sites have",
-        )
-    return () if "site" in axes else tuple(site.coordinates.get(c) for c in COORDINATES if c not in axes)
-
-
 def _shape_key(rule: Rule, site: Site, axes: tuple[str, ...], model: SiteMap) -> tuple[object, ...]:
     return (site.shape, _heads(rule, site, model), site.kind == "conv") if rule.shapes == "separate" else ()
 
@@ -171,7 +150,7 @@ def _heads(rule: Rule, site: Site, model: SiteMap) -> int | None:
 
 def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> Group:
     out, inp, kernel = _extent(rule, axes, sites)
-    placements, labels = _place(rule, axes, sites, (out, inp))
+    placements, labels = place(rule, axes, sites, (out, inp))
     heads = _heads(rule, sites[0], model)
     folds = {
         axis: fold(axis, size, rule.folds[axis], {"head": heads} if heads else {})
@@ -189,8 +168,8 @@ def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: Site
         diagram,
         tuple(placements),
         labels,
-        _scale(rule, name),
-        _laws(rule, diagram, name),
+        scale_of(rule, name),
+        laws_of(rule, diagram, name),
         {n: f"{name}.{n}" for n in diagram.nodes},
     )
 
@@ -206,64 +185,9 @@ def _extent(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site]) -> tuple[i
             got=sorted(kernels),
             hint="use shapes: separate",
         )
-    gather = {"separate": min, "slots": _common, "slices": max}[rule.shapes]
-    out, inp = rule.slot or (gather([s.out for s in sites]), gather(inputs))
+    gather = math.gcd if rule.shapes == "slots" else max  # a group of separate shapes has but one
+    out, inp = rule.slot or (gather(*(s.out for s in sites), sites[0].out), gather(*inputs, inputs[0]))
     return out, inp, kernels.pop()
-
-
-def _common(numbers: Sequence[int]) -> int:
-    return math.gcd(*numbers)
-
-
-def _place(
-    rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], slot: tuple[int, int]
-) -> tuple[list[Placement], dict[str, tuple[int | str, ...]]]:
-    """Every site's position on the coordinate axes, and the labels of their positions."""
-    grids = [_grid(site, slot) if rule.shapes == "slots" else (1, 1) for site in sites]
-    labels: dict[str, tuple[int | str, ...]] = {}
-    for axis in (a for a in axes if a in COORDINATES):
-        values = dict.fromkeys(site.coordinates[axis] for site in sites)
-        labels[axis] = tuple(
-            sorted(values, key=lambda v: (0, v, "") if isinstance(v, int) else (1, 0, v))
-            if axis in ("layer", "expert")
-            else values
-        )
-    index = [{axis: values.index(site.coordinates[axis]) for axis, values in labels.items()} for site in sites]
-    counts = [rows * cols for rows, cols in grids]
-    if "site" in axes:
-        labels["site"] = tuple(
-            s.path if c == 1 else f"{s.path}#{k}" for s, c in zip(sites, counts, strict=True) for k in range(c)
-        )
-        index = [{"site": sum(counts[:k])} for k in range(len(sites))]
-    if "slot" in axes:
-        labels["slot"] = tuple(range(max(counts)))
-        index = [{**i, "slot": 0} for i in index]
-    _check_collisions(sites, index)
-    return [Placement(s, i, g) for s, i, g in zip(sites, index, grids, strict=True)], labels
-
-
-def _grid(site: Site, slot: tuple[int, int]) -> tuple[int, int]:
-    if site.out % slot[0] or site.inp % slot[1]:
-        raise SpecError(
-            f"{site.path} cannot be cut into slots",
-            got=f"{site.shape}",
-            expected=f"multiples of {slot}",
-            hint="give slot=(out, in), or exclude the site",
-        )
-    return site.out // slot[0], site.inp // slot[1]
-
-
-def _check_collisions(sites: Sequence[Site], index: Sequence[Mapping[str, int]]) -> None:
-    seen: dict[tuple[tuple[str, int], ...], str] = {}
-    for site, where in zip(sites, index, strict=True):
-        key = tuple(sorted(where.items()))
-        if key in seen:
-            raise SiteError(
-                f"{seen[key]} and {site.path} have equal coordinates",
-                got=dict(site.coordinates),
-                hint="use the axis 'site', a pattern with named fields, or rules of their own",
-            )
-        seen[key] = site.path
 
 
 def _diagram(rule: Rule, shape: Shape, name: str) -> Diagram:
@@ -301,58 +225,6 @@ def _sized(rank: int | list[int] | dict[str, int | str], shape: Shape) -> Ranks:
     return {bond: shape.sizes[value] if isinstance(value, str) else value for bond, value in rank.items()}
 
 
-def _scale(rule: Rule, name: str) -> float:
-    """The scale rule, evaluated once to a number."""
-    if isinstance(rule.scale, float):
-        return rule.scale
-    if rule.scale in ("one", "alpha"):
-        return 1.0 if rule.scale == "one" else rule.alpha
-    rank = rule.ranks.get(name, rule.rank)
-    if not isinstance(rank, int):
-        raise SpecError(
-            f"scale {rule.scale!r} needs one rank, and group {name!r} has one per bond",
-            got=rank,
-            hint="give the scale as a number",
-        )
-    return rule.alpha / (rank if rule.scale == "alpha/rank" else math.sqrt(rank))
-
-
-def _laws(rule: Rule, diagram: Diagram, name: str) -> dict[str, str]:
-    """The initial law of every node, and the check of the start: exactly one zero node, trained, for a `zero` start."""
-    nodes = tuple(diagram.nodes)
-    for field_name, given in (
-        ("init", set(rule.init) - {"*"}),
-        ("frozen", set(rule.frozen)),
-        ("zero", {rule.zero} - {""}),
-    ):
-        if given - set(nodes):
-            raise SpecError(
-                f"{field_name} names the node {min(given - set(nodes))!r}, which the network lacks",
-                expected=", ".join(nodes),
-            )
-    laws = {node: rule.init.get(node, rule.init.get("*", BALANCED)) for node in nodes} | (
-        {rule.zero: "zero"} if rule.zero else {}
-    )
-    zeros = [node for node in nodes if laws[node] == "zero"]
-    if rule.start == "zero" and (len(zeros) != 1 or zeros[0] in rule.frozen):
-        got = (
-            f"{len(zeros)} zero nodes{f' ({chr(44).join(zeros)})' if zeros else ''}"
-            if len(zeros) != 1
-            else f"{zeros[0]} is zero and frozen"
-        )
-        raise SpecError(
-            f"a zero start of {name!r} needs exactly one zero node, and a trained one",
-            got=got,
-            expected=f"one of {', '.join(n for n in nodes if n not in rule.frozen)}",
-            hint=f"write zero: {rule.zero or nodes[0]}, or start: nonzero, or start: difference",
-        )
-    if rule.start != "zero" and zeros:
-        raise SpecError(
-            f"node {zeros[0]!r} is zero, but the start is {rule.start!r}", hint="use start: zero, or another law"
-        )
-    return laws
-
-
 def _slices(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> list[Group]:
     """Groups by shape whose nodes without the axis `site` are slices of one bank of the largest size."""
     if rule.folds:
@@ -381,17 +253,3 @@ def _slices(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: Sit
             replace(part, diagram=diagram, placements=placements, labels=labels, store={**part.store, **shared})
         )
     return groups
-
-
-def _name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multiple: set[str]) -> str:
-    """A readable name: the rule's, what the sites have in common and others not."""
-    common = {c: sites[0].coordinates.get(c) for c in multiple if len({s.coordinates.get(c) for s in sites}) == 1}
-    pieces = [rule.name] if rule.name else []
-    pieces += [str(common["stack"])] if "stack" in common and "site" not in axes else []
-    pieces += [f"layer{common['layer']}"] if "layer" in common and "site" not in axes else []
-    roles = list(dict.fromkeys(str(s.coordinates.get("role", "")) for s in sites))
-    pieces += (
-        ["_".join(roles) if len(roles) <= 4 else f"{len(roles)}_roles"] if not rule.name or "role" in common else []
-    )
-    pieces += [f"expert{common['expert']}"] if "expert" in common and "site" not in axes else []
-    return re.sub(r"\W+", "_", "_".join(p for p in pieces if p)).strip("_") or "group"

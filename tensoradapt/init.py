@@ -1,7 +1,7 @@
 """Initial factors: laws stated as bounds and standard deviations, and factors taken from the weights.
 
-Invariant: a random law's bytes depend on the seed and the factor's key alone: not on the machine, the number of threads,
-the order of creation, or other rules. Global generators are neither read nor written.
+Invariant: a random law's bytes depend on the seed and the factor's key alone: not on the machine, the number of
+threads, the order of creation, or other rules. Global generators are neither read nor written.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from tensorly.decomposition import tensor_train_matrix
 from torch import Tensor
 
 from tensoradapt.errors import AdapterError, RankError, SpecError
-from tensoradapt.grouping import BALANCED, Group
-from tensoradapt.plan import Factor
+from tensoradapt.grouping import Group
+from tensoradapt.laws import BALANCED
+from tensoradapt.rows import Factor
 
 Random = np.random.Generator
 _OPERATORS: dict[type, Callable[..., float]] = {
@@ -32,7 +33,7 @@ _OPERATORS: dict[type, Callable[..., float]] = {
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> float:
-    """A law's argument as a number: arithmetic, `sqrt`, and the names of axes and bonds for their sizes. Raises SpecError."""
+    """A law's argument as a number: arithmetic, `sqrt`, and axes and bonds by name. Raises SpecError."""
     try:
         # `in` is a keyword of Python: it is renamed on both sides
         renamed = {"in_" if name == "in" else name: size for name, size in sizes.items()}
@@ -100,7 +101,7 @@ def _unit_norm(rng: Random, factor: Factor) -> Any:
 
 
 def _balanced(rng: Random, factor: Factor) -> Any:
-    """Standard deviation that leaves a sum over the factor's bonds as large as its terms: 1 / sqrt(sqrt(prod bonds))."""
+    """Standard deviation that leaves a sum over the factor's bonds as large as its terms: (prod bonds)^(-1/4)."""
     return rng.standard_normal(factor.shape) / math.prod(factor.sizes[bond] for bond in factor.bonds) ** 0.25
 
 
@@ -160,7 +161,7 @@ def from_weight(group: Group, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _typed(group: Group, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Factors in the shapes and the dtype of the group's nodes. Raises RankError where the weight holds no such rank."""
+    """Factors in the shapes and dtype of the group's nodes. Raises RankError where the weight holds no such rank."""
     diagram, dtype = group.diagram, getattr(torch, group.rule.dtype)
     for node, factor in factors.items():
         if factor.numel() != diagram.numel(node):

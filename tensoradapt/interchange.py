@@ -66,4 +66,5 @@ def _ttm(diagram: Diagram, held: Mapping[str, Tensor]) -> Any:
     return TTMatrix([cores[0][None], *cores[1:-1], cores[-1][..., None]])
 
 
-_MAKERS: dict[str, Callable[[Diagram, Mapping[str, Tensor]], Any]] = {"tt": _tt, "tucker": _tucker, "cp": _cp, "ttm": _ttm}
+_Maker = Callable[[Diagram, Mapping[str, Tensor]], Any]
+_MAKERS: dict[str, _Maker] = {"tt": _tt, "tucker": _tucker, "cp": _cp, "ttm": _ttm}

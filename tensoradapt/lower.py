@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tensoradapt.chain import Chain, Pair, contract, contract_pairs
 from tensoradapt.diagram import Diagram
-from tensoradapt.grouping import Group, Placement
+from tensoradapt.grouping import Group
+from tensoradapt.placing import Placement
 from tensoradapt.recipe import Recipe, Stage, recipe
 
 Pick = tuple[int, int, tuple[int, int] | None]

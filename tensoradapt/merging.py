@@ -167,7 +167,10 @@ def _write(target: Target, *, write: bool = True) -> None:
 
 
 def add_rows(part: Tensor, rows: Rows, path: str, *, write: bool = True) -> None:
-    """Add a delta to a part of a weight: in float32 at least, block by block; raises AdapterError at the first block that is not finite."""
+    """Add a delta to a part of a weight, in float32 at least, block by block.
+
+    Raises AdapterError at the first block that is not finite.
+    """
     height = max(1, BLOCK * part.shape[0] // max(part.numel(), 1))
     precise = torch.promote_types(part.dtype, torch.float32)
     for start in range(0, part.shape[0], height):

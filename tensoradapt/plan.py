@@ -7,39 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from tensoradapt.diagram import Diagram
 from tensoradapt.errors import FileError, SiteError
-from tensoradapt.grouping import Group, Placement, group_sites
+from tensoradapt.grouping import Group, group_sites
 from tensoradapt.presets import expand
+from tensoradapt.rows import Factor, alike, factor_of, group_dict, group_from, larger, row_of
 from tensoradapt.sites import Site, SiteMap
-from tensoradapt.spec import Rule, Spec
+from tensoradapt.spec import Spec
 from tensoradapt.targets import refuse, select
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
 START = "__start"  # the suffix of the frozen copy that a `difference` start subtracts
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One stored tensor: its key `group.node`, shape, dtype, whether it is trained, its law and the sizes it knows."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    trainable: bool
-    law: str
-    sizes: Mapping[str, int]
-    bonds: tuple[str, ...]
-    copied: bool  # a frozen copy of the initial value is stored too
-
-    @property
-    def numel(self) -> int:
-        """The number of entries."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -58,9 +41,9 @@ class Plan:
         found: dict[str, Factor] = {}
         for group in self.groups:
             for node, key in group.store.items():
-                made = _factor(group, node, key)
+                made = factor_of(group, node, key)
                 if key in found:
-                    made = _larger(found[key], made)
+                    made = larger(found[key], made)
                 found[key] = made
         return found
 
@@ -123,7 +106,7 @@ class Plan:
             "notes": list(self.notes),
             "spec": self.spec.to_dict(),
             "extras": {path: list(shape) for path, shape in self.extras.items()},
-            "groups": [_group_dict(group, rules.index(group.rule)) for group in self.groups],
+            "groups": [group_dict(group, rules.index(group.rule)) for group in self.groups],
         }
 
     @classmethod
@@ -131,16 +114,17 @@ class Plan:
         """The inverse of `to_dict`. Raises FileError on damaged data."""
         try:
             spec = Spec.from_dict(data["spec"])
-            groups = tuple(_group_from(row, spec.rules[row["rule"]]) for row in data["groups"])
+            groups = tuple(group_from(row, spec.rules[row["rule"]]) for row in data["groups"])
             extras = {path: tuple(shape) for path, shape in data["extras"].items()}
             return cls(spec, groups, data["model"], extras, tuple(data["notes"]))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FileError("the plan in the file is damaged", got=repr(error), hint="save the adapter again") from None
 
     def __str__(self) -> str:
-        rows = [("group", "sites", "tensor", "ranks", "trainable", "frozen", "lowering", "FLOP/token", "dense")]
-        for (names, example), members in _alike(self.groups).items():
-            rows.append(_row(names, members[0] if example else members[0], members, self.factors))
+        rows: list[tuple[str, ...]] = [
+            ("group", "sites", "tensor", "ranks", "trainable", "frozen", "lowering", "FLOP/token", "dense")
+        ]
+        rows += [row_of(name, members, self.factors) for name, members in alike(self.groups).items()]
         widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
         lines = [
             "  ".join(
@@ -148,54 +132,13 @@ class Plan:
             ).rstrip()
             for row in rows
         ]
-        total = f"{self.num_sites} sites in {len(self.groups)} groups: {self.num_trainable:,} trainable, {self.num_frozen:,} frozen, {self.num_bytes:,} bytes, {self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
+        total = (
+            f"{self.num_sites} sites in {len(self.groups)} groups: {self.num_trainable:,} trainable, "
+            f"{self.num_frozen:,} frozen, {self.num_bytes:,} bytes, "
+            f"{self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
+        )
         extra = [f"extra trained modules: {self.num_extra:,} parameters"] if self.extras else []
         return "\n".join([*lines, total, *extra, *(f"note: {note}" for note in self.notes)])
-
-
-def _alike(groups: tuple[Group, ...]) -> dict[tuple[str, bool], list[Group]]:
-    """Groups in rows: those with one diagram, differing in nothing but the sites, are one row."""
-    found: dict[Any, list[Group]] = {}
-    for group in groups:
-        role = tuple(dict.fromkeys(p.site.coordinates.get("role", "") for p in group.placements))
-        found.setdefault((hash(group.diagram), role, group.rule.start, group.scale), []).append(group)
-    return {(m[0].name if len(m) == 1 else f"{m[0].name} .. {m[-1].name}", len(m) == 1): m for m in found.values()}
-
-
-def _row(name: str, group: Group, members: list[Group], factors: Mapping[str, Factor]) -> tuple[str, ...]:
-    owned = {key for m in members for key in m.store.values()}
-    trained = sum(factors[k].numel for k in owned if factors[k].trainable)
-    frozen = sum(factors[k].numel * (factors[k].copied + (not factors[k].trainable)) for k in owned)
-    kinds = dict.fromkeys(m.recipe(p).kind for m in members for p in m.placements)
-    tensor = " ".join(f"{a}={group.diagram.sizes[a]}" for a in group.diagram.open)
-    rank = " ".join(f"{bond}={size}" for bond, size in group.rank.items())
-    flops = (sum(m.flops_per_token for m in members), sum(m.dense_flops_per_token for m in members))
-    sites = f"{sum(len(m.placements) for m in members)}" + (f" in {len(members)}" if len(members) > 1 else "")
-    return (name, sites, tensor, rank, f"{trained:,}", f"{frozen:,}", "/".join(kinds), f"{flops[0]:,}", f"{flops[1]:,}")
-
-
-def _factor(group: Group, node: str, key: str) -> Factor:
-    trainable = node in group.trainable
-    sizes = {
-        **group.diagram.sizes,
-        **{axis: group.diagram.extent(axis) for axis in ("out", "in", "kernel") if group.diagram.fold(axis)},
-    }
-    copied = trainable and group.rule.start == "difference"
-    return Factor(
-        key,
-        group.diagram.shape(node),
-        group.rule.dtype,
-        trainable,
-        group.laws[node],
-        sizes,
-        tuple(i for i in group.diagram.nodes[node] if i in group.diagram.bonds),
-        copied,
-    )
-
-
-def _larger(one: Factor, two: Factor) -> Factor:
-    shape = tuple(map(max, one.shape, two.shape))
-    return replace(one, shape=shape, sizes={i: max(s, two.sizes.get(i, 0)) for i, s in one.sizes.items()})
 
 
 def make_plan(spec: Spec, model: SiteMap) -> Plan:
@@ -306,40 +249,3 @@ def _extras(spec: Spec, model: SiteMap) -> dict[str, tuple[int, ...]]:
             )
         found |= mine
     return found
-
-
-def _group_dict(group: Group, rule: int) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "rule": rule,
-        "diagram": group.diagram.to_dict(),
-        "scale": group.scale,
-        "start": group.rule.start,
-        "rank": group.rank,
-        "num_trainable": sum(group.diagram.numel(n) for n in group.trainable if group.store[n] == f"{group.name}.{n}"),
-        "lowering": sorted({group.recipe(p).kind for p in group.placements}),
-        "flops_per_token": group.flops_per_token,
-        "dense_flops_per_token": group.dense_flops_per_token,
-        "labels": {axis: list(values) for axis, values in group.labels.items()},
-        "laws": dict(group.laws),
-        "store": dict(group.store),
-        "sites": [{**asdict(p.site), "place": dict(p.index), "slots": list(p.slots)} for p in group.placements],
-    }
-
-
-def _group_from(row: Mapping[str, Any], rule: Rule) -> Group:
-    placements = []
-    for entry in row["sites"]:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k not in ("place", "slots")}
-        placements.append(Placement(Site(**fields), entry["place"], tuple(entry["slots"])))
-    labels = {axis: tuple(values) for axis, values in row["labels"].items()}
-    return Group(
-        row["name"],
-        rule,
-        Diagram.from_dict(row["diagram"]),
-        tuple(placements),
-        labels,
-        float(row["scale"]),
-        row["laws"],
-        row["store"],
-    )

@@ -7,31 +7,17 @@ an operand, and *dense*. The cheapest wins. Invariant: only `dense` ever forms a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 
-import opt_einsum
-
+from tensoradapt.contraction import TOKENS, Contraction, Indices, Problem
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import SpecError
 
 # An einsum permutes what it contracts: it has to promise more than a quarter less work to be chosen.
 HANDICAP = {"sandwich": 1.0, "stages": 1.0, "einsum": 1.25, "dense": 1.0}
-TOKENS = 1024  # the number of tokens a step is planned for: contractions of factors alone are shared by so many
-Indices = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """Pairwise einsum steps over some nodes, ending in one tensor; `flops` is their cost."""
-
-    nodes: tuple[str, ...]
-    steps: tuple[tuple[tuple[int, ...], str], ...]
-    shape: tuple[int, ...]
-    flops: int
 
 
 @dataclass(frozen=True)
@@ -80,53 +66,6 @@ class Recipe:
         return self.flops * TOKENS + self.build
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """The network of one site: operands by node, the activation's axes in and out, the size of every index."""
-
-    operands: Mapping[str, Indices]
-    out: Indices
-    inp: Indices
-    sizes: Mapping[str, int]
-    kind: str
-    kernel: Indices
-
-    def numel(self, indices: Iterable[str]) -> int:
-        return math.prod(self.sizes[i] for i in indices)
-
-    @property
-    def letters(self) -> dict[str, str]:
-        return {index: opt_einsum.get_symbol(k) for k, index in enumerate(self.sizes)}
-
-    def contract(self, nodes: Sequence[str], result: Indices, activation: Indices = ()) -> Contraction:
-        """The pairwise path that contracts some nodes (and the activation) to the indices `result`."""
-        terms = ([activation] if activation else []) + [self.operands[node] for node in nodes]
-        steps, flops = _path(tuple(terms), result, tuple(self.sizes.items()))
-        return Contraction(tuple(nodes), steps, tuple(self.sizes[i] for i in result), flops)
-
-
-@lru_cache(maxsize=4096)
-def _path(
-    terms: tuple[Indices, ...], result: Indices, sized: tuple[tuple[str, int], ...]
-) -> tuple[tuple[tuple[tuple[int, ...], str], ...], int]:
-    sizes = dict(sized)
-    letters = {index: opt_einsum.get_symbol(k) for k, index in enumerate(sizes)}
-    spell = lambda indices: "".join(letters[i] for i in indices)  # noqa: E731
-    equation = ",".join(map(spell, terms)) + "->" + spell(result)
-    path, _ = opt_einsum.contract_path(equation, *[tuple(sizes[i] for i in t) for t in terms], shapes=True)
-    left, steps, flops = list(terms), [], 0
-    for k, group in enumerate(path):
-        positions = tuple(sorted(group, reverse=True))
-        taken = [left.pop(p) for p in positions]
-        wanted = set(result).union(*left)
-        last = k == len(path) - 1
-        kept = result if last else tuple(i for i in dict.fromkeys(i for t in taken for i in t) if i in wanted)
-        steps.append((positions, ",".join(map(spell, taken)) + "->" + spell(kept)))
-        flops += (2 if len(taken) > 1 else 0) * math.prod(sizes[i] for i in set().union(*taken))
-        left.append(kept)
-    return tuple(steps), flops
-
-
 @lru_cache(maxsize=4096)
 def recipe(
     diagram: Diagram,
@@ -152,13 +91,13 @@ def recipe(
     return min(found, key=lambda candidate: candidate.cost * HANDICAP[candidate.kind])
 
 
-def candidates(problem: _Problem) -> list[Recipe]:
+def candidates(problem: Problem) -> list[Recipe]:
     """Every lowering of a site's network; `dense` always is one."""
     single = (_staged(problem), _einsum(problem), _dense(problem))
     return [*_sandwich(problem), *(made for made in single if made is not None)]
 
 
-def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, transpose: bool) -> _Problem:
+def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, transpose: bool) -> Problem:
     picked = set(diagram.coordinates)
     slotted = ("slot" if "slot" in picked else "site") if slots != (1, 1) else ""
     operands = {
@@ -172,11 +111,11 @@ def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, transpose: boo
     sizes = {"token": TOKENS, "slot_out": slots[0], "slot_in": slots[1]} | {
         i: s for i, s in diagram.sizes.items() if i not in picked
     }
-    return _Problem(operands, inp if transpose else out, out if transpose else inp, sizes, kind, diagram.fold("kernel"))
+    return Problem(operands, inp if transpose else out, out if transpose else inp, sizes, kind, diagram.fold("kernel"))
 
 
 def _finish(
-    problem: _Problem, kind: str, stages: Sequence[Stage], order: Sequence[int] = (), state: Indices = ()
+    problem: Problem, kind: str, stages: Sequence[Stage], order: Sequence[int] = (), state: Indices = ()
 ) -> Recipe:
     return Recipe(
         kind=kind,
@@ -192,13 +131,13 @@ def _finish(
     )
 
 
-def _dense(problem: _Problem) -> Recipe:
+def _dense(problem: Problem) -> Recipe:
     weight = problem.contract(list(problem.operands), (*problem.out, *problem.inp))
     rows, cols = problem.numel(problem.out), problem.numel(problem.inp)
     return _finish(problem, "dense", [Stage(weight, 1, rows, cols, 1, kernel=problem.kind == "conv")])
 
 
-def _einsum(problem: _Problem) -> Recipe | None:
+def _einsum(problem: Problem) -> Recipe | None:
     """One einsum with the activation as an operand; None where its path would form the dense matrix on the way."""
     if problem.kind != "linear":
         return None
@@ -213,7 +152,7 @@ def _einsum(problem: _Problem) -> Recipe | None:
     return Recipe(**{**vars(base), "einsum": found, "flops": -(-found.flops // TOKENS)})
 
 
-def _sandwich(problem: _Problem) -> Iterator[Recipe]:
+def _sandwich(problem: Problem) -> Iterator[Recipe]:
     """`B . M . A`: what hangs on `out`, what hangs on `in`, and what joins them; none where a node carries both."""
     slots = {"slot_out", "slot_in"}
     outer = [n for n, i in problem.operands.items() if set(i) & (set(problem.out) - slots)]
@@ -233,7 +172,7 @@ def _sandwich(problem: _Problem) -> Iterator[Recipe]:
 
 
 def _sandwiches(
-    problem: _Problem, outer: list[str], middle: list[str], inner: list[str], code_out: Indices, code_in: Indices
+    problem: Problem, outer: list[str], middle: list[str], inner: list[str], code_out: Indices, code_in: Indices
 ) -> Iterator[Recipe]:
     """The ways to place what joins the sides: as a stage of its own where it factors, else within either side."""
     slot_out, slot_in = problem.out[: problem.out[0] == "slot_out"], problem.inp[: problem.inp[0] == "slot_in"]
@@ -259,21 +198,21 @@ def _sandwiches(
         yield _finish(problem, "sandwich", [_stage(problem, [*middle, *inner], rows, cols), last])
 
 
-def _stage(problem: _Problem, nodes: Sequence[str], rows: Indices, cols: Indices, before: int = 1) -> Stage:
+def _stage(problem: Problem, nodes: Sequence[str], rows: Indices, cols: Indices, before: int = 1) -> Stage:
     weight = problem.contract(nodes, (*rows, *cols))
     kernel = problem.kind == "conv" and bool(set(cols) & set(problem.inp))
     return Stage(weight, before, problem.numel(rows), problem.numel(cols), 1, kernel=kernel)
 
 
-def _carried(problem: _Problem, nodes: Iterable[str]) -> set[str]:
+def _carried(problem: Problem, nodes: Iterable[str]) -> set[str]:
     return {index for node in nodes for index in problem.operands[node]}
 
 
-def _ordered(problem: _Problem, indices: set[str]) -> Indices:
+def _ordered(problem: Problem, indices: set[str]) -> Indices:
     return tuple(index for index in problem.sizes if index in indices - {"slot_out", "slot_in"})
 
 
-def _components(problem: _Problem, nodes: Sequence[str]) -> list[list[str]]:
+def _components(problem: Problem, nodes: Sequence[str]) -> list[list[str]]:
     """The nodes in connected parts: two nodes that share an index are in one."""
     parts: list[list[str]] = []
     for node in nodes:
@@ -282,7 +221,7 @@ def _components(problem: _Problem, nodes: Sequence[str]) -> list[list[str]]:
     return parts
 
 
-def _staged(problem: _Problem) -> Recipe | None:
+def _staged(problem: Problem) -> Recipe | None:
     """Every node applied to the activation in turn, each to neighbouring axes: no transpose but perhaps a last one."""
     counts = [sum(index in indices for indices in problem.operands.values()) for index in problem.sizes]
     if (
@@ -306,7 +245,7 @@ def _staged(problem: _Problem) -> Recipe | None:
     return _finish(problem, "stages", stages, order, state)
 
 
-def _walks(problem: _Problem, state: Indices, left: tuple[str, ...]) -> Iterator[tuple[list[Stage], Indices]]:
+def _walks(problem: Problem, state: Indices, left: tuple[str, ...]) -> Iterator[tuple[list[Stage], Indices]]:
     """All orders in which the nodes left can be applied to an activation with the axes `state`."""
     if not left:
         if set(state) == set(problem.out):
@@ -318,7 +257,7 @@ def _walks(problem: _Problem, state: Indices, left: tuple[str, ...]) -> Iterator
                 yield [stage, *stages], final
 
 
-def _applications(problem: _Problem, state: Indices, node: str) -> Iterator[tuple[Stage, Indices]]:
+def _applications(problem: Problem, state: Indices, node: str) -> Iterator[tuple[Stage, Indices]]:
     """One node applied to the activation, in the orders of the axes that it makes; none where its inputs lie apart."""
     indices = problem.operands[node]
     taken = tuple(axis for axis in state if axis in indices)

@@ -22,7 +22,7 @@ from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_ma
 from tensoradapt.spec import Spec
 
 SOURCES = "a module, a mapping {path: (out, in)}, a config.json, a model folder, or a safetensors file"
-Model = nn.Module | Mapping[str, Any] | str | Path
+Model = nn.Module | SiteMap | Mapping[str, Any] | str | Path
 
 
 def scan(model: Model) -> SiteMap:
@@ -64,7 +64,7 @@ def solve_rank(spec: Spec, model: Model, *, max_parameters: int) -> SolvedSpec:
     """The largest rank, and the largest ranks by group, with at most `max_parameters` trainable entries.
 
     The answer is a spec with those ranks, and has `rank`, `ranks` (group -> rank) and `num_trainable` beside its rules.
-    Extra trained modules do not count. Raises RankError where even rank 1 is too much, SpecError where the spec has no rank.
+    Extra trained modules do not count. Raises RankError where rank 1 is too much, SpecError where the spec has no rank.
     """
     return solve(spec, scan(model), max_parameters)
 

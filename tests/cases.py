@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.grouping import Group, Placement
+from tensoradapt.grouping import Group
+from tensoradapt.placing import Placement
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.sites import from_mapping
 from tensoradapt.spec import Rule, Spec

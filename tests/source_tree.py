@@ -10,7 +10,7 @@ PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
     *("errors", "diagram", "spec", "folds", "formats", "presets"),
-    *("sites", "targets", "recipe", "grouping", "plan", "budget"),
+    *("sites", "targets", "contraction", "recipe", "placing", "laws", "grouping", "rows", "plan", "budget"),
 )
 WITH_TORCH = (
     *("linalg", "chain", "lower", "gauge", "io", "host", "scan", "fit", "init", "interchange", "hooks", "merging", "adapter", "attach"),

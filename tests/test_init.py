@@ -14,7 +14,7 @@ from toys import Convolutions, Toy
 
 import tensoradapt as ta
 from tensoradapt.init import draw, evaluate
-from tensoradapt.plan import Factor
+from tensoradapt.rows import Factor
 
 # -- laws of the papers ----------------------------------------------------------------------------------
 
@@ -300,7 +300,7 @@ DIGESTS = """
 import hashlib, json, sys
 import torch, tensoradapt as ta
 from tensoradapt.init import draw
-from tensoradapt.plan import Factor
+from tensoradapt.rows import Factor
 laws = ["uniform(0.1)", "normal(0.1)", "constant(0.1)", "zero", "eye", "unit_norm", "balanced"]
 sizes = {"out": 300, "r": 200}
 digest = lambda t: hashlib.sha256(t.detach().numpy().tobytes()).hexdigest()

@@ -17,7 +17,7 @@ from tensoradapt.errors import TensorAdaptError
 
 INTERRUPTED, AT_FAULT = 130, 2
 # Recent versions of typer carry their own copy of click, so the class is found by what it is the base of.
-UsageError = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def application() -> typer.Typer:

@@ -45,12 +45,12 @@ def budget(
 ) -> None:
     """Tabulate parameters, bytes and FLOP per token of presets over ranks; draw them; solve for ranks under a budget.
 
-    Example: tensoradapt budget --model config.json --preset lora --preset lotr --target query --ranks 1:32 --out budget.png
+    Example: tensoradapt budget --model config.json --preset lora --preset lotr --target query --out budget.png
     """
     specs = {name: _spec(name, target, set_) for name in preset}
     asked = parse_ranks(ranks)
-    sites = scan(model)  # type: ignore[arg-type]
-    table = tabulate(specs, sites, asked)  # type: ignore[arg-type]
+    sites = scan(model)
+    table = tabulate(specs, sites, asked)
     solved = (
         {}
         if max_parameters is None
@@ -59,7 +59,7 @@ def budget(
             for name, spec in specs.items()
             if has_rank(spec)
         }
-    )  # type: ignore[arg-type]
+    )
     if out is not None:
         _write(table, out, max_parameters)
         progress_console().print(f"wrote {out}", markup=False, highlight=False)

@@ -50,7 +50,7 @@ def emit(text: str) -> None:
 def make_spec(
     name: str | None, rank: int | None, targets: Sequence[str] | None, file: Path | None, pairs: Sequence[str] | None
 ) -> Spec:
-    """The spec of a command's options: a preset with its parameters, or a file. Raises SpecError where both or none are given."""
+    """The spec of a command's options: a preset with its parameters, or a file. Raises SpecError on both or none."""
     if (name is None) == (file is None):
         raise SpecError(
             "give a preset or a spec file, one of the two",

@@ -8,7 +8,7 @@ from tensoradapt.formats.build import Ranks, Shape, limited, per_bond
 
 
 def ttm(shape: Shape, rank: Ranks, excess: str) -> Diagram:
-    """TT-matrix: T[o1..on, i1..in] = sum prod_k core_k[r_(k-1), o_k, i_k, r_k]; coordinates in the axes sit on every core.
+    """TT-matrix: T[o1..on, i1..in] = sum prod_k core_k[r_(k-1), o_k, i_k, r_k]; coordinates sit on every core.
 
     Ranks by the number of the core left of the bond, or as a list. Raises ShapeError where `out` and `in` have unequal
     numbers of folds. Source: Oseledets 2010, SIAM J. Matrix Anal. Appl. 31(4).

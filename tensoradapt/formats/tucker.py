@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.formats.build import Ranks, Shape, limited, per_bond
 
 
 def tucker(shape: Shape, rank: Ranks, excess: str) -> Diagram:
-    """Tucker: T[a1..an] = sum core[r_a1..r_an] prod_k factor_ak[ak, r_ak]; axes left out of `compress` stay on the core.
+    """Tucker: T[a1..an] = sum core[r_a1..r_an] prod_k factor_ak[ak, r_ak]; axes not in `compress` stay on the core.
 
     Ranks by axis. A bond's limit is the smaller of its axis and the product of the core's other indices.
     Source: Tucker 1966, Psychometrika 31.
     """
-    axes = tuple(rank) if not shape.compress and hasattr(rank, "keys") else (shape.compress or shape.axes)
+    named = tuple(rank) if isinstance(rank, Mapping) else shape.axes
+    axes = shape.compress or named
     asked = per_bond(rank, axes)
     sizes = {axis: min(asked.get(axis, size), size) for axis, size in ((a, shape.sizes[a]) for a in shape.axes)}
     bonds: dict[str, int] = {}

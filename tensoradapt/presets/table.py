@@ -1,0 +1,194 @@
+"""Presets: a paper is a row. Functions from their declared parameters to the rules of a spec, and one table of them.
+
+Invariant: a preset says nothing that the user could not write as a rule, and takes no parameter without using it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from tensoradapt.errors import SpecError
+from tensoradapt.presets.matrices import krona, locon, loha, lokr, lora, lora_xs, vera
+from tensoradapt.presets.operators import dota, loretta, mpo_shared, quanta, tt_lora
+from tensoradapt.presets.sides import QUERY_VALUE
+from tensoradapt.presets.stacks import (
+    cara,
+    fact_tk,
+    fact_tt,
+    lorta,
+    lotr,
+    metatt_4d,
+    metatt_5d,
+    tenslora_heads,
+    tenslora_plain,
+)
+from tensoradapt.spec import Rule, Spec
+
+# What every preset takes beside its own parameters: fields that change neither its network nor its sharing.
+COMMON = (
+    *(
+        "name",
+        "targets",
+        "exclude",
+        "pattern",
+        "parts",
+        "layout",
+        "ranks",
+        "excess",
+        "shapes",
+        "slot",
+        "scale",
+        "alpha",
+    ),
+    *("dropout", "dropout_at", "start", "init", "frozen", "train", "dtype"),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row: the function, the formula, the source, and what to know before using it."""
+
+    build: Callable[..., Any]
+    formula: str
+    cite: str
+    note: str = ""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The preset's own parameters."""
+        return tuple(inspect.signature(self.build).parameters)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules with every parameter at its default."""
+        return _rules(self.build())
+
+
+_HEAD_NOTE = "out = head * head_dim + j, big-endian"
+
+
+_TENSLORA = "arXiv:2509.19391"
+
+
+PRESETS: dict[str, Preset] = {
+    "lora": Preset(lora, "D = B A", "arXiv:2106.09685"),
+    "lotr": Preset(lotr, "D[s] = L G[s] R^T", "arXiv:2402.01376", "L and R shared by all sites of one shape"),
+    "lorta": Preset(lorta, "D[l,m][h j, i] = sum_r A[i,r] B[j,r] H[h,r] L[l,r] M[m,r]", "arXiv:2410.04060", _HEAD_NOTE),
+    "tt_lora": Preset(
+        tt_lora,
+        "D[o1..oq, i1..ip] = G1[i1] .. Gp[ip] K1[o1] .. Kq[oq]",
+        "arXiv:2408.01008",
+        "unit-norm cores: does not start at zero",
+    ),
+    "loretta": Preset(
+        loretta,
+        "D = B A, A = TT(i1..ip, rank), B = TT(rank, o1..oq)",
+        "arXiv:2402.11417",
+        "folds aligned to the factors; the published counts of unaligned folds do not apply; does not start at zero",
+    ),
+    "fact_tt": Preset(
+        fact_tt,
+        "D[t] = V S[t] U^T, t over d x d slots",
+        "arXiv:2212.03145",
+        "the paper trains with dropout=0.1 (at the code)",
+    ),
+    "fact_tk": Preset(
+        fact_tk,
+        "D[t] = V (sum_c C[:,:,c] P[t,c]) U^T",
+        "arXiv:2212.03145",
+        "the paper trains with dropout=0.1 (at the code)",
+    ),
+    "metatt_4d": Preset(metatt_4d, "D[l,m]^T = G1 G2[l] G3[m] G4", "arXiv:2506.09105"),
+    "metatt_5d": Preset(metatt_5d, "D[l,m]^T[:, h j] = G1 G2[l] G3[m] G4[h] G5[:, j]", "arXiv:2506.09105", _HEAD_NOTE),
+    "tenslora_att": Preset(tenslora_heads(), "Tucker-3 or CP of (in, head_dim, head)", _TENSLORA, _HEAD_NOTE),
+    "tenslora_qkv": Preset(tenslora_plain("role"), "Tucker-3 or CP of (in, out, role)", _TENSLORA),
+    "tenslora_depth": Preset(tenslora_plain("layer"), "Tucker-3 or CP of (in, out, layer)", _TENSLORA),
+    "tenslora_att_qkv": Preset(
+        tenslora_heads("role"), "Tucker-4 or CP of (in, head_dim, head, role)", _TENSLORA, _HEAD_NOTE
+    ),
+    "tenslora_att_depth": Preset(
+        tenslora_heads("layer"), "Tucker-4 or CP of (in, head_dim, head, layer)", _TENSLORA, _HEAD_NOTE
+    ),
+    "tenslora_qkv_depth": Preset(
+        tenslora_plain("role", "layer"), "Tucker-4 or CP of (in, out, role, layer)", _TENSLORA
+    ),
+    "tenslora_att_qkv_depth": Preset(
+        tenslora_heads("role", "layer"), "Tucker-5 or CP of (in, head_dim, head, role, layer)", _TENSLORA, _HEAD_NOTE
+    ),
+    "cara": Preset(
+        cara,
+        "D[k][h j, i] = sum_r lam[r] A1[k,r] A2[i,r] A3[h,r] A4[j,r]; feed-forward in d x d slots",
+        "github.com/BonnBytes/CaRA",
+        "`targets` are the attention's, `projections` the slots'; the paper's shared biases, no deltas, are left out",
+    ),
+    "lokr": Preset(lokr, "D = W1 (x) (W2a W2b)", "arXiv:2309.14859", "decompose=False keeps W2 whole"),
+    "krona": Preset(krona, "D = W1 (x) W2", "arXiv:2212.10650"),
+    "loha": Preset(loha, "D = (w1_a w1_b) * (w2_a w2_b), entrywise", "arXiv:2108.06098"),
+    "vera": Preset(
+        vera, "D[s] = diag(b[s]) B diag(d[s]) A", "arXiv:2310.11454", "A and B frozen, shared, slices of the largest"
+    ),
+    "lora_xs": Preset(
+        lora_xs,
+        "D = B R A, B and A from the SVD of the weight",
+        "arXiv:2405.17604",
+        "R ~ N(0, 1e-5): almost, not exactly, zero at the start",
+    ),
+    "quanta": Preset(quanta, "D = prod_(i<j) T_ij - prod_(i<j) T0_ij", "arXiv:2406.00132"),
+    "dota": Preset(dota, "D = TTM(G) - TTM(G0), G0 from the weight", "arXiv:2412.20891"),
+    "mpo_shared": Preset(
+        mpo_shared, "D[l] = G1[l] .. Gc .. Gn[l], TT-matrix with a shared central core", "arXiv:2203.01104"
+    ),
+    "locon": Preset(locon, "D[o,i,k] = sum_ab up[o,a] mid[a,b,k] down[i,b]", "arXiv:2309.14859"),
+}
+
+
+def _rules(rows: Any) -> tuple[Rule, ...]:
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    return tuple(Rule(**{"targets": QUERY_VALUE, **{k: v for k, v in row.items() if v is not None}}) for row in rows)
+
+
+def preset(name: str, /, **parameters: Any) -> Spec:
+    """The spec of a named adapter family: its own parameters, and further fields of the rule as keywords.
+
+    Raises SpecError on a name or a parameter that does not exist, listing those that do.
+    """
+    if name not in PRESETS:
+        close = get_close_matches(str(name), PRESETS, n=3)
+        raise SpecError(
+            f"no preset {name!r}",
+            expected=", ".join(PRESETS),
+            hint=f"did you mean {' or '.join(close)}?" if close else None,
+        )
+    row = PRESETS[name]
+    unknown = sorted(set(parameters) - set(row.parameters) - set(COMMON))
+    if unknown:
+        raise SpecError(
+            f"preset {name!r} has no parameter {unknown[0]!r}",
+            got=f"{unknown[0]}={parameters[unknown[0]]!r}",
+            expected=f"its own: {', '.join(row.parameters) or 'none'}; of every rule: {', '.join(COMMON)}",
+        )
+    own = {key: value for key, value in parameters.items() if key in row.parameters}
+    extra = {key: value for key, value in parameters.items() if key not in row.parameters}
+    return Spec(
+        rules=tuple(_override(rule, extra, name, first=k == 0) for k, rule in enumerate(_rules(row.build(**own))))
+    )
+
+
+def _override(rule: Rule, extra: Mapping[str, Any], family: str, *, first: bool) -> Rule:
+    """The rule with the user's fields; laws are merged, targets and trained modules go to a preset's first rule."""
+    changed = {key: value for key, value in extra.items() if first or key not in ("targets", "train")}
+    init = {**rule.init, **changed.get("init", {})}
+    return Rule(**{**rule.model_dump(exclude_defaults=True), **changed, "init": init, "family": family})
+
+
+def expand(spec: Spec) -> Spec:
+    """The spec with every rule that names a preset replaced by that preset's rules."""
+    rules: list[Rule] = []
+    for rule in spec.rules:
+        given = {key: getattr(rule, key) for key in rule.model_fields_set - {"preset", "options"}}
+        rules += preset(rule.preset, **rule.options, **given).rules if rule.preset else [rule]
+    return Spec(rules=tuple(rules))

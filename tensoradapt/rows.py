@@ -1,0 +1,126 @@
+"""Groups as rows: of JSON, of a printed table; and their factors.
+
+Invariant: `group_from(group_dict(group))` is the group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tensoradapt.diagram import Diagram
+from tensoradapt.grouping import Group
+from tensoradapt.placing import Placement
+from tensoradapt.sites import Site
+from tensoradapt.spec import Rule
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One stored tensor: its key `group.node`, shape, dtype, whether it is trained, its law and the sizes it knows."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool
+    law: str
+    sizes: Mapping[str, int]
+    bonds: tuple[str, ...]
+    copied: bool  # a frozen copy of the initial value is stored too
+
+    @property
+    def numel(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+
+def factor_of(group: Group, node: str, key: str) -> Factor:
+    """The stored tensor of one node of a group."""
+    trainable = node in group.trainable
+    sizes = {
+        **group.diagram.sizes,
+        **{axis: group.diagram.extent(axis) for axis in ("out", "in", "kernel") if group.diagram.fold(axis)},
+    }
+    copied = trainable and group.rule.start == "difference"
+    return Factor(
+        key,
+        group.diagram.shape(node),
+        group.rule.dtype,
+        trainable,
+        group.laws[node],
+        sizes,
+        tuple(i for i in group.diagram.nodes[node] if i in group.diagram.bonds),
+        copied,
+    )
+
+
+def larger(one: Factor, two: Factor) -> Factor:
+    """One factor that two groups use slices of."""
+    shape = tuple(map(max, one.shape, two.shape))
+    return replace(one, shape=shape, sizes={i: max(s, two.sizes.get(i, 0)) for i, s in one.sizes.items()})
+
+
+def group_dict(group: Group, rule: int) -> dict[str, Any]:
+    """A group as plain JSON values; `rule` is the number of its rule in the spec."""
+    return {
+        "name": group.name,
+        "rule": rule,
+        "diagram": group.diagram.to_dict(),
+        "scale": group.scale,
+        "start": group.rule.start,
+        "rank": group.rank,
+        "num_trainable": sum(group.diagram.numel(n) for n in group.trainable if group.store[n] == f"{group.name}.{n}"),
+        "lowering": sorted({group.recipe(p).kind for p in group.placements}),
+        "flops_per_token": group.flops_per_token,
+        "dense_flops_per_token": group.dense_flops_per_token,
+        "labels": {axis: list(values) for axis, values in group.labels.items()},
+        "laws": dict(group.laws),
+        "store": dict(group.store),
+        "sites": [{**asdict(p.site), "place": dict(p.index), "slots": list(p.slots)} for p in group.placements],
+    }
+
+
+def group_from(row: Mapping[str, Any], rule: Rule) -> Group:
+    """The inverse of `group_dict`. Raises KeyError or TypeError on damaged data."""
+    placements = []
+    for entry in row["sites"]:
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k not in ("place", "slots")
+        }
+        placements.append(Placement(Site(**fields), entry["place"], tuple(entry["slots"])))
+    labels = {axis: tuple(values) for axis, values in row["labels"].items()}
+    return Group(
+        row["name"],
+        rule,
+        Diagram.from_dict(row["diagram"]),
+        tuple(placements),
+        labels,
+        float(row["scale"]),
+        row["laws"],
+        row["store"],
+    )
+
+
+def alike(groups: tuple[Group, ...]) -> dict[str, list[Group]]:
+    """Groups in rows: those with one diagram, differing in nothing but the sites, are one row."""
+    found: dict[Any, list[Group]] = {}
+    for group in groups:
+        role = tuple(dict.fromkeys(p.site.coordinates.get("role", "") for p in group.placements))
+        found.setdefault((hash(group.diagram), role, group.rule.start, group.scale), []).append(group)
+    return {m[0].name if len(m) == 1 else f"{m[0].name} .. {m[-1].name}": m for m in found.values()}
+
+
+def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor]) -> tuple[str, ...]:
+    """The cells of one line of a plan's table: groups that differ in nothing but their sites."""
+    group = members[0]
+    owned = {key for m in members for key in m.store.values()}
+    trained = sum(factors[k].numel for k in owned if factors[k].trainable)
+    frozen = sum(factors[k].numel * (factors[k].copied + (not factors[k].trainable)) for k in owned)
+    kinds = dict.fromkeys(m.recipe(p).kind for m in members for p in m.placements)
+    tensor = " ".join(f"{a}={group.diagram.sizes[a]}" for a in group.diagram.open)
+    rank = " ".join(f"{bond}={size}" for bond, size in group.rank.items())
+    flops = (sum(m.flops_per_token for m in members), sum(m.dense_flops_per_token for m in members))
+    sites = f"{sum(len(m.placements) for m in members)}" + (f" in {len(members)}" if len(members) > 1 else "")
+    return (name, sites, tensor, rank, f"{trained:,}", f"{frozen:,}", "/".join(kinds), f"{flops[0]:,}", f"{flops[1]:,}")
