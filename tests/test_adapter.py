@@ -535,7 +535,7 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself(copied):
     assert tiny.same(base, tiny.base_of(model))
 
 
-# -- dtypes, devices, autocast, checkpointing ---------------------------------------------------------------------------
+# -- dtypes, devices, autocast, checkpointing -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -26,7 +26,7 @@ _BERT |= {"max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_
 
 
 def bert(layers: int = 2, **more) -> BertModel:
-    return _made(BertModel, BertConfig(**_BERT, num_hidden_layers=layers, **more))
+    return _made(BertModel, BertConfig(**(_BERT | more), num_hidden_layers=layers))
 
 
 def bert_classifier(layers: int = 2) -> BertForSequenceClassification:
@@ -36,11 +36,11 @@ def bert_classifier(layers: int = 2) -> BertForSequenceClassification:
 def gpt2(layers: int = 2, **more) -> GPT2LMHeadModel:
     sizes = {"n_embd": 16, "n_head": 4, "vocab_size": WORDS, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 1}
     quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return _made(GPT2LMHeadModel, GPT2Config(n_layer=layers, **sizes, **quiet, **more))
+    return _made(GPT2LMHeadModel, GPT2Config(n_layer=layers, **(sizes | quiet | more)))
 
 
 def llama(layers: int = 2, **more) -> LlamaForCausalLM:
-    return _made(LlamaForCausalLM, LlamaConfig(num_hidden_layers=layers, **_LLAMA, **more))
+    return _made(LlamaForCausalLM, LlamaConfig(num_hidden_layers=layers, **(_LLAMA | more)))
 
 
 def mixtral(layers: int = 1) -> MixtralForCausalLM:

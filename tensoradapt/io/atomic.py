@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tensoradapt.errors import FileError
@@ -27,7 +27,8 @@ def atomic(path: Path) -> Iterator[Path]:
             hint="choose another folder, or free some space",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is none, or no folder either
+            temporary.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from tensoradapt.io.atomic import atomic
 from tensoradapt.plan import START, Plan
 
 FILE = "adapter.safetensors"
+PLAN = "tensoradapt"  # the name of the plan in the metadata
 VERSION = 1
 
 
@@ -70,19 +72,27 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
         raise FileError(
             f"{file.parent} is a file, not a folder", hint="give a folder, or a path that ends in .safetensors"
         )
+    whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    text = json.dumps(plan.to_dict())
+    checksums = {PLAN: zlib.crc32(text.encode())} | {key: checksum(tensor) for key, tensor in whole.items()}
     metadata = {
         "format": "pt",
         "version": str(VERSION),
-        "tensoradapt": json.dumps(plan.to_dict()),
+        PLAN: text,
         "base": json.dumps(identity(plan, revision)),
+        "crc32": json.dumps(checksums),
     }
-    whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     with atomic(file) as temporary:
         try:
             save_file(whole, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
     return file
+
+
+def checksum(tensor: Tensor) -> int:
+    """The CRC-32 of a tensor's bytes as they are stored."""
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def read(path: str | Path) -> Saved:
@@ -93,7 +103,7 @@ def read(path: str | Path) -> Saved:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            plan = _plan(file, metadata)
+            plan, base, checksums = _header(file, metadata)
             _check_keys(file, expected(plan), {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
@@ -101,28 +111,52 @@ def read(path: str | Path) -> Saved:
             f"{file} is damaged or no safetensors file", got=str(error), hint="copy or save it again"
         ) from None
     for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise FileError(f"{key!r} in {file} holds {str(tensor.dtype)[6:]}", expected="floating-point numbers")
         _check_finite(key, tensor, str(file))
-    return Saved(plan, tensors, json.loads(metadata.get("base", "{}")), file)
+        if checksums.get(key, checksum(tensor)) != checksum(tensor):
+            raise _changed(f"{key!r} in {file}")
+    return Saved(plan, tensors, base, file)
 
 
-def _plan(file: Path, metadata: Mapping[str, str]) -> Plan:
-    if "tensoradapt" not in metadata:
+def _header(file: Path, metadata: Mapping[str, str]) -> tuple[Plan, dict[str, Any], dict[str, int]]:
+    """The plan, the base's identity and the checksums (none where another tool wrote the file)."""
+    if PLAN not in metadata:
         raise FileError(
             f"{file} holds no tensoradapt plan",
             got=f"metadata {sorted(metadata)}",
             hint="an adapter of another library is imported with import_peft",
         )
-    version = metadata.get("version", "")
-    if not version.isdigit() or int(version) > VERSION:
+    version = metadata.get("version", "unknown")
+    if version not in map(str, range(1, VERSION + 1)):
         raise FileError(
-            f"{file} has format version {version or 'unknown'}",
-            expected=f"at most {VERSION}",
-            hint="install a newer tensoradapt",
+            f"{file} has format version {version}", expected=f"at most {VERSION}", hint="install a newer tensoradapt"
         )
+    checksums = _parsed(file, "crc32", metadata.get("crc32", "{}"))
+    if checksums.get(PLAN, zlib.crc32(metadata[PLAN].encode())) != zlib.crc32(metadata[PLAN].encode()):
+        raise _changed(f"the plan in {file}")
+    base = _parsed(file, "base", metadata.get("base", "{}"))
     try:
-        return Plan.from_dict(json.loads(metadata["tensoradapt"]))
-    except json.JSONDecodeError as error:
+        return Plan.from_dict(_parsed(file, "plan", metadata[PLAN])), base, checksums
+    except Exception as error:  # whatever a plan that was changed by hand runs into
         raise FileError(f"the plan in {file} is damaged", got=str(error), hint="copy or save it again") from None
+
+
+def _parsed(file: Path, name: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FileError(f"the {name} in {file} is damaged", got=str(error), hint="copy or save it again") from None
+    if not hasattr(found, "keys"):
+        raise FileError(f"the {name} in {file} is damaged", got=text[:40], expected="a JSON object")
+    return dict(found)
+
+
+def _changed(what: str) -> FileError:
+    return FileError(
+        f"{what} is not what was saved: its checksum differs",
+        hint="copy or save it again; a tool that changes a factor on purpose removes crc32 from the metadata",
+    )
 
 
 def _check_keys(file: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
