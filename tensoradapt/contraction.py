@@ -40,6 +40,7 @@ class Problem:
     kernel: Indices
 
     def numel(self, indices: Iterable[str]) -> int:
+        """The product of the sizes of some indices."""
         return math.prod(self.sizes[i] for i in indices)
 
     @property
