@@ -17,7 +17,7 @@ from tensoradapt.errors import AdapterError
 from tensoradapt.sites import Site
 
 BLOCK = 1 << 18  # entries of float32 arithmetic at a time: a block and its copies stay in the cache
-Rows = Callable[[int, int], Tensor]
+Rows = Callable[[int, Tensor], Tensor]  # from a first row and the rows from there on, to their sum with the delta's
 Place = tuple[nn.Module, str]  # the module that holds a parameter, and the parameter's name in it
 
 
@@ -84,12 +84,13 @@ def _stored(site: Site, delta: Tensor, shape: torch.Size) -> Tensor:
 
 
 def rows_of(chain: Chain, scale: float) -> Rows:
-    """A function from a range of rows to that block of scale * delta, formed there and then where the chain allows."""
+    """A function that adds scale * delta to a block of rows, the delta formed there and then where the chain allows."""
     pair = chain.low_rank
     if pair is not None:
-        return lambda a, b: (pair[0][a:b] * scale) @ pair[1]
-    dense = chain.dense()
-    return lambda a, b: dense[a:b] * scale
+        outer, inner = pair[0] * scale, pair[1]
+        return lambda start, block: torch.addmm(block, outer[start : start + len(block)].to(block), inner.to(block))
+    dense = chain.dense() * scale
+    return lambda start, block: block + dense[start : start + len(block)].to(block)
 
 
 def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, untie: bool) -> list[Merged]:
@@ -175,11 +176,10 @@ def add_rows(part: Tensor, rows: Rows, path: str, *, write: bool = True) -> None
     precise = torch.promote_types(part.dtype, torch.float32)
     for start in range(0, part.shape[0], height):
         block = part[start : start + height]
-        delta = rows(start, start + height).to(device=part.device, dtype=precise)
-        result = (delta.reshape(block.shape) + block).to(part.dtype)
+        result = rows(start, block.to(precise).flatten(1)).to(part.dtype)
         _check_finite(result, path)
         if write:
-            block.copy_(result)
+            block.copy_(result.view_as(block))
 
 
 def _check_finite(values: Tensor, path: str) -> None:
