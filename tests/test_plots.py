@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import matplotlib
 import pytest
@@ -230,6 +230,14 @@ def test_a_hyperedge_is_a_dot_that_lines_to_all_its_nodes_meet_in():
     assert len(meeting) == len(groups("lorta")[0].diagram.nodes)
 
 
+def test_parallel_bonds_are_apart():
+    figure = draw_diagram(NETWORKS["parallel bonds"])
+    at = places(figure)
+    between = [line for line in lines(figure) if {tuple(line[0]), tuple(line[-1])} == {at["A"], at["B"]}]
+    heights = sorted(line[len(line) // 2][1] for line in between)
+    assert len(heights) == 3 and min(b - a for a, b in pairwise(heights)) > 2
+
+
 def test_an_axis_on_several_nodes_is_a_dot_with_one_leg():
     figure = draw_diagram(groups("mpo_shared")[0].diagram)
     dot = next(patch for patch in figure.axes[0].patches if patch.radius < 1)
@@ -368,8 +376,14 @@ def test_no_text_of_a_budget_covers_another():
     figure = plot_budget(ta.budget(made, MODEL, [4, 8, 16]), max_parameters=123_456)
     assert overlapping(figure) == [] and outside(figure) == []
     assert set(names) <= set(said(figure))
-    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines]
-    assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_the_lines_of_twenty_specs_differ(tmp_path, rank):
+    rows = tuple(row(f"spec_{k}", rank, {"q": 10 + k}) for k in range(20))
+    plot_budget(BudgetTable(rows), tmp_path / "a.svg")
+    styles = re.findall(r'style="([^"]*stroke-width: 1.2[^"]*)"', (tmp_path / "a.svg").read_text("utf-8"))
+    assert len(styles) >= 20 and len(set(styles)) == 20
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
