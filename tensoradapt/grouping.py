@@ -61,6 +61,10 @@ class Group:
         """How a site of the group is lowered."""
         return recipe(self.diagram, placement.slots, placement.site.kind, code=self.drops_code)
 
+    def lowering(self, placement: Placement) -> str:
+        """The kind of a site's recipe; `dense` where its delta is formed, to be added to the weight at use."""
+        return "dense" if placement.site.delivery == "weight" else self.recipe(placement).kind
+
     @property
     def drops_code(self) -> bool:
         """Whether dropout acts on the code, which a lowering then has to have."""
@@ -124,7 +128,9 @@ def _check_axes(rule: Rule, axes: tuple[str, ...]) -> None:
         if not parts & set(axes):
             raise SpecError(f"the tensor lacks the axis {side!r}", got=list(axes), hint=f"add {side!r} to the axes")
     if len(set(axes)) < len(axes) or ("site" in axes and set(axes) & {*COORDINATES, "slot"}):
-        raise SpecError("axes are given twice (site is all coordinates flattened)", got=list(axes))
+        raise SpecError(
+            "axes are given twice", got=list(axes), expected="each once; `site` is all coordinates flattened"
+        )
     if rule.shapes == "slots" and not {"site", "slot"} & set(axes):
         raise SpecError("slots need an axis to lie on", got=list(axes), hint="add 'slot' or 'site' to the axes")
 

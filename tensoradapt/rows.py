@@ -72,7 +72,7 @@ def group_dict(group: Group, rule: int) -> dict[str, Any]:
         "start": group.rule.start,
         "rank": group.rank,
         "num_trainable": sum(group.diagram.numel(n) for n in group.trainable if group.store[n] == f"{group.name}.{n}"),
-        "lowering": sorted({group.recipe(p).kind for p in group.placements}),
+        "lowering": sorted({group.lowering(p) for p in group.placements}),
         "flops_per_token": group.flops_per_token,
         "dense_flops_per_token": group.dense_flops_per_token,
         "labels": {axis: list(values) for axis, values in group.labels.items()},
@@ -118,7 +118,7 @@ def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor]) -
     owned = {key for m in members for key in m.store.values()}
     trained = sum(factors[k].numel for k in owned if factors[k].trainable)
     frozen = sum(factors[k].numel * (factors[k].copied + (not factors[k].trainable)) for k in owned)
-    kinds = dict.fromkeys(m.recipe(p).kind for m in members for p in m.placements)
+    kinds = dict.fromkeys(m.lowering(p) for m in members for p in m.placements)
     tensor = " ".join(f"{a}={group.diagram.sizes[a]}" for a in group.diagram.open)
     rank = " ".join(f"{bond}={size}" for bond, size in group.rank.items())
     flops = (sum(m.flops_per_token for m in members), sum(m.dense_flops_per_token for m in members))

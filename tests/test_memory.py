@@ -106,3 +106,10 @@ def test_a_dense_lowering_is_seen(model):
     spec = ta.Spec(rules=(ta.Rule(targets=("q_proj",), start="nonzero", init={"*": "normal(0.01)"}, **rule),))
     large, said = created(model, spec)
     assert said == {"dense"} and large
+
+
+def test_a_delta_that_is_added_to_a_weight_is_called_dense():
+    """The output projection of PyTorch's attention never sees its input: its delta is formed at use."""
+    plan = ta.plan(ta.preset("lora", targets=["out_proj"]), nn.ModuleDict({"attention": nn.MultiheadAttention(64, 2)}))
+    assert [row["lowering"] for row in plan.to_dict()["groups"]] == [["dense"]]
+    assert " dense " in str(plan).splitlines()[1]
