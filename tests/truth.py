@@ -47,12 +47,19 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 
 class Truth:
-    """What one site's chain has to give: its matrix, its output on some input, and the gradients of both together."""
+    """What one site's chain has to give: its matrix, its output on some input, and the gradients of both together.
 
-    def __init__(self, group: Group, placement: Placement, kind: str = "", turned: bool = False) -> None:
+    `turned` for a tied module that uses the tensor the other way round, `difference` for a delta less its start.
+    """
+
+    def __init__(
+        self, group: Group, placement: Placement, kind: str = "", *, turned: bool = False, difference: bool = False
+    ) -> None:
         self.group, self.placement, self.kind = group, placement, kind or placement.site.kind
         self.factors = draw(group.diagram)
+        self.begun = draw(group.diagram, 5) if difference else None
         delta = dense(group, self.factors, placement)
+        delta = delta - dense(group, self.begun, placement) if self.begun is not None else delta
         self.matrix = delta.T if turned else delta
         self.step = Convolved(self._module()) if self.kind == "conv" else staged
         self.x = self._input()
@@ -85,7 +92,8 @@ class Truth:
 
     def check(self, made: Line) -> None:
         held = tensors(self.factors)
-        found = chain(made, held)
+        start = None if self.begun is None else tensors(self.begun, grad=False)
+        found = chain(made, held, start)
         y, matrix = found(self.x, self.step), found.dense()
         assert_close(y, self.y, made.recipe.kind)
         assert_close(matrix, self.matrix, made.recipe.kind)
