@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from tensoradapt import plan, preset
+from tensoradapt.plots import draw_diagram
 from tensoradapt.presets import PRESETS
 from tensoradapt.spec import Rule, Spec
 
@@ -28,22 +30,30 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 default_role = "code"
 
+# What the networks of the theory page are drawn for: the shapes of two layers of BERT-base, and one convolution.
+HEADS = 12
+ROLES = {
+    **{f"attention.{role}": (768, 768) for role in ("self.query", "self.key", "self.value", "output.dense")},
+    **{"intermediate.dense": (3072, 768), "output.dense": (768, 3072)},
+}
+SHAPES = {f"encoder.layer.{k}.{role}": shape for k in range(2) for role, shape in ROLES.items()} | {
+    "conv": (64, 32, 3, 3)
+}
+
 CITED = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
 def preset_table() -> str:
-    """One row per preset: name, own parameters, formula, source, and what to know before using it."""
-    rows = ["| preset | parameters | delta | start | source | note |", "| --- | --- | --- | --- | --- | --- |"]
+    """One row per preset: name with its own parameters, start, formula; below it the source, and what to know of it."""
+    rows = ["| preset | start | delta, source and notes |", "| --- | --- | --- |"]
     for name, row in PRESETS.items():
         source = CITED.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", row.cite)
+        source = re.sub(r"^(github\.com/\S+)", r"[\1](https://\1)", source)
         start = ", ".join(dict.fromkeys(rule.start for rule in row.rules))
         cells = (
-            f"`{name}`",
-            ", ".join(map("`{}`".format, row.parameters)),
-            f"`{row.formula}`",
+            f"**`{name}`**<br>" + ", ".join(map("`{}`".format, row.parameters)),
             start,
-            source,
-            row.note,
+            f"`{row.formula}`<br>" + "; ".join(filter(None, (source, row.note))),
         )
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
@@ -59,10 +69,35 @@ def rule_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def groups_of(name: str) -> list:
+    """One group of every network that a preset makes."""
+    own = {"heads": HEADS} if "heads" in PRESETS[name].parameters else {}
+    groups = plan(preset(name, **own), SHAPES).groups
+    return list({tuple(group.diagram.nodes.items()): group for group in groups}.values())
+
+
+def draw_networks(folder: Path) -> str:
+    """Draw every preset's networks; a table that shows them, two in a row."""
+    cells = []
+    for name, row in PRESETS.items():
+        for number, group in enumerate(groups_of(name)):
+            file = f"networks/{name}{f'-{number + 1}' if number else ''}.svg"
+            zero = next((node for node, law in group.laws.items() if law == "zero"), "")
+            draw_diagram(group.diagram, folder / file, frozen=group.rule.frozen, zero=zero)
+            alt = str(group.diagram).replace("[", "(").replace("]", ")")
+            cells.append(f"![{alt}](/_generated/{file})\\\n**`{name}`** `{row.formula}`")
+    lines = ["```{list-table}", ":widths: 50 50", ""]
+    for number, cell in enumerate([*cells, ""] if len(cells) % 2 else cells):
+        first, *rest = cell.split("\n")
+        lines += [f"{'  ' if number % 2 else '* '}- {first}".rstrip(), *(f"    {line}" for line in rest)]
+    return "\n".join([*lines, "```", ""])
+
+
 def write_generated(app) -> None:
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
     (folder / "presets.md").write_text(preset_table(), "utf-8")
+    (folder / "networks.md").write_text(draw_networks(folder), "utf-8")
     (folder / "rule.md").write_text(rule_table(), "utf-8")
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
     (folder / "spec.schema.json").write_text(json.dumps(schema, indent=2) + "\n", "utf-8")
