@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,8 +20,12 @@ from tensoradapt.errors import FileError, RankError, SpecError
 
 MAX_SPEC_BYTES = 4_000_000
 Rank = Annotated[StrictInt, Field(gt=0)]
-Ranks = Rank | list[Rank] | dict[str, Rank | str]
-Fold = str | list[StrictInt | str]
+Ranks = Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank | str]
+Positive = Annotated[StrictInt, Field(gt=0)]
+Fold = str | Annotated[list[Positive | str], Field(min_length=1)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+SIDES = ("out", "in", "kernel")
+TAKEN = {*SIDES, "stack", "layer", "role", "expert", "task", "site", "slot"}  # what a fold cannot be named
 
 
 class _Value(BaseModel):
@@ -52,10 +57,12 @@ def _explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, 
         return SpecError(
             f"unknown key {key!r} in a {model.__name__.lower()}", got=f"{key}: {first['input']!r}", hint=hint
         )
-    if key == "rank":
+    if key in ("rank", "ranks"):
+        given = data.get(key)
+        bad = given[first["loc"][1]] if key == "ranks" and len(first["loc"]) > 1 else given  # type: ignore[index]
         return RankError(
-            f"rank {data.get('rank')!r} is not a rank",
-            got=f"{data.get('rank')!r} ({type(data.get('rank')).__name__})",
+            f"rank {bad!r} is not a rank",
+            got=f"{bad!r} ({type(bad).__name__})",
             expected="a positive integer, a list of them (one per bond), or a mapping from axis to rank",
             hint="write for example rank=8",
         )
@@ -98,14 +105,14 @@ class Rule(_Value):
     shapes: Literal["separate", "slots", "slices"] = Field(
         "separate", description="sites of unequal shape: separate, slots or slices"
     )
-    slot: tuple[int, int] | None = Field(
+    slot: tuple[Positive, Positive] | None = Field(
         None, description="(out, in) of a slot; the greatest common one where not given"
     )
-    scale: float | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field(
+    scale: Number | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field(
         "one", description="a number or a rule"
     )
-    alpha: float = Field(1.0, description="alpha of the scale rule")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability in [0, 1)")
+    alpha: Number = Field(1.0, description="alpha of the scale rule")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="probability in [0, 1)")
     dropout_at: Literal["in", "code"] = Field("in", description="on the input, or on the code before `out`")
     start: Literal["zero", "nonzero", "difference"] = Field("zero", description="zero, nonzero or difference")
     zero: str = Field(
@@ -118,8 +125,8 @@ class Rule(_Value):
     train: tuple[str, ...] = Field(
         (), description="modules trained beside the adapter and saved with it: ['classifier']"
     )
-    heads: int | None = Field(None, gt=0, description="number of attention heads, for the axis `head`")
-    kv_heads: int | None = Field(None, gt=0, description="number of key and value heads; heads where not given")
+    heads: Positive | None = Field(None, description="number of attention heads, for the axis `head`")
+    kv_heads: Positive | None = Field(None, description="number of key and value heads; heads where not given")
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field("float32", description="dtype of the factors")
 
     @field_validator("targets", "exclude", "axes", "compress", "frozen", "train", mode="before")
@@ -128,14 +135,35 @@ class Rule(_Value):
         return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _folded(self) -> Rule:
+        """Refuse folds of what cannot be cut, and parts whose names are not their own."""
+        for axis in self.folds:
+            if axis not in SIDES:
+                raise SpecError(f"folds names the axis {axis!r}, which is not cut", expected=", ".join(SIDES))
+        names = [str(part).partition("=")[0] for how in self.folds.values() if not isinstance(how, str) for part in how]
+        names = [name for name in names if not name.isdigit()]
+        for name in names:
+            if name in TAKEN or names.count(name) > 1 or not name.isidentifier():
+                raise SpecError(
+                    f"the fold {name!r} has no name of its own",
+                    got=dict(self.folds),
+                    hint="give every fold a size, or a name that nothing else has: ['head', 'head_dim=64']",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _used(self) -> Rule:
         """Refuse fields that would have no effect."""
+        heads = "head" in str(self.folds) or bool(self.preset)
         uses = (
             ("network", bool(self.network), self.format == "network" or bool(self.preset), "format: network"),
             ("options", bool(self.options), bool(self.preset), "a preset"),
             ("slot", self.slot is not None, self.shapes == "slots" or bool(self.preset), "shapes: slots"),
             ("compress", bool(self.compress), self.format == "tucker" or bool(self.preset), "format: tucker"),
             ("zero", bool(self.zero), self.start == "zero", "start: zero"),
+            ("axes", bool(self.axes), self.format != "network", "the axes behind '->' of the network"),
+            ("heads", self.heads is not None, heads, "folds: {out: [head, head_dim]}"),
+            ("kv_heads", self.kv_heads is not None, heads, "folds: {out: [head, head_dim]}"),
             ("alpha", self.alpha != 1.0, str(self.scale)[:5] == "alpha" or bool(self.preset), "scale: alpha/rank"),
         )
         for field, given, used, owner in uses:
@@ -143,6 +171,9 @@ class Rule(_Value):
                 raise SpecError(
                     f"{field!r} has no effect here", expected=owner, hint=f"remove {field!r} or use {owner}"
                 )
+        doubled = sorted(set(self.options) & self.model_fields_set)
+        if doubled:
+            raise SpecError(f"{doubled[0]!r} is given twice: as a field and among the options", hint="keep one of them")
         if self.dropout and self.dropout_at == "code" and self.start == "difference":
             raise SpecError("dropout at the code and a difference start do not go together", hint="use dropout_at: in")
         if self.format == "network" and not self.network and not self.preset:
@@ -159,8 +190,9 @@ class Spec(_Value):
         return Spec(rules=(*self.rules, *other.rules))
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as plain JSON values, defaults left out."""
-        return {"rules": [rule.model_dump(mode="json", exclude_defaults=True) for rule in self.rules]}
+        """The spec as plain JSON values: what was given to a preset, and what is not a default elsewhere."""
+        rows = [(rule, bool(rule.preset)) for rule in self.rules]
+        return {"rules": [r.model_dump(mode="json", exclude_unset=p, exclude_defaults=not p) for r, p in rows]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Spec:
@@ -171,14 +203,15 @@ class Spec(_Value):
                 got=type(data).__name__,
                 hint="write 'rules:' and under it '- preset: lotr'",
             )
-        unknown = sorted(set(data) - {"rules", "defaults"})
+        unknown = sorted(set(data) - {"rules", "defaults"}, key=str)
         if unknown:
             raise SpecError(
                 f"unknown key {unknown[0]!r} in a spec",
                 expected="rules, defaults",
                 hint="fields of a rule go under 'rules' or 'defaults'",
             )
-        rows = [{**(data.get("defaults") or {}), **_mapping(row)} for row in data["rules"]]
+        defaults = _mapping(data.get("defaults") or {}, "defaults are")
+        rows = [{**defaults, **_mapping(row, "a rule is")} for row in data["rules"]]
         return cls(rules=tuple(Rule(**row) for row in rows))
 
     @classmethod
@@ -190,16 +223,27 @@ class Spec(_Value):
         return cls.from_dict(_parse(yaml.load, text, path, Loader=_UniqueLoader))
 
     def save(self, path: str | Path) -> None:
-        """Write the spec as YAML, or as JSON where the path ends in .json."""
-        data = self.to_dict()
-        text = json.dumps(data, indent=2) if Path(path).suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
-        Path(path).write_text(text, encoding="utf-8")
+        """Write the spec as YAML, or as JSON where the path ends in .json; an older file stays where that fails.
+
+        Raises FileError.
+        """
+        path, data = Path(path), self.to_dict()
+        text = json.dumps(data, indent=2) if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise FileError(f"{path} cannot be written", got=error.strerror, hint="choose another folder") from None
+        finally:
+            with suppress(OSError):  # where there is none
+                temporary.unlink()
 
 
-def _mapping(row: Any) -> dict[str, Any]:
+def _mapping(row: Any, what: str) -> dict[str, Any]:
     if not isinstance(row, Mapping) or not all(isinstance(key, str) for key in row):
         raise SpecError(
-            "a rule is a mapping from field to value",
+            f"{what} a mapping from field to value",
             got=repr(row)[:80],
             hint="write '- preset: lotr' and its fields below",
         )
@@ -220,12 +264,16 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{path} is not UTF-8", got=str(error), hint="save it as UTF-8") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read", got=error.strerror, hint="look at its permissions") from None
 
 
 def _parse(parser: Any, text: str, path: str | Path, **options: Any) -> Any:
     try:
         return parser(text, **options)
-    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    except SpecError:
+        raise
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no JSON, a number of 5000 digits
         raise FileError(
             f"{path} cannot be read", got=str(error).replace("\n", " "), hint="mend the line it names"
         ) from None
@@ -240,7 +288,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _UniqueLoader(yaml.SafeLoader):
-    """YAML's safe loader, refusing keys given twice (the plain one keeps the last in silence)."""
+    """YAML's safe loader, refusing keys given twice (the plain one keeps the last in silence), and aliases.
+
+    Aliases of aliases write a list of billions of entries in ten lines.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise SpecError("aliases (*name) are not read", hint="write it out, or put what rules share into defaults")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [str(key.value) for key, _ in node.value]

@@ -22,10 +22,12 @@ def parse(text: str) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
         name, colon, indices = part.partition(":")
         key = name.strip() if colon else f"node_{position}"
         if key in nodes or not key.isidentifier():
-            raise SpecError(f"node name {key!r} is given twice or is no identifier", got=text)
+            raise SpecError(
+                f"node name {key!r} is given twice or is no identifier", got=text, hint="write for example 'B: out r'"
+            )
         nodes[key] = tuple((indices if colon else name).split())
         if not nodes[key] or len(set(nodes[key])) < len(nodes[key]):
-            raise SpecError(f"node {key!r} needs at least one index, each once", got=text)
+            raise SpecError(f"node {key!r} needs indices, each once", got=text, hint="write for example 'out a'")
     return nodes, tuple(right.split())
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from tensoradapt.diagram import Diagram
+from tensoradapt.errors import SpecError
 from tensoradapt.formats.build import Ranks, Shape, limited, per_bond
 
 
@@ -15,7 +16,14 @@ def tucker(shape: Shape, rank: Ranks, excess: str) -> Diagram:
     Ranks by axis. A bond's limit is the smaller of its axis and the product of the core's other indices.
     Source: Tucker 1966, Psychometrika 31.
     """
-    named = tuple(rank) if isinstance(rank, Mapping) else shape.axes
+    unknown = [axis for axis in shape.compress if axis not in shape.axes]
+    if unknown:
+        raise SpecError(
+            f"compress names the axis {unknown[0]!r}, which the tensor lacks",
+            expected=", ".join(shape.axes),
+            hint="an axis that is cut is named by its folds",
+        )
+    named = tuple(axis for axis in rank if axis in shape.axes) if isinstance(rank, Mapping) else shape.axes
     axes = shape.compress or named
     asked = per_bond(rank, axes)
     sizes = {axis: min(asked.get(axis, size), size) for axis, size in ((a, shape.sizes[a]) for a in shape.axes)}

@@ -92,7 +92,7 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
 
 def checksum(tensor: Tensor) -> int:
     """The CRC-32 of a tensor's bytes as they are stored."""
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def read(path: str | Path) -> Saved:

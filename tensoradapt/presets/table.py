@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
 
 def _rules(rows: Any) -> tuple[Rule, ...]:
     rows = rows if isinstance(rows, tuple) else (rows,)
-    return tuple(Rule(**{"targets": QUERY_VALUE, **{k: v for k, v in row.items() if v is not None}}) for row in rows)
+    return tuple(Rule(**{"targets": QUERY_VALUE, **row}) for row in rows)
 
 
 def preset(name: str, /, **parameters: Any) -> Spec:
