@@ -340,6 +340,7 @@ PAPERS: dict[str, Paper] = {
         lambda at: at.shape if at.name in QKV else 0,
     ),
     "lokr": Paper({"targets": (*QV, *FEED_FORWARD), "rank": 2, "factor": 4, "alpha": 3.0}, 1.5, lokr, alone),
+    "lokr whole": Paper({"targets": QV, "factor": 4, "decompose": False}, 1.0, krona, alone, preset="lokr"),
     "krona": Paper({"targets": (*QV, *FEED_FORWARD), "folds": "auto:2", "scale": 0.7}, 0.7, krona, alone),
     "loha": Paper({"targets": QV, "rank": 2, "alpha": 3.0}, 1.5, loha, alone),
     "vera": Paper({"targets": (*QV, *FEED_FORWARD), "rank": 3}, 1.0, vera, of_shape),
@@ -499,6 +500,11 @@ def test_default_scale(name):
 def test_alpha_is_refused_where_the_scale_does_not_use_it(name):
     with pytest.raises(ta.SpecError, match="alpha"):
         ta.preset(name, alpha=4.0)
+
+
+def test_a_rank_without_effect_is_refused():
+    with pytest.raises(ta.SpecError, match="no rank"):
+        ta.preset("lokr", rank=4, decompose=False)
 
 
 DEFAULTS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tensoradapt.errors import SpecError
 from tensoradapt.presets.sides import (
     CONVOLUTIONS,
     Folds,
@@ -21,6 +22,10 @@ def lora(rank: int = 8) -> dict[str, Any]:
 
 def lokr(rank: int = 8, factor: int = -1, decompose: bool = True) -> dict[str, Any]:
     """A Kronecker product, its second factor of low rank: D[(a b),(c d)] = W1[a,c] sum_r W2a[b,r] W2b[r,d]."""
+    if not decompose and rank != 8:
+        raise SpecError(
+            "lokr with decompose=False keeps W2 whole: it has no rank", got=f"rank={rank}", hint="leave rank out"
+        )
     second = "W2a: out_1 r, W2b: r in_1" if decompose else "W2: out_1 in_1"
     laws = (
         {"W2a": "uniform(1/sqrt(r))", "W2b": "uniform(1/sqrt(in_1))"} if decompose else {"W2": "uniform(1/sqrt(in_1))"}
