@@ -161,14 +161,13 @@ def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter
 
 def _make_tensors(model: nn.Module, plan: Plan, adapter: Adapter) -> None:
     """Empty factors, and copies of the parameters that are trained whole."""
-    devices = {g.name: _device(model, g) for g in plan.groups}
+    devices = {key: device for g in reversed(plan.groups) for device in [_device(model, g)] for key in g.store.values()}
     for key, factor in plan.factors.items():
         owner, _, leaf = key.rpartition(".")
-        device = next(devices[g.name] for g in plan.groups if key in g.store.values())
         if owner not in adapter.stored._modules:
             adapter.stored[owner] = Bank()
         for suffix, trained in (("", factor.trainable), *(((START, False),) if factor.copied else ())):
-            empty = torch.empty(factor.shape, dtype=getattr(torch, factor.dtype), device=device)
+            empty = torch.empty(factor.shape, dtype=getattr(torch, factor.dtype), device=devices[key])
             adapter.stored[owner][leaf + suffix] = nn.Parameter(empty, requires_grad=trained)
     for path in plan.extras:
         owner_module, leaf = owner_of(model, path)

@@ -72,6 +72,18 @@ class Listed(nn.Module):
         return x
 
 
+class Turned(nn.Module):
+    """A matrix and experts in one tensor, both stored (in, out), which no class of a module tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(tiny.noise(8, 6))
+        self.experts = nn.Parameter(tiny.noise(3, 6, 5))
+
+    def forward(self, x):
+        return torch.stack([torch.tanh(x @ self.table) @ expert for expert in self.experts])
+
+
 class FusedQKV(nn.Module):
     """Grouped-query attention with one projection for queries, keys and values."""
 
@@ -191,6 +203,13 @@ CASES = {
     ),
     "parameters in a list": Case(
         Listed, (X[..., :6],), ("maps.0", "maps.2"), {f"maps.{k}": add(f"maps.{k}") for k in (0, 2)}
+    ),
+    "parameters, transposed": Case(
+        Turned,
+        (X,),
+        ("table", "experts[1]"),
+        {"table": add("table", turned=True), "experts[1]": add("experts", turned=True, index=1)},
+        {"layout": {"table": "in out", "experts": "in out"}},
     ),
     "attention, in": one(
         attention(), X, X, X, target="in_proj_weight", path="inner.in_proj_weight", write=add("inner.in_proj_weight")
