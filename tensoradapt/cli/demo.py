@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from tensoradapt.cli.options import progress_console
 from tensoradapt.demo.run import run_demo
@@ -21,4 +22,5 @@ def demo(
 
     Example: tensoradapt demo --out demo
     """
-    run_demo(out, seed=seed, console=progress_console())
+    results = run_demo(out, seed=seed, console=progress_console())
+    Console().print(results.table())

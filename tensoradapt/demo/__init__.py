@@ -1,0 +1,1 @@
+"""`tensoradapt demo`: adapters beside full fine-tuning on embedded data, with nothing to download."""

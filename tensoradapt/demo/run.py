@@ -1,0 +1,144 @@
+"""The demo as a whole: pre-train, fine-tune in every way at every budget, and write what came of it into a folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tensoradapt.demo.data import CLASSES, load
+from tensoradapt.demo.methods import BUDGETS, FAMILIES, Entry, entries
+from tensoradapt.demo.model import VisionTransformer, build
+from tensoradapt.demo.progress import Log
+from tensoradapt.demo.results import Results, Row, percent
+from tensoradapt.demo.runs import Bench, Score, pretrain, score_file, train_afresh, tune_adapter, tune_all, tune_head
+from tensoradapt.demo.train import accuracy
+from tensoradapt.errors import FileError
+from tensoradapt.io.atomic import atomic
+from tensoradapt.plots import plot_budget
+from tensoradapt.scan import budget
+
+ADAPTERS, FIGURE, RESULTS = "adapters", "budget.png", "results.json"
+RANKS = (1, 2, 4, 8, 16, 32, 64)  # of the figure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much work the demo does: steps of pre-training and of each fine-tuning, seeds, budgets."""
+
+    pretrain_steps: int = 200
+    steps: int = 80
+    num_seeds: int = 2
+    budgets: tuple[int, ...] = BUDGETS
+
+
+def run_demo(out: Path, *, seed: int = 0, console: Console | None = None, settings: Settings = Settings()) -> Results:
+    """Train adapters of four families beside full fine-tuning, and write results, figure and adapters into `out`.
+
+    Progress goes to `console` (stderr where none is given); the table is `results.table()`. Raises TensorAdaptError
+    where scikit-learn is missing, FileError where the folder cannot be made.
+    """
+    start = time.perf_counter()
+    digits = load(seed)
+    _make_folder(out)
+    model = build(CLASSES, seed)
+    planned = entries(model, settings.budgets)
+    draw_budget(model, out / FIGURE, max(settings.budgets, default=None))
+    runs = 2 + sum(entry.spec is not None for entry in planned)
+    total = settings.pretrain_steps + settings.steps * settings.num_seeds * runs
+    with _one_thread(), Log(console or Console(stderr=True), total) as log:
+        log.begin("pre-training")
+        base = pretrain(digits, settings.pretrain_steps, seed, log.step)
+        facts = {"num_parameters": _size(base), "pretrain_accuracy": accuracy(base, digits.pretrain)}
+        log.line(
+            f"pre-trained: {facts['num_parameters']:,} parameters, {percent([facts['pretrain_accuracy']])} % right"
+        )
+        bench = Bench(digits, base, settings.steps, log.step)
+        seeds = tuple(range(seed, seed + settings.num_seeds))
+        rows = _rows(bench, planned, seeds, out, log)
+        results = Results(rows, seeds, facts, _versions(), time.perf_counter() - start, out)
+        _write(results, out / RESULTS)
+        log.line(f"{len(rows)} rows in {results.seconds:.0f} s; adapters, {FIGURE} and {RESULTS} are in {out}")
+    return results
+
+
+def draw_budget(model: VisionTransformer, path: Path, limit: int | None) -> None:
+    """The figure of parameters against rank, a line per family, with the largest budget as a limit."""
+    table = budget({family.label: family.spec for family in FAMILIES}, model, RANKS)
+    plot_budget(table, path, max_parameters=limit, rank=8)
+
+
+def _rows(bench: Bench, planned: list[Entry], seeds: tuple[int, ...], out: Path, log: Log) -> tuple[Row, ...]:
+    head = _over_seeds("head alone", lambda seed: tune_head(bench, seed), seeds, log)
+    adapted = [_adapter_row(bench, entry, seeds, out, log) for entry in planned]
+    full = _over_seeds("full fine-tuning", lambda seed: tune_all(bench, seed), seeds, log)
+    fresh = _over_seeds("not pre-trained", lambda seed: train_afresh(bench, seed), seeds, log)
+    return (head, *adapted, full, fresh)
+
+
+def _over_seeds(method: str, tune: Callable[[int], Score], seeds: tuple[int, ...], log: Log, **fields: Any) -> Row:
+    name = f"{method} within {fields['budget']:,}" if "budget" in fields else method
+    log.begin(name)
+    scores = [tune(seed) for seed in seeds]
+    test, validation = tuple(s.test for s in scores), tuple(s.validation for s in scores)
+    log.line(f"{name}: {scores[0].num_trainable:,} trained, {percent(test)} % right")
+    return Row(method, num_trainable=scores[0].num_trainable, accuracy=test, validation_accuracy=validation, **fields)
+
+
+def _adapter_row(bench: Bench, entry: Entry, seeds: tuple[int, ...], out: Path, log: Log) -> Row:
+    """A family at a budget: every seed trained, the first one's adapter saved and tried from its file."""
+    family, spec = entry.family, entry.spec
+    if spec is None:
+        return Row(family.label, entry.budget, note=f"rank 1 takes {entry.smallest:,}")
+    path = out / ADAPTERS / entry.slug
+
+    def tune(seed: int) -> Score:
+        return tune_adapter(bench, spec, family.rate, seed, path if seed == seeds[0] else None)
+
+    fields = {"budget": entry.budget, "rank": entry.rank, "num_adapter": spec.num_trainable}
+    row = _over_seeds(family.label, tune, seeds, log, **fields, path=str(path.relative_to(out)))
+    return replace(row, from_file=score_file(bench, path))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for torch: a second brings nothing to matrices this small, and sums stay the same on all machines."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make_folder(out: Path) -> None:
+    """Make the folder before the work begins rather than fail after it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"{out} cannot be made a folder", got=error.strerror, hint="choose another with --out"
+        ) from None
+
+
+def _write(results: Results, path: Path) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("tensoradapt", "torch", "scikit-learn")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _size(model: VisionTransformer) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,213 @@
+"""The demo, with few steps: what it writes, that its numbers are those of the plan and of the files, and its errors."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from torch import nn
+
+import tensoradapt as ta
+from tensoradapt.demo.data import Split, load
+from tensoradapt.demo.methods import FAMILIES, entries
+from tensoradapt.demo.model import LAYERS, WIDTH, Attention, build, with_new_head
+from tensoradapt.demo.results import Results, Row
+from tensoradapt.demo.run import Settings, run_demo
+from tensoradapt.demo.train import Recipe, accuracy, train
+from tensoradapt.errors import FileError, TensorAdaptError
+
+HEAD = 5 * WIDTH + 5
+QUICK = Settings(pretrain_steps=3, steps=2, num_seeds=2, budgets=(500, 1_600))
+
+
+def plain_console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """One quick run: its results, its folder and what it said."""
+    out = tmp_path_factory.mktemp("demo") / "a" / "b"
+    console = plain_console()
+    results = run_demo(out, console=console, settings=QUICK)
+    return results, out, console.file.getvalue()
+
+
+def adapter_rows(results):
+    return [row for row in results.rows if row.path]
+
+
+def test_every_family_is_there_at_every_budget_it_fits(ran):
+    results, _, _ = ran
+    found = [(row.method, row.budget) for row in results.rows if row.budget]
+    assert found == [(family.label, budget) for budget in QUICK.budgets for family in FAMILIES]
+    (left_out,) = [row for row in results.rows if row.note]
+    assert (left_out.method, left_out.budget, left_out.accuracy) == ("LoRA", 500, ())
+    assert f"{2 * LAYERS * 2 * WIDTH:,}" in left_out.note
+
+
+def test_the_results_file_holds_the_results(ran):
+    results, out, _ = ran
+    written = json.loads((out / "results.json").read_text("utf-8"))
+    assert written == json.loads(json.dumps(results.to_dict()))
+    assert written["rows"][0]["method"] == "head alone" and len(written["rows"][0]["accuracy"]) == 2
+
+
+def test_the_figure_is_a_picture(ran):
+    _, out, _ = ran
+    assert (out / "budget.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_else_is_left_in_the_folder(ran):
+    results, out, _ = ran
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    adapters = {f"{row.path}/adapter.safetensors" for row in adapter_rows(results)}
+    assert len(adapters) == 7 and files == adapters | {"budget.png", "results.json"}
+
+
+def test_counts_are_those_of_the_tensors_in_the_files(ran):
+    results, out, _ = ran
+    for row in adapter_rows(results):
+        with safe_open(out / row.path / "adapter.safetensors", "pt") as file:
+            sizes = {key: file.get_tensor(key).numel() for key in file.keys()}
+        head = sum(size for key, size in sizes.items() if key.startswith("extra."))
+        assert (row.num_trainable, head) == (sum(sizes.values()), HEAD)
+        assert row.num_adapter == sum(sizes.values()) - head <= row.budget
+
+
+def test_counts_are_those_of_the_plan(ran):
+    results, out, _ = ran
+    model = with_new_head(build(20, seed=0), 5, seed=0)
+    planned = {(entry.family.label, entry.budget): entry for entry in entries(model, QUICK.budgets)}
+    for row in adapter_rows(results):
+        plan = ta.plan(planned[row.method, row.budget].spec, model)
+        assert (row.num_adapter, row.num_trainable) == (plan.num_trainable, plan.num_trainable + plan.num_extra)
+
+
+def test_the_baselines_train_the_head_alone_and_everything(ran):
+    results, _, _ = ran
+    counts = {row.method: row.num_trainable for row in results.rows if row.budget is None}
+    everything = sum(p.numel() for p in build(5, seed=0).parameters())
+    assert counts == {"head alone": HEAD, "full fine-tuning": everything, "not pre-trained": everything}
+
+
+def test_an_adapter_from_its_file_is_as_accurate_as_it_was(ran):
+    results, _, _ = ran
+    assert [row.from_file for row in adapter_rows(results)] == [row.accuracy[0] for row in adapter_rows(results)]
+
+
+def test_progress_off_a_terminal_is_plain_lines(ran):
+    results, out, said = ran
+    assert "\x1b" not in said and "\r" not in said
+    lines = said.splitlines()
+    assert lines[0].startswith("pre-trained") and str(out) in lines[-1]
+    assert len(lines) == 2 + sum(bool(row.accuracy) for row in results.rows)
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path):
+    console = Console(file=io.StringIO(), width=200, force_terminal=True)
+    run_demo(tmp_path, console=console, settings=Settings(pretrain_steps=1, steps=1, num_seeds=1, budgets=()))
+    assert "pre-training" in console.file.getvalue() and "━" in console.file.getvalue()
+
+
+def test_a_second_run_replaces_the_first_its_seed_fixes_the_results_and_the_global_state_is_left_alone(tmp_path, ran):
+    results, _, _ = ran
+    (tmp_path / "results.json").write_text("an older run's")
+    torch.manual_seed(5)
+    before = (torch.get_rng_state(), torch.get_num_threads())
+    settings = Settings(QUICK.pretrain_steps, QUICK.steps, num_seeds=1, budgets=(500,))
+    again = run_demo(tmp_path, console=plain_console(), settings=settings)
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
+    firsts = {(row.method, row.budget): row.accuracy[:1] for row in results.rows}
+    assert all(row.accuracy == firsts[row.method, row.budget] for row in again.rows)
+    assert json.loads((tmp_path / "results.json").read_text("utf-8"))["seeds"] == [0]
+
+
+def test_without_scikit_learn_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(TensorAdaptError, match=r'pip install "tensoradapt\[demo\]"') as caught:
+        run_demo(tmp_path / "out", console=plain_console(), settings=QUICK)
+    assert "scikit-learn" in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_folder_s_place_is_refused_and_kept(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileError, match="--out"):
+        run_demo(tmp_path / "out", console=plain_console(), settings=QUICK)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_the_table_shows_every_row():
+    rows = (
+        Row("LoTR", 500, "3", 817, 492, (0.5, 0.75), (0.1, 0.1), 0.5, "adapters/lotr-500"),
+        Row("LoRA", 500, note="rank 1 takes 1,536"),
+    )
+    console = plain_console()
+    console.print(Results(rows, (0, 1), {}, {}, 1.0, "out").table())
+    said = [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
+    assert "LoTR 500 3 492 817 62.5 50.0 75.0 50.0" in said
+    assert "LoRA 500 - rank 1 takes 1,536" in said
+
+
+# -- its parts --------------------------------------------------------------------------------------------------------
+
+
+def test_the_splits_share_no_image_and_use_them_all():
+    digits = load(seed=0)
+    assert len(digits.pretrain.labels) / 4 + sum(len(split.labels) for split in digits[1:]) == 1797
+    assert sorted(digits.pretrain.labels.unique().tolist()) == list(range(20))
+    assert all(sorted(split.labels.unique().tolist()) == list(range(5)) for split in digits[1:])
+    assert all(-1 == split.inputs.min() and split.inputs.max() == 1 for split in digits)
+    seen = [{tuple(image.flatten().tolist()) for image in split.inputs} for split in digits[1:]]
+    assert not (seen[0] & seen[2] or seen[1] & seen[2] or seen[0] & seen[1])
+
+
+def test_the_second_task_is_mirrored_digits():
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    originals = {tuple(image.flatten().tolist()): label for image, label in zip(raw.images, raw.target, strict=True)}
+    images, labels = load(seed=0).test
+    back = [originals[tuple(image.flip(1).flatten().tolist())] for image in (images + 1) * 8]
+    assert back == [label + 5 for label in labels.tolist()]
+
+
+def test_attention_is_softmax_attention_by_heads():
+    torch.manual_seed(0)
+    attention, x = Attention(12, 3), torch.randn(2, 5, 12)
+    oracle = nn.MultiheadAttention(12, 3, batch_first=True)
+    parts = (attention.q, attention.k, attention.v)
+    with torch.no_grad():
+        oracle.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
+        oracle.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+        oracle.out_proj.load_state_dict(attention.o.state_dict())
+        assert torch.allclose(attention(x), oracle(x, x, x)[0], atol=1e-6)
+
+
+def test_a_patch_is_a_square_of_four_pixels():
+    model = build(5, seed=0)
+    seen = []
+    model.embed.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model(torch.arange(64.0).reshape(1, 8, 8))
+    assert seen[0].shape == (1, 16, 4) and seen[0][0, 1].tolist() == [2, 3, 10, 11]
+
+
+def test_training_learns_and_counts_its_steps():
+    digits, steps = load(seed=0), []
+    some = Split(digits.train.inputs[:20], digits.train.labels[:20])
+    model = build(5, seed=0)
+    before = accuracy(model, some)
+    train(model, some, Recipe(steps=30, rate=2e-3, batch=20), seed=0, on_step=lambda: steps.append(1))
+    assert accuracy(model, some) == 1.0 > before and len(steps) == 30
+
+
+def test_training_leaves_frozen_weights_alone():
+    model = build(5, seed=0).requires_grad_(False)
+    model.head.requires_grad_(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, load(seed=0).train, Recipe(steps=2, rate=0.1), seed=0, on_step=lambda: None)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
