@@ -87,7 +87,7 @@ def rows_of(chain: Chain, scale: float) -> Rows:
     """A function that adds scale * delta to a block of rows, the delta formed there and then where the chain allows."""
     pair = chain.low_rank
     if pair is not None:
-        outer, inner = pair[0] * scale, pair[1]
+        outer, inner = pair[0] * scale, pair[1].contiguous()
         return lambda start, block: torch.addmm(block, outer[start : start + len(block)].to(block), inner.to(block))
     dense = chain.dense() * scale
     return lambda start, block: block + dense[start : start + len(block)].to(block)

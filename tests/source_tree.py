@@ -13,8 +13,10 @@ TORCH_FREE = (
     *("sites", "targets", "contraction", "recipe", "placing", "laws", "grouping", "rows", "plan", "budget"),
 )
 WITH_TORCH = (
-    *("linalg", "chain", "lower", "gauge", "io", "host", "scan", "fit", "init", "interchange", "hooks", "merging", "adapter", "attach"),
-    *("change", "optim", "analysis", "extract", "peft", "distributed", "plots", "trainer", "demo", "cli", "__main__", "__init__"),
+    *("linalg", "chain", "lower", "gauge", "io", "host", "scan", "fit", "init", "interchange", "hooks"),
+    *("merging", "adapter", "attach"),
+    *("change", "optim", "analysis", "extract", "peft", "distributed", "plots", "trainer", "demo", "cli"),
+    *("__main__", "__init__"),
 )
 LAYERS = TORCH_FREE + WITH_TORCH
 

@@ -25,7 +25,8 @@ def lora_count(ranks):
 def test_solved_ranks_are_the_best_by_brute_force(limit):
     solved = ta.solve_rank(ta.preset("lora", targets=["q", "v"]), MODEL, max_parameters=limit)
     names = list(solved.ranks)
-    fits = [c for c in itertools.product(range(1, 11), repeat=4) if lora_count(dict(zip(names, c, strict=True))) <= limit]
+    every = itertools.product(range(1, 11), repeat=4)
+    fits = [c for c in every if lora_count(dict(zip(names, c, strict=True))) <= limit]
     uniform = max(min(c) for c in fits)
     best = max(sum(c) for c in fits if min(c) >= uniform)
     assert solved.rank == uniform

@@ -206,6 +206,14 @@ def test_shares_of_groups_add_up(name):
     )
 
 
+def test_a_trained_bank_is_counted_once():
+    """VeRA with its projections trained: both groups of sites use slices of them, neither owns them."""
+    plan = ta.plan(ta.preset("vera", rank=3, targets=["q_proj", "up_proj"], frozen=()), Toy(layers=2))
+    sites = 2 * (12 + 3) + 2 * (24 + 3)
+    assert sum(row["num_trainable"] for row in plan.to_dict()["groups"]) == sites
+    assert plan.num_trainable == sites + 3 * 24 + 3 * 12
+
+
 def test_heads_from_the_config_give_the_count_too():
     sites = from_mapping(MODELS["roberta-base"], heads=12, kv_heads=12)
     assert ta.plan(ta.preset("lorta", rank=4, targets=ATTENTION), sites).num_trainable == 3440

@@ -123,7 +123,20 @@ def test_names_of_keys_and_values(role):
 
 
 @pytest.mark.parametrize(
-    "role", ["q_proj", "query", "o_proj", "attention.output.dense", "out_proj", "q", "o", "kv_gate"]
+    "role",
+    [
+        "q_proj",
+        "query",
+        "o_proj",
+        "attention.output.dense",
+        "out_proj",
+        "q",
+        "o",
+        "kv_gate",
+        "conv",
+        "block",
+        "mlp.monkey",
+    ],
 )
 def test_names_of_neither(role):
     spec = ta.preset("lorta", targets=[f"h.0.{role}"])

@@ -62,6 +62,7 @@ def test_tt_lora():
         torch.testing.assert_close(results[name][0], results["ours"][0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(results[name][1], results["ours"][1], rtol=1e-3, atol=1e-2)
     timings = interleave(made, REPEATS, warmup=5)
-    print(f"\n{hardware()}; {TOKENS} tokens, width {WIDTH}, folds {INS} | {OUTS}, rank {RANK}\n{table(timings, 'ours')}")
+    print(f"\n{hardware()}; {TOKENS} tokens, width {WIDTH}, folds {INS} | {OUTS}, rank {RANK}")
+    print(table(timings, "ours"))
     assert ratio(timings["core by core"], timings["ours"])[0] >= 2
     assert ratio(timings["dense delta"], timings["ours"])[0] >= 4
