@@ -23,4 +23,6 @@ def demo(
     Example: tensoradapt demo --out demo
     """
     results = run_demo(out, seed=seed, console=progress_console())
-    Console().print(results.table())
+    console = Console()
+    # in a file or a pipe there is no width to fit, and a wrapped table is hard to read
+    (console if console.is_terminal else Console(width=110)).print(results.table())
