@@ -18,7 +18,7 @@ from tensoradapt.scan import plan, solve_rank
 from tensoradapt.spec import Spec
 
 BUDGETS = (500, 1_600, 6_200)  # trainable parameters of the adapter, the head's apart
-FULL_RATE, HEAD_RATE = 2e-3, 1e-1
+HEAD_RATE, FULL_RATE, FRESH_RATE = 3e-2, 1e-3, 4e-3
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def _family(label: str, name: str, rate: float, **parameters: Any) -> Family:
 
 
 FAMILIES = (
-    _family("LoRA", "lora", 3e-3),
-    _family("LoTR", "lotr", 1e-2),
+    _family("LoRA", "lora", 5e-3),
+    _family("LoTR", "lotr", 3e-2),
     # The published alpha of 16 is for wide models: unit-norm cores times 16 would drown weights of width 64.
     _family("TT-LoRA", "tt_lora", 2e-2, folds={"out": [8, 8], "in": [8, 8]}, alpha=1.0),
     _family("LoRTA", "lorta", 2e-2, heads=HEADS),

@@ -11,7 +11,7 @@ from torch import nn
 
 from tensoradapt.attach import attach, load
 from tensoradapt.demo.data import CLASSES, ORIENTATIONS, Digits, Split
-from tensoradapt.demo.methods import FULL_RATE, HEAD_RATE
+from tensoradapt.demo.methods import FRESH_RATE, FULL_RATE, HEAD_RATE
 from tensoradapt.demo.model import VisionTransformer, build, with_new_head
 from tensoradapt.demo.train import Recipe, accuracy, train
 from tensoradapt.spec import Spec
@@ -61,7 +61,7 @@ def tune_all(bench: Bench, seed: int) -> Score:
 
 def train_afresh(bench: Bench, seed: int) -> Score:
     """Train a model that was not pre-trained: what the base is worth."""
-    return _tune(bench, build(CLASSES, seed), FULL_RATE, seed)
+    return _tune(bench, build(CLASSES, seed), FRESH_RATE, seed)
 
 
 def tune_adapter(bench: Bench, spec: Spec, rate: float, seed: int, path: Path | None = None) -> Score:
