@@ -25,7 +25,7 @@ from tensoradapt.lower import Line, line
 from tensoradapt.merging import view
 from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
-from tensoradapt.scan import owner_of, parameter_of, scan_module
+from tensoradapt.scan import module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
 
@@ -251,7 +251,7 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
             hook = OutputHook(
                 adapter, HookedSite(path, site.kind, group.scale, group.rule.dropout, group.rule.dropout_at, site.rows)
             )
-            adapter._handles.append(model.get_submodule(site.owner).register_forward_hook(hook, with_kwargs=True))
+            adapter._handles.append(module_at(model, site.owner).register_forward_hook(hook, with_kwargs=True))
     for key in (*adapter._weighted, *adapter.plan.extras):
         shadow = WeightHook(adapter, key, *owner_of(model, key))
         caller = caller_of(model, key)
@@ -275,8 +275,8 @@ def caller_of(model: nn.Module, parameter: str) -> nn.Module:
     """The module whose call uses a parameter: its owner, unless that has no forward or its parent bypasses it."""
     path = parameter.rpartition(".")[0]
     while True:
-        module = model.get_submodule(path)
-        parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+        module = module_at(model, path)
+        parent = module_at(model, path.rpartition(".")[0]) if path else None
         bypassed = isinstance(parent, nn.MultiheadAttention) and parent is not module
         if type(module).forward is not nn.Module.forward and not bypassed:
             return module

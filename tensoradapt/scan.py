@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
-from tensoradapt.errors import FileError
+from tensoradapt.errors import FileError, SiteError
 from tensoradapt.host import HOST
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed
@@ -193,7 +193,17 @@ def _heads(model: nn.Module) -> dict[str, Any]:
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that holds a parameter, and the parameter's name in it."""
     owner, _, name = path.rpartition(".")
-    return model.get_submodule(owner), name
+    return module_at(model, owner), name
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, also where a part of it has the name of a method (`train`, `type`)."""
+    for name in path.split(".") if path else ():
+        found = model._modules.get(name)
+        if found is None:
+            raise SiteError(f"the model has no module {path!r}", got=name, expected=", ".join(model._modules))
+        model = found
+    return model
 
 
 def parameter_of(model: nn.Module, site: Site) -> str:

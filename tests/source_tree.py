@@ -13,10 +13,10 @@ TORCH_FREE = (
     *("sites", "targets", "contraction", "recipe", "placing", "laws", "grouping", "rows", "plan", "budget"),
 )
 WITH_TORCH = (
-    *("linalg", "chain", "lower", "gauge", "io", "host", "scan", "fit", "init", "interchange", "hooks"),
+    *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "scan", "fit", "init", "hooks"),
     *("merging", "adapter", "attach"),
-    *("change", "optim", "analysis", "extract", "peft", "distributed", "plots", "trainer", "demo", "cli"),
-    *("__main__", "__init__"),
+    *("change", "optim", "plots", "analysis", "extract", "folders", "verify", "peft", "distributed", "trainer"),
+    *("demo", "cli", "__main__", "__init__"),
 )
 LAYERS = TORCH_FREE + WITH_TORCH
 

@@ -235,7 +235,8 @@ def bomb(levels: int) -> str:
 
 HOSTILE = {
     "a bomb": bomb(12),
-    "a bomb in a rule": "rules:\n- options:\n" + "".join(f"    {line}\n" for line in bomb(12).splitlines()[:-1]),
+    "a bomb in a rule": "rules:\n- preset: lora\n  options:\n"
+    + "".join(f"    {line}\n" for line in bomb(12).splitlines()[:-1]),
     "an endless list": "rules: &r [*r]",
     "deep lists": "rules: " + "[" * 5000,
     "deep maps": "{a: " * 5000,

@@ -18,7 +18,7 @@ class Recipe:
 
     steps: int
     rate: float
-    batch: int = 32
+    batch: int = 25
 
 
 def train(model: nn.Module, split: Split, recipe: Recipe, *, seed: int, on_step: Callable[[], None]) -> None:
