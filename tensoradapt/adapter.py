@@ -21,7 +21,7 @@ from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.host import HOST, Bank, Host, slashed
 from tensoradapt.interchange import to_tensorly
-from tensoradapt.io.native import write
+from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
 from tensoradapt.merging import Merged, Rows, Target, laid_out, merge, restore_all, rows_of
@@ -193,9 +193,14 @@ class Adapter(nn.Module):
         The scale that was set is written into every group's own, so that a loaded adapter has the same deltas.
         Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is.
         """
+        return self.as_saved().save(path)
+
+    def as_saved(self) -> Saved:
+        """The adapter without its model, detached: its tensors are shared, the scale stands in every group's own."""
         revision = getattr(getattr(self._model[0], "config", None), "_commit_hash", None) or ""
         groups = tuple(replace(group, scale=group.scale * self._scale) for group in self.plan.groups)
-        return write(path, replace(self.plan, groups=groups), self.tensors(), revision=revision)
+        tensors = {key: tensor.detach() for key, tensor in self.tensors().items()}
+        return Saved(replace(self.plan, groups=groups), tensors, {"revision": revision})
 
     # -- merging ------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law
-from tensoradapt.io.native import read
+from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import view
 from tensoradapt.placing import Placement
@@ -47,12 +47,12 @@ def attach(model: nn.Module, spec: Spec, name: str = "default", seed: int = 0) -
     return _install(model, adapter)
 
 
-def load(path: str | Path, model: nn.Module, name: str = "default") -> Adapter:
-    """Read an adapter file and attach it to a model. Raises FileError naming the file and what does not fit."""
+def load(path: Savable | str | Path, model: nn.Module, name: str = "default") -> Adapter:
+    """Attach an adapter file, or an adapter in memory, to a model. Raises FileError naming what does not fit."""
     _check_model(model, name)
-    saved = read(path)
+    saved = as_saved(path)
     found = scan_module(model)
-    _check_fits(saved.plan, found, saved.path)
+    _check_fits(saved.plan, found, saved.where)
     adapter = _prepare(model, saved.plan, found, name)
     _fill(adapter, saved.tensors)
     return _install(model, adapter)
@@ -100,7 +100,7 @@ def _check_random(plan: Plan, seed: int) -> None:
             parse_law(factor)
 
 
-def _check_fits(plan: Plan, found: SiteMap, file: Path) -> None:
+def _check_fits(plan: Plan, found: SiteMap, file: str) -> None:
     """Every saved site and extra parameter is in the model, with its shape."""
     live = {(site.owner, site.index): site for site in found.sites}
     sites = [placement.site for group in plan.groups for placement in group.placements]

@@ -29,7 +29,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Saved:
+class Contents:
     """What an adapter file holds: its plan, its tensors by key, and the identity of the base model."""
 
     plan: Plan
@@ -95,7 +95,7 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def read(path: str | Path) -> Saved:
+def read(path: str | Path) -> Contents:
     """Read an adapter file. Raises FileError naming the file and what in it is missing, extra, damaged or too new."""
     file = file_of(path)
     if not file.is_file():
@@ -104,7 +104,7 @@ def read(path: str | Path) -> Saved:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             plan, base, checksums = _header(file, metadata)
-            _check_keys(file, expected(plan), {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})
+            check_keys(file, expected(plan), {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
     except (SafetensorError, OSError) as error:
         raise FileError(
@@ -116,7 +116,7 @@ def read(path: str | Path) -> Saved:
         _check_finite(key, tensor, str(file))
         if checksums.get(key, checksum(tensor)) != checksum(tensor):
             raise _changed(f"{key!r} in {file}")
-    return Saved(plan, tensors, base, file)
+    return Contents(plan, tensors, base, file)
 
 
 def _header(file: Path, metadata: Mapping[str, str]) -> tuple[Plan, dict[str, Any], dict[str, int]]:
@@ -159,15 +159,16 @@ def _changed(what: str) -> FileError:
     )
 
 
-def _check_keys(file: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def check_keys(where: str | Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise FileError on a key that is missing or unknown, or of another shape than wanted."""
     for key in sorted(set(wanted) ^ set(found)):
         raise FileError(
-            f"{file} {'lacks' if key in wanted else 'has an unknown'} key {key!r}",
+            f"{where} {'lacks' if key in wanted else 'has an unknown'} key {key!r}",
             hint="the file was changed after it was saved",
         )
     for key, shape in wanted.items():
         if found[key] != shape:
-            raise FileError(f"{key!r} in {file} has another shape than its plan", got=found[key], expected=shape)
+            raise FileError(f"{key!r} in {where} has another shape than its plan", got=found[key], expected=shape)
 
 
 def _check_finite(key: str, tensor: Tensor, where: str) -> None:
