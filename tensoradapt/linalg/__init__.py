@@ -1,0 +1,28 @@
+"""Truncated SVDs of matrices and of streams of them, each with the norm of what it leaves out."""
+
+from tensoradapt.linalg.krylov import krylov
+from tensoradapt.linalg.parts import LowRank, Seed, orthonormal, square
+from tensoradapt.linalg.ranges import Ranges, Stack, find_ranges
+from tensoradapt.linalg.slices import Dense, Product, Slice
+from tensoradapt.linalg.svd import METHODS, choose, singular_values, truncated_svd
+from tensoradapt.linalg.team import SOLO, Team
+
+__all__ = [
+    "METHODS",
+    "SOLO",
+    "Dense",
+    "LowRank",
+    "Product",
+    "Ranges",
+    "Seed",
+    "Slice",
+    "Stack",
+    "Team",
+    "choose",
+    "find_ranges",
+    "krylov",
+    "orthonormal",
+    "singular_values",
+    "square",
+    "truncated_svd",
+]

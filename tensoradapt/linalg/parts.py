@@ -1,0 +1,96 @@
+"""What the decompositions share: their result, seeded noise, norms and orthonormal bases.
+
+Invariant: a norm of many float32 entries is accumulated in float64, so that a small residual is no rounding error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 22  # entries that are looked at at a time where a full-size copy would cost too much memory
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Where random numbers come from: equal seeds give equal numbers on every machine and thread count."""
+
+    value: int = 0
+
+    def noise(self, *shape: int, like: Tensor, salt: int = 0) -> Tensor:
+        """Normal entries in the dtype and on the device of `like`; another `salt` gives others."""
+        generator = torch.Generator().manual_seed((self.value * 1_000_003 + salt) % (1 << 63))
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A truncated singular value decomposition A ~ sum_r u[:, r] s[r] v[:, r], and what it leaves out.
+
+    Shapes: u (.., m, r), s (.., r) descending, v (.., n, r), total and residual (..). `total` is the squared norm of A,
+    `residual` the norm of A less the sum: exact up to rounding, since u is orthonormal and v s = A^T u. `method` and
+    `steps` say how it was found, `retried` why it was found on the CPU (empty where it was not).
+    """
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    total: Tensor
+    residual: Tensor
+    method: str
+    steps: int = 0
+    retried: str = ""
+
+    def dense(self) -> Tensor:
+        """The sum.  Shape: (.., m, n)."""
+        return (self.u * self.s[..., None, :]) @ self.v.mT
+
+    def cut(self, rank: int) -> LowRank:
+        """The first `rank` terms."""
+        dropped = self.s[..., rank:].double().square().sum(-1)
+        residual = (self.residual.double().square() + dropped).sqrt()
+        return replace(
+            self, u=self.u[..., :rank], s=self.s[..., :rank], v=self.v[..., :rank], residual=residual.to(self.s.dtype)
+        )
+
+    def turned(self) -> LowRank:
+        """The decomposition of the transpose."""
+        return replace(self, u=self.v, v=self.u)
+
+
+def square(a: Tensor) -> Tensor:
+    """The squared Frobenius norm of matrices, summed over rows in float64.  Shape: (.., m, n) -> (..)."""
+    return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1)
+
+
+def orthonormal(y: Tensor, basis: Tensor | None = None) -> Tensor:
+    """An orthonormal basis of the columns of y, orthogonal to a basis that there is already.
+
+    Shape: (.., m, b) -> (.., m, b).
+    """
+    if basis is None:
+        return torch.linalg.qr(y)[0]
+    for _ in range(2):  # twice is enough (Giraud, Langou and Rozloznik, 2005), also for columns that all but depend
+        y = torch.linalg.qr(y - basis @ (basis.mT @ y))[0]
+    return y
+
+
+def signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular vectors with the largest entry of every column of u positive.  Shapes: (.., m, r), (.., n, r)."""
+    if not u.shape[-1]:
+        return u, v
+    largest = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    return u * signs, v * signs
+
+
+def leftover(a: Tensor, u: Tensor, sv: Tensor) -> Tensor:
+    """The norm of A - u sv^T, formed a block of rows at a time.  Shapes: (.., m, n), (.., m, r), (.., n, r) -> (..)."""
+    found = torch.zeros(a.shape[:-2], dtype=torch.float64, device=a.device)
+    height = max(1, BLOCK * a.shape[-2] // max(a.numel(), 1))
+    for start in range(0, a.shape[-2], height):
+        rows = slice(start, start + height)
+        found += square(a[..., rows, :] - u[..., rows, :] @ sv.mT)
+    return found.sqrt()

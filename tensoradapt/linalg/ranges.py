@@ -1,0 +1,161 @@
+"""Streaming range finders: shared bases of the column and row spaces of a stack of slices, none of them kept.
+
+For a stack D[l, out, in] the leading left singular spaces of [D_1 .. D_L] and of [D_1; ..; D_L]^T are found by block
+Krylov iteration on sum_l D_l D_l^T and sum_l D_l^T D_l. Invariant: every slice is seen once per pass, by both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, converged, leading
+from tensoradapt.linalg.parts import Seed, orthonormal
+from tensoradapt.linalg.slices import Slice
+from tensoradapt.linalg.team import SOLO, Team
+
+FULL = 2  # a basis of more than 1/FULL of a side is no saving: the side is kept as it is
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Slices D[l, out, in] that can be read again and again: `passes()` makes one pass over (position, slice).
+
+    `count` is the number of all slices, whoever of a team reads them; `like` gives the dtype and the device.
+    """
+
+    passes: Callable[[], Iterable[tuple[int, Slice]]]
+    count: int
+    shape: tuple[int, int]
+    like: Tensor
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Orthonormal bases Q_out (out, p) and Q_in (in, q) of a stack; None where a side is kept whole.
+
+    `total` is the squared norm of the stack, `passes` how often it was read, `core` the slices Q_out^T D_l Q_in.
+    """
+
+    out: Tensor | None
+    inp: Tensor | None
+    total: float
+    passes: int
+    core: Tensor
+
+    @property
+    def lost(self) -> float:
+        """The squared norm of what the bases do not hold; exact up to rounding, since they are orthonormal."""
+        return max(0.0, self.total - float(self.core.double().square().sum()))
+
+
+@dataclass
+class _Side:
+    """The Krylov space of one side as it grows: its basis, M times it, and the energy held after every pass."""
+
+    size: int
+    rank: int
+    width: int
+    basis: Tensor | None = None
+    last: Tensor | None = None  # the block that the next pass multiplies
+    gram: Tensor | None = None
+    held: list[Tensor] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        return FULL * self.width >= self.size
+
+    def begin(self, sketch: Tensor) -> None:
+        self.basis = self.last = orthonormal(sketch)
+
+    def grow(self, image: Tensor) -> None:
+        """Take M times the last block: the energies of the basis so far, and the next block."""
+        assert self.basis is not None and self.last is not None
+        cross = (self.basis.mT @ image).double()
+        if self.gram is None:
+            self.gram = cross
+        else:
+            old = self.gram.shape[0]
+            self.gram = torch.cat([torch.cat([self.gram, cross[:old]], 1), torch.cat([cross[:old].mT, cross[old:]], 1)])
+        self.gram = (self.gram + self.gram.mT) / 2
+        self.held.append(leading(self.gram, self.rank))
+        self.last = None
+        if self.basis.shape[1] + self.width <= self.size:
+            self.last = orthonormal(image, self.basis)
+            self.basis = torch.cat([self.basis, self.last], 1)
+
+    def done(self, total: Tensor, tolerance: float) -> bool:
+        return self.whole or self.last is None or (bool(self.held) and converged(self.held, total, tolerance))
+
+
+def find_ranges(
+    stack: Stack,
+    rank: tuple[int, int],
+    *,
+    oversample: int = OVERSAMPLE,
+    tolerance: float = 1e-3,
+    steps: int = STEPS,
+    seed: int = 0,
+    team: Team = SOLO,
+) -> Ranges:
+    """Shared bases that hold the leading `rank` = (out, in) directions of a stack, and its core.
+
+    Passes are made until each side's residual is estimated within `tolerance` of the optimal one, at most `steps`.
+    Sides that a basis would not make smaller are kept whole.
+    """
+    sides = [_Side(size, r, min(r + oversample, size)) for size, r in zip(stack.shape, rank, strict=True)]
+    total, passes = _sketch(stack, sides, Seed(seed), team), 1
+    while passes <= steps and not all(side.done(total, tolerance) for side in sides):
+        _pass(stack, [None if side.done(total, tolerance) else side for side in sides], team)
+        passes += 1
+    bases = [None if side.whole else side.basis for side in sides]
+    sizes = [size if q is None else q.shape[1] for size, q in zip(stack.shape, bases, strict=True)]
+    core = stack.like.new_zeros(stack.count, *sizes)
+    for position, part in stack.passes():
+        core[position] = _projected(part, bases[0], bases[1])
+    return Ranges(bases[0], bases[1], float(total), passes + 1, team.add(core))
+
+
+def _sketch(stack: Stack, sides: list[_Side], seed: Seed, team: Team) -> Tensor:
+    """The first pass: the total, and random combinations of columns and of rows."""
+    out, inp = sides
+    sketches = [stack.like.new_zeros(side.size, side.width) for side in sides]
+    total = torch.zeros((), dtype=torch.float64)
+    for position, part in stack.passes():
+        total += part.square
+        if not out.whole:
+            sketches[0] += part.right(seed.noise(inp.size, out.width, like=stack.like, salt=2 * position + 1))
+        if not inp.whole:
+            sketches[1] += part.left(seed.noise(out.size, inp.width, like=stack.like, salt=2 * position + 2))
+    team.add(total)
+    for side, sketch in zip(sides, sketches, strict=True):
+        if not side.whole:
+            side.begin(team.add(sketch))
+    return total
+
+
+def _pass(stack: Stack, sides: list[_Side | None], team: Team) -> None:
+    """One more pass: M times the last block of every side that still grows."""
+    blocks = [None if side is None else side.last for side in sides]
+    images = [stack.like.new_zeros(n, 0 if b is None else b.shape[1]) for n, b in zip(stack.shape, blocks, strict=True)]
+    for _, part in stack.passes():
+        if blocks[0] is not None:
+            images[0] += part.right(part.left(blocks[0]))
+        if blocks[1] is not None:
+            images[1] += part.left(part.right(blocks[1]))
+    for side, image in zip(sides, images, strict=True):
+        if side is not None:
+            side.grow(team.add(image))
+
+
+def _projected(part: Slice, out: Tensor | None, inp: Tensor | None) -> Tensor:
+    if out is None and inp is None:
+        return part.dense()
+    if out is None:
+        assert inp is not None
+        return part.right(inp)
+    left = part.left(out).mT
+    return left if inp is None else left @ inp

@@ -1,0 +1,125 @@
+"""Truncated SVDs, by the cheapest method that serves; each says what it left out.
+
+Invariant: `truncated_svd` returns residuals of what it returns, whatever the method, and the same bytes for one seed on
+one machine and thread count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tensoradapt.errors import RankError, SpecError
+from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, krylov
+from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, leftover, signed, square
+
+METHODS = ("auto", "krylov", "gram", "exact")
+SMALL = 96  # below this many rows or columns a full decomposition costs no more than the bookkeeping of the others
+TALL = 4  # from this ratio of rows to columns on a Gram matrix is cheaper than a QR
+
+
+def truncated_svd(
+    a: Tensor,
+    rank: int | None = None,
+    *,
+    method: str = "auto",
+    oversample: int = OVERSAMPLE,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> LowRank:
+    """The leading `rank` singular triplets of A, or of every matrix of a batch; all of them without a rank.
+
+    A[.., i, j] ~ sum_r u[.., i, r] s[.., r] v[.., j, r].  Shape: (.., m, n); a rank above min(m, n) is that.
+    `krylov` iterates until the residual is estimated within `tolerance` of the optimal one, and falls back to `exact`
+    after six steps. A failure on a GPU is tried once more on the CPU in float64. Raises RankError, SpecError.
+    """
+    limit = min(a.shape[-2:])
+    if rank is not None and (type(rank) is not int or rank < 0):
+        raise RankError("a rank is a number, and not negative", got=rank)
+    wanted = limit if rank is None else min(rank, limit)
+    chosen = choose((a.shape[-2], a.shape[-1]), wanted, oversample) if method == "auto" else method
+    if chosen not in METHODS:
+        raise SpecError(f"no method {method!r}", expected=", ".join(METHODS))
+    a = a if a.dtype in (torch.float32, torch.float64) else a.float()
+    if wanted == 0 or limit == 0:
+        return _nothing(a)
+    options = (oversample, tolerance, seed)
+    try:
+        return _run(a, wanted, chosen, options)
+    except (torch.linalg.LinAlgError, torch.cuda.OutOfMemoryError) as error:
+        return _on_cpu(a, wanted, chosen, options, str(error))
+
+
+def choose(shape: tuple[int, int], rank: int, oversample: int = OVERSAMPLE) -> str:
+    """The cheapest method for a matrix of a shape: krylov, gram or exact."""
+    short, long = sorted(shape)
+    if short > SMALL and 4 * (rank + oversample) < short:
+        return "krylov"
+    return "gram" if long >= TALL * short else "exact"
+
+
+def _run(a: Tensor, rank: int, method: str, options: tuple[int, float, int]) -> LowRank:
+    oversample, tolerance, seed = options
+    if method == "krylov":
+        found, done = krylov(a, rank, oversample=oversample, tolerance=tolerance, seed=Seed(seed))
+        return found if done else replace(_exact(a, rank), method="exact after krylov", steps=STEPS)
+    return _PLAIN[method](a, rank)
+
+
+def _on_cpu(a: Tensor, rank: int, method: str, options: tuple[int, float, int], reason: str) -> LowRank:
+    """The same on the CPU in float64, brought back."""
+    plain = "exact" if method == "krylov" else method
+    found = _run(a.cpu().double(), rank, plain, options)
+    back = {name: getattr(found, name).to(a.device, a.dtype) for name in ("u", "s", "v", "residual")}
+    return replace(found, **back, total=found.total.to(a.device), retried=reason.splitlines()[0])
+
+
+def _exact(a: Tensor, rank: int) -> LowRank:
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    dropped = s[..., rank:].double().square().sum(-1).sqrt().to(a.dtype)
+    u, v = signed(u[..., :rank], vh.mT[..., :rank])
+    return LowRank(u, s[..., :rank], v, square(a), dropped, "exact")
+
+
+def _gram(a: Tensor, rank: int) -> LowRank:
+    """By the eigenvectors of the smaller Gram matrix, in float64."""
+    if a.shape[-2] > a.shape[-1]:
+        return _gram(a.mT, rank).turned()
+    values, vectors = torch.linalg.eigh(gram_matrix(a))
+    u = vectors.flip(-1)[..., :rank].to(a.dtype)
+    v, triangle = torch.linalg.qr(a.mT @ u)  # its columns are all but orthogonal; those of zero norm get a basis
+    s, sign = triangle.diagonal(dim1=-2, dim2=-1).abs(), triangle.diagonal(dim1=-2, dim2=-1).sign()
+    u, v = signed(u, v * torch.where(sign < 0, -1.0, 1.0).to(a.dtype)[..., None, :])
+    return LowRank(u, s, v, values.clamp(min=0).sum(-1), leftover(a, u, v * s[..., None, :]).to(a.dtype), "gram")
+
+
+def gram_matrix(a: Tensor) -> Tensor:
+    """A A^T in float64, a block of columns at a time.  Shape: (.., m, n) -> (.., m, m)."""
+    found = torch.zeros(*a.shape[:-1], a.shape[-2], dtype=torch.float64, device=a.device)
+    width = max(1, BLOCK * a.shape[-1] // max(a.numel(), 1))
+    for start in range(0, a.shape[-1], width):
+        block = a[..., start : start + width].double()
+        found += block @ block.mT
+    return found
+
+
+def singular_values(a: Tensor) -> Tensor:
+    """All singular values, descending, by the smaller Gram matrix in float64; those below 1e-8 of the first are noise.
+
+    Shape: (.., m, n) -> (.., min(m, n)).
+    """
+    side = a if a.shape[-2] <= a.shape[-1] else a.mT
+    return torch.linalg.eigvalsh(gram_matrix(side)).flip(-1).clamp(min=0).sqrt()
+
+
+def _nothing(a: Tensor) -> LowRank:
+    empty = a.new_zeros(*a.shape[:-2], a.shape[-2], 0)
+    total = square(a)
+    other = a.new_zeros(*a.shape[:-2], a.shape[-1], 0)
+    return LowRank(empty, a.new_zeros(*a.shape[:-2], 0), other, total, total.sqrt().to(a.dtype), "exact")
+
+
+_PLAIN: dict[str, Callable[[Tensor, int], LowRank]] = {"exact": _exact, "gram": _gram}
