@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -213,13 +215,44 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 def read_header(file: Path) -> dict[str, Any]:
     """The header of a safetensors file: tensor name to dtype, shape and offsets. Raises FileError."""
+    check_regular(file)
     try:
         with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            text = stream.read(size) if size <= MAX_HEADER_BYTES else b""
-        header = json.loads(text) if len(text) == size else None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            size, rest = int.from_bytes(stream.read(8), "little"), file.stat().st_size - 8
+            whole = 0 < size <= min(rest, MAX_HEADER_BYTES)
+            header = read_object(stream.read(size)) if whole else None
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{file} cannot be read as safetensors", got=str(error)) from None
-    if not isinstance(header, dict):
-        raise FileError(f"{file} is no safetensors file, or truncated", hint="download or save it again")
+    if header is None:
+        raise FileError(
+            f"{file} is no safetensors file, or truncated",
+            got=f"a header of {size} bytes with {max(rest, 0)} bytes behind it",
+            hint="download or save it again",
+        )
     return header
+
+
+def read_object(text: bytes) -> dict[str, Any]:
+    """The JSON object in UTF-8 text. Raises ValueError where it is none, or has a key twice; RecursionError."""
+    found = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, times = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} is there {times} times")
+    return found
+
+
+def check_regular(file: Path) -> None:
+    """Raise FileError where a path is not there, or is no file (a folder, a pipe, a device); nothing is opened."""
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{file} cannot be read", got=getattr(error, "strerror", None) or str(error)) from None
+    if not regular:
+        raise FileError(f"{file} is no file", got="a folder, a pipe or a device", expected="a safetensors file")

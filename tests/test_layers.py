@@ -10,7 +10,7 @@ import pytest
 from source_tree import LAYERS, PACKAGE, ROOT, TORCH_FREE, File, Import, files, layer_of
 
 THIRD_PARTY_ABOVE_THE_LINE = {"pydantic", "yaml", "opt_einsum", "numpy"}
-OPTIONAL = {"matplotlib", "transformers", "accelerate", "peft", "sklearn"}
+OPTIONAL = {"matplotlib", "transformers", "accelerate", "peft", "huggingface_hub", "sklearn"}
 
 
 def unknown_layers(tree: list[File]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Analysis: spectra, ranks, noise floors and reports of the differences of two checkpoints."""

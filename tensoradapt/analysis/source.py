@@ -1,0 +1,43 @@
+"""Two checkpoints with what their config says: the stream of deltas that analysis and extraction read.
+
+Invariant: a config adds layouts, kinds and heads; without one, or without transformers, names and shapes decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tensoradapt.errors import FileError
+from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
+from tensoradapt.io.pairs import Deltas, open_deltas
+from tensoradapt.scan import scan
+from tensoradapt.sites import SiteMap
+
+
+def open_source(
+    base: Any, tuned: Any, *, base_revision: str | None = None, tuned_revision: str | None = None, **options: Any
+) -> Deltas:
+    """The differences of two checkpoints; the model is built (on the meta device) from the config beside one of them.
+
+    `options` are those of `open_deltas`: `rows`, `nonfinite`, `prefix`, and `model`, a SiteMap in the config's place.
+    Raises FileError.
+    """
+    sides = open_checkpoint(base, base_revision), open_checkpoint(tuned, tuned_revision)
+    if options.get("model") is not None:
+        return open_deltas(*sides, **options)
+    model, note = described(*sides)
+    found = open_deltas(*sides, **{**options, "model": model})
+    return replace(found, match=replace(found.match, notes=(*found.match.notes, note))) if note else found
+
+
+def described(base: Checkpoint, tuned: Checkpoint) -> tuple[SiteMap | None, str]:
+    """What the config of the tuned side, or else of the base, says of the sites; a note where it cannot be used."""
+    folders = [side.folder for side in (tuned, base) if side.folder is not None]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None:
+        return None, ""
+    try:
+        return scan(folder), ""
+    except FileError as error:
+        return None, f"layouts are judged by name: {next(iter(str(error).splitlines()))}"

@@ -1,0 +1,228 @@
+"""Checkpoints: the named tensors of a model, wherever they lie, read one at a time.
+
+Invariant: opening reads headers alone and finds every fault that a header or an index can have; reading makes no copy
+of a tensor that lies in a file; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from tensoradapt.errors import FileError
+from tensoradapt.io.held import held, spooled
+from tensoradapt.io.shards import Shards, open_file, open_folder, open_index
+
+SOURCES = "a safetensors file, a folder of them, a cached hub id, a mapping, a module, or pairs of a name and a tensor"
+
+
+class Store(Protocol):
+    """Where the tensors of a checkpoint lie."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it reads."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a report should say of them."""
+
+    def __iter__(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Path | None]]: ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in its stored dtype."""
+
+    def check(self, name: str) -> None:
+        """Raise FileError where the tensor's file changed since it was opened."""
+
+    def fingerprint(self) -> list[Any]:
+        """What differs once any value does."""
+
+    def close(self) -> None:
+        """Give up what is held."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint; `file` is None where it does not lie in one of the user's."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The tensors of one model.
+
+    `name` is what messages call it, as the user wrote it; `entries` every tensor in stored order; `aliases` names of
+    tensors that are the same as an earlier one; `folder` is where a config.json may lie.
+    """
+
+    name: str
+    entries: Mapping[str, Entry]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    revision: str | None = None
+    store: Store = field(repr=False, kw_only=True)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, on the CPU; one of a file is mapped, not copied.
+
+        Raises FileError where there is none of that name, or its file was changed since it was opened.
+        """
+        if name not in self.entries:
+            raise FileError(f"{self.name} has no tensor {name!r}", expected=", ".join(list(self.entries)[:5]))
+        return self.store.read(name)
+
+    def check(self, name: str) -> None:
+        """Raise FileError where the tensor's file was changed since it was opened."""
+        self.store.check(name)
+
+    def first(self, name: str) -> str:
+        """The first name of a tensor: another one only where it is tied."""
+        return self.aliases.get(name, name)
+
+    def identity(self) -> str:
+        """A hash of names, shapes and dtypes, and of the files' sizes, times and headers, or of values in memory."""
+        named = [[e.name, list(e.shape), str(e.dtype)] for e in self.entries.values()]
+        return hashlib.sha256(json.dumps([named, self.store.fingerprint()]).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Give up temporary files; tensors that were read stay."""
+        self.store.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(source: Any, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint, headers only.
+
+    `source` is a safetensors file, a folder of them (with or without an index), a model folder, the id of a model in
+    the local hub cache (`org/name` or `org/name@revision`), a mapping, a module, or pairs of a name and a tensor. An
+    iterator, which can be read only once, is written tensor by tensor to a temporary folder (TMPDIR) that goes with the
+    checkpoint. A checkpoint passes through. Raises FileError naming the file and tensor at fault; pickles are refused
+    unopened.
+    """
+    if revision is not None and not isinstance(source, str):
+        raise FileError(f"{type(source).__name__} has no revision {revision!r}", hint="revisions are of hub ids")
+    return _opened(source, revision)
+
+
+@singledispatch
+def _opened(source: Any, revision: str | None) -> Checkpoint:
+    if not hasattr(source, "__iter__"):
+        raise FileError("this is no checkpoint", got=type(source).__name__, expected=SOURCES)
+    store = spooled(source)
+    return _made(f"the stream of {len(store.entries)} tensors", store)
+
+
+@_opened.register
+def _(source: Checkpoint, revision: str | None) -> Checkpoint:
+    return source
+
+
+@_opened.register
+def _(source: nn.Module, revision: str | None) -> Checkpoint:
+    state = source.state_dict().items()
+    return _in_memory([(name, tensor) for name, tensor in state if torch.is_tensor(tensor)], type(source).__name__)
+
+
+@_opened.register
+def _(source: Mapping, revision: str | None) -> Checkpoint:
+    return _in_memory(source.items(), f"the mapping of {len(source)} tensors")
+
+
+@_opened.register(list)
+@_opened.register(tuple)
+def _(source: Sequence[Any], revision: str | None) -> Checkpoint:
+    return _in_memory(source, f"the list of {len(source)} tensors")
+
+
+@_opened.register
+def _(source: os.PathLike, revision: str | None) -> Checkpoint:
+    return _from_path(Path(source), str(source))
+
+
+@_opened.register
+def _(source: str, revision: str | None) -> Checkpoint:
+    if "://" in source:  # not repeated as it is: there may be credentials in it
+        raise FileError("a checkpoint is not read from a URL", got=urlsplit(source).scheme, expected=SOURCES)
+    path = Path(source).expanduser()
+    if not os.path.lexists(path):
+        return _from_cache(source, revision)
+    if revision is not None:
+        raise FileError(f"{source} is a path and has no revision {revision!r}", hint="revisions are of hub ids")
+    return _from_path(path, source)
+
+
+def _in_memory(pairs: Iterable[Any], name: str) -> Checkpoint:
+    store = held(pairs)
+    return _made(name, store, aliases=store.same())
+
+
+def _from_path(path: Path, name: str, **known: Any) -> Checkpoint:
+    if not os.path.lexists(path):
+        raise FileError(f"no checkpoint at {name}", expected=SOURCES)
+    try:
+        return _made(name, _shards(path), **known)
+    except OSError as error:
+        raise FileError(f"{name} cannot be read", got=error.strerror, hint="look at its permissions") from None
+
+
+def _shards(path: Path) -> Shards:
+    if path.is_dir():
+        return open_folder(path)
+    return open_index(path) if path.name.endswith(".safetensors.index.json") else open_file(path)
+
+
+def _made(name: str, store: Store, **known: Any) -> Checkpoint:
+    entries = {entry[0]: Entry(*entry) for entry in store}
+    known = {"folder": store.files[0].parent if store.files else None, "files": store.files, **known}
+    return Checkpoint(name, entries, notes=store.notes, store=store, **known)
+
+
+def _from_cache(source: str, revision: str | None) -> Checkpoint:
+    """A model of the local hub cache, nothing downloaded."""
+    name, at, inline = source.partition("@")
+    if at and revision not in (None, inline):
+        raise FileError(f"{source} has two revisions", got=f"{inline} and {revision}", hint="give one of them")
+    revision = inline if at else revision
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".safetensors", ".json")) or name[0] in "./":
+        raise FileError(f"no checkpoint at {source}", expected=SOURCES)
+    return _from_path(_snapshot(name, revision), f"{name}@{revision}" if revision else name, revision=revision)
+
+
+def _snapshot(name: str, revision: str | None) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise FileError(
+            f"no file or folder {name}", hint='a hub id needs huggingface_hub: pip install "tensoradapt[hf]"'
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        raise FileError(
+            f"no checkpoint at {name}",
+            got=f"no such path, and the hub cache has no {name}" + (f" at revision {revision}" if revision else ""),
+            hint=f"download it first: hf download {name}" + (f" --revision {revision}" if revision else ""),
+        ) from None

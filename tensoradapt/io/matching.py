@@ -1,0 +1,133 @@
+"""Which tensors of two checkpoints belong together, and which of them are sites.
+
+Invariant: every tensor of both sides is in exactly one place of the report: a pair, `refused`, `only_base` or
+`only_tuned`, tied ones under their first name. Only names, shapes and dtypes are looked at. Sites have the tuned side's
+names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tensoradapt.errors import FileError
+from tensoradapt.io.checkpoint import Checkpoint
+from tensoradapt.io.names import shift
+from tensoradapt.io.weights import Judged, Pair, Reshaped, is_packed, quantised
+from tensoradapt.sites import Site, SiteMap, placed
+
+ROWS = ("error", "truncate", "pad")
+SAME_MODEL = 0.5  # below this share of the smaller side's weights, the two are of different models
+
+
+@dataclass(frozen=True)
+class Match:
+    """What two checkpoints have in common, and what not; `refused` says why a tensor of both is no site."""
+
+    pairs: tuple[Pair, ...]
+    sites: SiteMap
+    only_base: tuple[str, ...] = ()
+    only_tuned: tuple[str, ...] = ()
+    reshaped: tuple[Reshaped, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON: paths of the matched sites, and what was not matched."""
+        return {
+            "matched": [pair.site.path for pair in self.pairs],
+            "only_base": list(self.only_base),
+            "only_tuned": list(self.only_tuned),
+            "reshaped": [{**r._asdict(), "base": list(r.base), "tuned": list(r.tuned)} for r in self.reshaped],
+            "refused": dict(self.refused),
+            "notes": list(self.notes),
+        }
+
+
+def match(
+    base: Checkpoint, tuned: Checkpoint, *, rows: str = "error", prefix: str = "auto", model: SiteMap | None = None
+) -> Match:
+    """Pair the tensors of two checkpoints by name.
+
+    `rows`: what becomes of matrices outside the layers whose number of rows differs (added tokens): `error`, `truncate`
+    to the rows of both, or `pad` to those of the larger. `prefix`: what one side has before its names and the other has
+    not; `auto` finds it, an empty one says there is none. `model` gives layouts, kinds and heads where it knows a
+    tensor. Raises FileError where the two are of different models, differ in shape, or are quantised.
+    """
+    if rows not in ROWS:
+        raise FileError(f"rows={rows!r} is no choice", expected=", ".join(ROWS))
+    found, notes = _shared(base, tuned, prefix)
+    _same_model(base, tuned, found)
+    kept = _once(base, tuned, found)
+    known = model or SiteMap(())
+    judged = Judged(rows, known, shift(tuned.entries, known.parameters), (base.name, tuned.name))
+    for name, other in kept.items():
+        judged.take(tuned.entries[name], base.entries[other], _twins(tuned, name, kept))
+    judged.check()
+    sites = placed([pair.site for pair in judged.pairs])
+    return Match(
+        tuple(replace(pair, site=site) for pair, site in zip(judged.pairs, sites, strict=True)),
+        _site_map(sites, base, tuned, known),
+        _left(base, found.values()),
+        _left(tuned, found),
+        tuple(judged.reshaped),
+        judged.refused,
+        (*base.notes, *tuned.notes, *notes, *judged.notes),
+    )
+
+
+def _shared(base: Checkpoint, tuned: Checkpoint, prefix: str) -> tuple[dict[str, str], list[str]]:
+    """Tuned name -> base name of what both sides hold, in the tuned side's order, and how the names differ."""
+    by = shift(tuned.entries, base.entries, prefix)
+    found = {name: other for name in tuned.entries if (other := by(name)) in base.entries}
+    taken = set(found.values())
+    found |= {name: name for name in tuned.entries if name in base.entries and name not in found and name not in taken}
+    note = f"{'the tuned side' if by.strip else 'the base'} has {by.prefix!r} before its names, and the other not"
+    return {name: found[name] for name in tuned.entries if name in found}, [note] if by.prefix else []
+
+
+def _once(base: Checkpoint, tuned: Checkpoint, found: Mapping[str, str]) -> dict[str, str]:
+    """The pairs without those whose tensors are both tied to those of an earlier one."""
+    firsts: dict[tuple[str, str], str] = {}
+    for name, other in found.items():
+        firsts.setdefault((tuned.first(name), base.first(other)), name)
+    return {name: found[name] for name in firsts.values()}
+
+
+def _twins(tuned: Checkpoint, name: str, kept: Container[str]) -> tuple[str, ...]:
+    """The other names of a tensor that no pair of their own has."""
+    same = [other for other in tuned.aliases if tuned.first(other) == tuned.first(name)]
+    return tuple(other for other in (tuned.first(name), *same) if other != name and other not in kept)
+
+
+def _left(side: Checkpoint, found: Iterable[str]) -> tuple[str, ...]:
+    """What a side holds and the other does not, tied tensors under their first name."""
+    taken = {side.first(name) for name in found}
+    return tuple(name for name in side.entries if name not in side.aliases and name not in taken)
+
+
+def _same_model(base: Checkpoint, tuned: Checkpoint, found: Mapping[str, str]) -> None:
+    """Raise FileError where too few weights have a counterpart."""
+    ours, theirs = ({n: e for n, e in side.entries.items() if len(e.shape) > 1} for side in (tuned, base))
+    together = sum(name in ours for name in found)
+    if found and together >= SAME_MODEL * min(len(ours), len(theirs)):
+        return
+    for side, entries in ((base, theirs), (tuned, ours)):
+        packed = next(filter(is_packed, entries.values()), None)
+        if packed is not None:
+            raise quantised(packed, side.name)
+    examples = " against ".join(", ".join(list(names)[:3]) for names in (theirs or base.entries, ours or tuned.entries))
+    raise FileError(
+        f"{base.name} and {tuned.name} are checkpoints of different models",
+        got=f"{together} weights in both, of {len(theirs)} and {len(ours)}: {examples or 'nothing'}",
+        hint="give the base that the tuned model was made from; prefix= where its names have another beginning",
+    )
+
+
+def _site_map(sites: tuple[Site, ...], base: Checkpoint, tuned: Checkpoint, known: SiteMap) -> SiteMap:
+    """The sites with what is known of the model."""
+    name = known.name or (base.name if base.folder is None or base.revision else Path(base.name).name)
+    shapes = {entry.name: entry.shape for entry in tuned.entries.values()}
+    return replace(known, sites=sites, name=name, parameters=shapes)
