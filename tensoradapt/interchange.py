@@ -26,17 +26,22 @@ def to_tensorly(group: Group, factors: Mapping[str, Tensor]) -> Any:
 
     Uncompressed modes of a Tucker tensor get an identity. Raises SpecError on networks that TensorLy has no class for.
     """
+    return from_diagram(group.diagram, factors, group.rule.format)
+
+
+def from_diagram(diagram: Diagram, factors: Mapping[str, Tensor], format: str) -> Any:
+    """The factors of a diagram of a format as TensorLy's tensor. Raises SpecError where there is no class for it."""
     held = {node: tensor.detach() for node, tensor in factors.items()}
-    cp_like = all(len(indices) <= 2 for indices in group.diagram.nodes.values()) and len(group.diagram.bonds) == 1
-    name = "cp" if group.rule.format == "network" and cp_like else group.rule.format
-    if name not in _MAKERS or (name == "ttm" and group.diagram.coordinates):
+    cp_like = all(len(indices) <= 2 for indices in diagram.nodes.values()) and len(diagram.bonds) == 1
+    name = "cp" if format == "network" and cp_like else format
+    if name not in _MAKERS or (name == "ttm" and diagram.coordinates):
         raise SpecError(
-            f"TensorLy has no class for the network of group {group.name!r}",
-            got=str(group.diagram),
-            hint="use factors(group), or lower.dense(group.diagram, factors)",
+            "TensorLy has no class for this network",
+            got=str(diagram),
+            hint="use the factors, or lower.dense(diagram, factors)",
         )
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        return _MAKERS[name](group.diagram, held)
+        return _MAKERS[name](diagram, held)
 
 
 def _tt(diagram: Diagram, held: Mapping[str, Tensor]) -> Any:

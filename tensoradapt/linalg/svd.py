@@ -65,7 +65,10 @@ def _run(a: Tensor, rank: int, method: str, options: tuple[int, float, int]) -> 
     oversample, tolerance, seed = options
     if method == "krylov":
         found, done = krylov(a, rank, oversample=oversample, tolerance=tolerance, seed=Seed(seed))
-        return found if done else replace(_exact(a, rank), method="exact after krylov", steps=STEPS)
+        if done:
+            return found
+        plain = choose((a.shape[-2], a.shape[-1]), min(a.shape[-2:]), oversample)
+        return replace(_PLAIN[plain](a, rank), method=f"{plain} after krylov", steps=STEPS)
     return _PLAIN[method](a, rank)
 
 

@@ -1,0 +1,220 @@
+"""`fit`: one tensor, or a stream of its slices, to a format, by rank, by relative error, or by a parameter budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensoradapt.diagram import Diagram
+from tensoradapt.errors import RankError, ShapeError, SpecError
+from tensoradapt.fit.curves import squeeze
+from tensoradapt.fit.policy import Policy, relative, squares
+from tensoradapt.fit.result import Fit
+from tensoradapt.fit.solve import Options, fit_diagram
+from tensoradapt.fit.stream import Stream, count_of, fit_stream, fit_stream_by, fit_stream_within
+from tensoradapt.fit.tree import bond_spectra, linked
+from tensoradapt.folds import fold
+from tensoradapt.formats import FORMATS
+from tensoradapt.formats.build import Ranks, Shape
+from tensoradapt.formats.network import network as network_diagram
+from tensoradapt.formats.network import parse
+from tensoradapt.linalg import Dense, Stack
+from tensoradapt.spec import Fold
+
+Slices = Sequence[Any] | Callable[[], Iterable[Any]]
+RANK = 8  # where neither rank, error nor budget is given
+OPTIONS = ("fixed", "compress", "sweeps", "seed", "device")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format on a shape: its diagram at any rank, None for the limits of all bonds."""
+
+    name: str
+    text: str
+    shape: Shape
+    literal: Diagram | None = None
+
+    def at(self, rank: Ranks | None) -> Diagram:
+        if self.literal is not None:
+            return self.literal
+        excess = "cap" if rank is None or isinstance(rank, int) else "error"
+        wanted = 1 << 30 if rank is None else rank
+        if self.name == "network":
+            return network_diagram(self.text, self.shape, wanted, excess)
+        return FORMATS[self.name](self.shape, wanted, excess)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """How large the factors are to be: by rank, by relative error, or by a budget."""
+
+    rank: Ranks | None
+    error: float | None
+    max_parameters: int | None
+
+    def checked(self, made: _Format) -> _Goal:
+        if sum(given is not None for given in (self.rank, self.error, self.max_parameters)) > 1:
+            raise RankError(
+                "give one of rank, error and max_parameters", hint="each alone says how large the factors are"
+            )
+        smallest = None if self.max_parameters is None else made.at(1).num_parameters
+        if smallest is not None and (type(self.max_parameters) is not int or self.max_parameters < smallest):
+            raise RankError(
+                "the budget is below the smallest fit", got=self.max_parameters, expected=f"at least {smallest:,}"
+            )
+        return self
+
+
+def fit(
+    tensor: Any,
+    format: str | Diagram,
+    *,
+    axes: Sequence[str] = (),
+    rank: Ranks | None = None,
+    error: float | None = None,
+    max_parameters: int | None = None,
+    folds: Mapping[str, Fold] | None = None,
+    **options: Any,
+) -> Fit:
+    """Fit the factors of a format to a tensor T: min |T - network(factors)|, by rank, error or parameter budget.
+
+    `format` is tt, tucker, cp, ttm, a network such as "out a, layer a b, b in -> layer out in", or a Diagram. `axes`
+    names the tensor's axes in order; `folds` cuts some of them. `tensor` is a tensor or array, or a stream: a sequence
+    of matrices along the first axis, or a function that returns a new iterator of them (read several times, not kept).
+    `rank` is one number, a list or a mapping, as in a rule; `error` a relative error; `max_parameters` a budget.
+    Further options: `fixed` (node -> tensor that stays), `compress` (tucker: the axes that get a factor), `sweeps`,
+    `seed`, `device`. Raises RankError, ShapeError, SpecError.
+    """
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise SpecError(f"fit has no option {unknown[0]!r}", expected=", ".join(OPTIONS))
+    source = _source(tensor, options.get("device"))
+    shape = tuple(source.shape) if isinstance(source, Tensor) else _stack_shape(source)
+    made = _format(format, tuple(axes), shape, folds or {}, tuple(options.get("compress", ())))
+    goal = _Goal(rank, error, max_parameters).checked(made)
+    fixed, sweeps = options.get("fixed"), options.get("sweeps")
+    settings = Options(fixed=fixed, grow=made.at, sweeps=sweeps, seed=options.get("seed", 0), format=made.name)
+    if isinstance(source, Tensor):
+        smallest = made.at(1)
+        return _fitted(source.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings)
+    return _streamed(source, shape, made, goal, settings)
+
+
+def _fitted(tensor: Tensor, made: _Format, goal: _Goal, settings: Options) -> Fit:
+    if goal.error is not None:
+        tree = linked(made.at(1)) is not None
+        policy = _policy(goal.error)(squares(tensor), made.at(1))
+        return fit_diagram(tensor, made.at(None if tree else 1), replace(settings, policy=policy))
+    if goal.max_parameters is not None:
+        return fit_diagram(tensor, _affordable(tensor, made, goal.max_parameters), settings)
+    return fit_diagram(tensor, made.at(RANK if goal.rank is None else goal.rank), settings)
+
+
+def _policy(error: float) -> Callable[[float, Diagram], Policy]:
+    return lambda total, diagram: relative(error, total, len((linked(diagram) or diagram).bonds))
+
+
+def _affordable(tensor: Tensor, made: _Format, budget: int) -> Diagram:
+    """The best ranks of a tree by its spectra, the largest even rank elsewhere."""
+    if linked(made.at(1)) is None:
+        return [d for r in range(1, 4096) if (d := made.at(r)).num_parameters <= budget][-1]
+    whole = made.at(None)
+    points = squeeze(whole, bond_spectra(tensor, whole))
+    point = next((p for p in points if p.num_parameters <= budget), points[-1])
+    return replace(whole, sizes={**whole.sizes, **point.ranks})
+
+
+def _streamed(source: Slices, shape: tuple[int, ...], made: _Format, goal: _Goal, settings: Options) -> Fit:
+    """The slices of a stream, read in passes."""
+    axes = made.shape.axes
+    like = _plain(next(iter(_slices_of(source)))).new_zeros(())
+    read = lambda: ((k, Dense(_plain(part).to(like))) for k, part in enumerate(_slices_of(source)))  # noqa: E731
+    cuts = [made.shape.folds.get(a, (a,)) for a in _unfolded(made.shape)]
+    named = [{axis: made.shape.sizes[axis] for axis in cut} for cut in cuts]
+    stack = Stack(read, count_of(named[0]), (shape[1], shape[2]), like)
+    stream = Stream(stack, named[0], named[1], named[2], seed=settings.seed)
+    assert [axis for cut in cuts for axis in cut] == list(axes)
+    if goal.error is not None:
+        return fit_stream_by(stream, made.at, _policy(goal.error), settings)
+    if goal.max_parameters is not None:
+        return fit_stream_within(stream, made.at, goal.max_parameters, settings)
+    return fit_stream(stream, made.at(RANK if goal.rank is None else goal.rank), settings)
+
+
+def _unfolded(shape: Shape) -> list[str]:
+    """The axes as they were before they were cut."""
+    owner = {part: axis for axis, parts in shape.folds.items() for part in parts}
+    return list(dict.fromkeys(owner.get(axis, axis) for axis in shape.axes))
+
+
+def _source(tensor: Any, device: Any) -> Tensor | Slices:
+    """A tensor in float32 or float64, or what slices come from."""
+    if isinstance(tensor, Iterator):
+        raise ShapeError(
+            "a stream of slices is read several times", got="an iterator", hint="give a function that returns a new one"
+        )
+    if isinstance(tensor, list | tuple) or (callable(tensor) and not isinstance(tensor, Tensor)):
+        return tensor
+    return _plain(tensor, device)
+
+
+def _plain(tensor: Any, device: Any = None) -> Tensor:
+    found = torch.as_tensor(tensor)
+    if found.is_complex() or not found.numel():
+        raise ShapeError("a fit needs real numbers", got=f"{found.dtype} of shape {tuple(found.shape)}")
+    found = found.detach().to(device) if device is not None else found.detach()
+    found = found if found.dtype in (torch.float32, torch.float64) else found.float()
+    bad = int((~torch.isfinite(found)).sum())
+    if bad:
+        raise ShapeError("the tensor is not finite", got=f"{bad} of {found.numel()} entries are NaN or infinite")
+    return found
+
+
+def _slices_of(source: Slices) -> Iterable[Any]:
+    return source() if callable(source) else source
+
+
+def _stack_shape(source: Slices) -> tuple[int, ...]:
+    shapes = [tuple(torch.as_tensor(part).shape) for part in _slices_of(source)]
+    if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 2:
+        raise ShapeError("slices are matrices of one shape", got=sorted(set(shapes))[:3])
+    return (len(shapes), *shapes[0])
+
+
+def _format(
+    format: str | Diagram,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    folds: Mapping[str, Fold],
+    compress: tuple[str, ...],
+) -> _Format:
+    if isinstance(format, Diagram):
+        return _literal(format, shape)
+    axes = axes or (("out", "in") if len(shape) == 2 else ())
+    if len(axes) != len(shape) or len(set(axes)) < len(axes):
+        raise ShapeError(
+            "axes name the tensor's dimensions, each once", got=axes, expected=f"{len(shape)} names for {shape}"
+        )
+    cut = {axis: fold(axis, size, folds[axis], {}) for axis, size in zip(axes, shape, strict=True) if axis in folds}
+    sizes = dict(zip(axes, shape, strict=True)) | {a: s for parts in cut.values() for a, s in parts.items()}
+    spread = tuple(part for axis in axes for part in (cut[axis] if axis in cut else (axis,)))
+    text = format if "->" in format else ""
+    if text and parse(text)[1] != spread:
+        raise SpecError("the network's axes are not the tensor's", got=parse(text)[1], expected=spread)
+    if not text and format not in FORMATS:
+        raise SpecError(f"no format {format!r}", expected=f"{', '.join(FORMATS)}, or a network 'nodes -> axes'")
+    return _Format(
+        "network" if text else format, text, Shape(spread, sizes, {a: tuple(p) for a, p in cut.items()}, compress)
+    )
+
+
+def _literal(diagram: Diagram, shape: tuple[int, ...]) -> _Format:
+    sizes = {axis: diagram.sizes[axis] for axis in diagram.open}
+    if torch.Size(shape).numel() != torch.Size(sizes.values()).numel():
+        raise ShapeError("the tensor does not fit the diagram", got=shape, expected=sizes)
+    return _Format("network", "", Shape(diagram.open, diagram.sizes, diagram.folds), diagram)

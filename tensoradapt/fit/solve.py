@@ -1,0 +1,166 @@
+"""Fitting one diagram to one tensor: the closed algorithm where there is one, alternating least squares elsewhere.
+
+Invariant: the error that a fit reports is that of the factors it returns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tensoradapt.diagram import Diagram
+from tensoradapt.errors import RankError, SpecError
+from tensoradapt.fit.als import SWEEPS, als
+from tensoradapt.fit.compress import Compressed, compress
+from tensoradapt.fit.cp import CP_SWEEPS, evened, fit_cp, fit_tucker, is_cp, tucker_core
+from tensoradapt.fit.policy import Given, Policy, Within, squares
+from tensoradapt.fit.result import Fit
+from tensoradapt.fit.tree import TreeFit, linked, tree_svd
+from tensoradapt.lower import dense
+
+TRUSTED = 1e-2  # a squared relative error below this is measured, not subtracted: float32 sums lose it
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a fit may be told: ranks by policy, nodes that stay as they are, sweeps of iterative methods, and a seed.
+
+    `grow` gives the diagram with another rank, for networks whose ranks no spectrum shows.
+    """
+
+    policy: Policy | None = None
+    fixed: Mapping[str, Tensor] | None = None
+    grow: Callable[[int], Diagram] | None = None
+    sweeps: int | None = None
+    seed: int = 0
+    format: str = "network"
+
+
+def fit_diagram(tensor: Tensor, diagram: Diagram, options: Options | None = None) -> Fit:
+    """The factors of a diagram closest to a tensor T[open]: min |T - network|.  Shape: the sizes of `diagram.open`.
+
+    Trees by truncated SVDs (with the sweeps of HOOI for Tucker), CP by TensorLy's `parafac`, all else by alternating
+    least squares. Raises RankError where ranks are to be chosen and no spectrum or ladder shows them.
+    """
+    options = options or Options()
+    whole = Compressed(tensor, diagram, squares(tensor))
+    if options.policy is not None and linked(diagram) is None:
+        return _climbed(whole, diagram, options)
+    held = whole if options.fixed else compress(whole, seed=options.seed)
+    return fit_compressed(held, diagram, options, tensor)
+
+
+def fit_compressed(held: Compressed, diagram: Diagram, options: Options, tensor: Tensor | None = None) -> Fit:
+    """A diagram fitted to a compressed tensor; the error is that of the core and what the bases lost.
+
+    `tensor` is the whole one, where it is at hand to measure small errors on.
+    """
+    if held.total == 0.0:
+        return _nothing(diagram, held, options)
+    if not options.fixed and linked(held.diagram) is not None:
+        return _finished(_tree(held, options), held, diagram, tensor)
+    if options.policy is not None:
+        return _climbed(held, diagram, options)
+    if not options.fixed and is_cp(held.diagram):
+        return _finished(_cp(held, options), held, diagram, tensor)
+    return _finished(_swept(held, options), held, diagram, tensor)
+
+
+def _tree(held: Compressed, options: Options) -> Fit:
+    found = tree_svd(held.core, held.diagram, options.policy or Given(held.diagram.sizes), seed=options.seed)
+    lost = math.sqrt((found.lost + held.lost) / held.total)
+    least = math.sqrt((max(found.discarded.values(), default=0.0) + held.lost) / held.total)
+    fit = Fit(
+        *(found.diagram, found.factors, lost, held.total, "svd", options.format),
+        bound=lost * (1 + 1e-6) + 1e-6,
+        optimal=max(least, lost / math.sqrt(max(1, len(found.discarded)))),
+        spectra=found.spectra,
+    )
+    core = tucker_core(found.diagram) if len(found.diagram.bonds) > 1 else None
+    return fit if core is None or options.policy or options.sweeps == 0 else _improved(fit, found, held, core)
+
+
+def _improved(fit: Fit, found: TreeFit, held: Compressed, core: str) -> Fit:
+    """A Tucker fit after the sweeps of HOOI, if they made it better."""
+    factors = fit_tucker(held.core, found.diagram, core, dict(found.factors))
+    error = math.sqrt((max(0.0, squares(held.core) - squares(factors[core])) + held.lost) / held.total)
+    if error >= fit.relative_error:
+        return fit
+    return replace(fit, factors=evened(factors, found.diagram, core), relative_error=error, method="svd, hooi")
+
+
+def _cp(held: Compressed, options: Options) -> Fit:
+    factors, history = fit_cp(held.core, held.diagram, sweeps=options.sweeps or CP_SWEEPS, seed=options.seed)
+    lost = squares(held.core - dense(held.diagram, factors))
+    share = squares(held.core) / held.total
+    steps = tuple(math.sqrt(e * e * share + held.lost / held.total) for e in history)
+    settled = len(history) < (options.sweeps or CP_SWEEPS)
+    error = math.sqrt((lost + held.lost) / held.total)
+    return Fit(held.diagram, factors, error, held.total, "parafac", options.format, history=steps, converged=settled)
+
+
+def _finished(fit: Fit, held: Compressed, diagram: Diagram, tensor: Tensor | None) -> Fit:
+    """The fit in the whole tensor's axes, a small error measured."""
+    sizes = {i: diagram.sizes[i] if i in diagram.open else fit.diagram.sizes[i] for i in diagram.sizes}
+    whole = replace(diagram, sizes=sizes)
+    made = replace(fit, diagram=whole, factors=held.expanded(fit.factors))
+    if tensor is None or fit.relative_error**2 > TRUSTED:
+        return made
+    return replace(made, relative_error=math.sqrt(squares(tensor - made.dense()) / held.total))
+
+
+def _nothing(diagram: Diagram, held: Compressed, options: Options) -> Fit:
+    """The fit of zero: rank 1 where ranks are to be chosen, every factor zero."""
+    sizes = {i: s if i in diagram.open or options.policy is None else 1 for i, s in diagram.sizes.items()}
+    small = replace(diagram, sizes=sizes)
+    factors = {n: torch.zeros(small.shape(n), dtype=held.core.dtype, device=held.core.device) for n in small.nodes}
+    return Fit(small, factors, 0.0, 0.0, "zero", options.format, bound=0.0, optimal=0.0)
+
+
+def _swept(held: Compressed, options: Options) -> Fit:
+    fixed = dict(options.fixed or {})
+    sweeps = options.sweeps or SWEEPS
+    found = als(held.core, held.diagram, start=fixed, fixed=fixed, sweeps=sweeps, seed=options.seed)
+    error = math.sqrt((squares(held.core - dense(held.diagram, found.factors)) + held.lost) / held.total)
+    fit = Fit(held.diagram, found.factors, error, held.total, "als", options.format)
+    return replace(fit, history=found.history, converged=found.converged)
+
+
+def _climbed(held: Compressed, diagram: Diagram, options: Options) -> Fit:
+    """The smallest rank of a ladder whose fit is within the error that is allowed."""
+    if not isinstance(options.policy, Within):
+        raise RankError(
+            "this network has no spectrum to choose its ranks by", got=str(diagram), hint="give rank=, or error="
+        )
+    allowed = options.policy.allowed * max(1, len(diagram.bonds))
+    fit: Fit | None = None
+    for grown in _grown(diagram, options):
+        sizes = {i: held.diagram.sizes[i] if i in diagram.open else grown.sizes[i] for i in grown.sizes}
+        small = replace(held, diagram=replace(grown, sizes=sizes))
+        narrow = small if options.fixed or small.bases else compress(small, seed=options.seed)
+        fit = fit_compressed(narrow, grown, replace(options, policy=None))
+        if fit.relative_error**2 * fit.total <= allowed * (1 + 1e-9):
+            return fit
+    if fit is None:
+        raise SpecError("this network has no rank to choose", got=str(diagram), hint="fit it as it is, without error=")
+    return replace(fit, converged=False)
+
+
+def _grown(diagram: Diagram, options: Options) -> Iterator[Diagram]:
+    """The diagram with larger and larger ranks, until they are at their limits."""
+    before: Diagram | None = None
+    for rank in LADDER:
+        if options.grow is not None:
+            grown = options.grow(rank)
+        else:
+            bonds = {b: min(rank, diagram.sizes[b]) for b in diagram.bonds}
+            grown = replace(diagram, sizes={**diagram.sizes, **bonds})
+        if before is not None and grown.sizes == before.sizes:
+            return
+        before = grown
+        yield grown

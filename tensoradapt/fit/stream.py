@@ -1,0 +1,128 @@
+"""Streams: stacks of slices that are read in passes and never kept, fitted through the small core between shared bases.
+
+Invariant: memory is that of one slice, the bases and the core; where no basis helps, the core is the stack itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tensoradapt.diagram import Diagram
+from tensoradapt.fit.compress import Compressed, basis_size, compress, narrowed
+from tensoradapt.fit.curves import Point, limits, squeeze
+from tensoradapt.fit.policy import Given, Policy, Within
+from tensoradapt.fit.result import Fit
+from tensoradapt.fit.solve import LADDER, Options, fit_compressed
+from tensoradapt.fit.tree import bond_spectra, linked
+from tensoradapt.linalg import SOLO, Stack, Team, find_ranges
+
+Grow = Callable[[int | None], Diagram]  # the diagram at a rank for every bond, or at its limits
+SPARE = 0.05  # the share of the allowed squared error that the bases may take
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stack D[lead.., rows.., cols..] with named axes: `lead` number the slices, `rows` and `cols` are their sides."""
+
+    stack: Stack
+    lead: dict[str, int]
+    rows: dict[str, int]
+    cols: dict[str, int]
+    team: Team = SOLO
+    seed: int = 0
+
+    def held(self, diagram: Diagram, *, whole: bool = False) -> Compressed:
+        """The stack in bases of the axes that a diagram cannot use in full; in none where `whole`."""
+        sides = [None if whole or len(side) > 1 else next(iter(side)) for side in (self.rows, self.cols)]
+        ranks = [None if side is None else basis_size(diagram, side) for side in sides]
+        full = self.stack.shape
+        asked = (full[0] if ranks[0] is None else ranks[0], full[1] if ranks[1] is None else ranks[1])
+        found = find_ranges(self.stack, asked, seed=self.seed, team=self.team)
+        core, bases = found.core, {}
+        for dim, (side, basis, rank) in enumerate(zip(sides, (found.out, found.inp), ranks, strict=True), start=1):
+            if side is not None and basis is not None and rank is not None:
+                bases[side] = narrowed(found.core, dim, basis, rank)
+                core = (core.movedim(dim, -1) @ (basis.mT @ bases[side])).movedim(-1, dim)
+        sizes = {**diagram.sizes, **{axis: basis.shape[1] for axis, basis in bases.items()}}
+        order = [*self.lead, *self.rows, *self.cols]
+        core = core.reshape([sizes[axis] for axis in order]).permute([order.index(axis) for axis in diagram.open])
+        lost = max(0.0, found.total - float(core.double().square().sum())) if bases else 0.0
+        held = Compressed(core.contiguous(), replace(diagram, sizes=sizes), found.total, lost, bases)
+        return held if whole else compress(held, seed=self.seed)
+
+
+def fit_stream(stream: Stream, diagram: Diagram, options: Options) -> Fit:
+    """A diagram of given ranks fitted to a stream."""
+    return fit_compressed(stream.held(diagram, whole=bool(options.fixed)), diagram, options)
+
+
+def fit_stream_by(stream: Stream, grow: Grow, policy: Callable[[float, Diagram], Policy], options: Options) -> Fit:
+    """A fit whose ranks a policy chooses, given the squared norm: bases grow until they hold all that it keeps."""
+    for rank in LADDER:
+        small = grow(rank)
+        held = stream.held(small, whole=bool(options.fixed))
+        chosen = policy(held.total, small)
+        if not held.bases or held.total == 0.0:
+            break
+        if isinstance(chosen, Within):
+            if held.lost <= SPARE * chosen.allowed:
+                break
+        elif _content(held, small, chosen):
+            break
+    widest = grow(None) if linked(small) is not None else small
+    open_sizes = {a: held.diagram.sizes[a] for a in widest.open}
+    core = replace(widest, sizes=limits(widest, {**widest.sizes, **open_sizes}))
+    if isinstance(chosen, Within):
+        chosen = replace(chosen, allowed=max(0.0, chosen.allowed - held.lost / max(1, len(core.bonds))))
+    return fit_compressed(replace(held, diagram=core), widest, replace(options, policy=chosen, grow=grow))
+
+
+def _content(held: Compressed, diagram: Diagram, policy: Policy) -> bool:
+    """Whether a policy keeps fewer values at every bond than the diagram has."""
+    spectra = bond_spectra(held.core, held.diagram)
+    return all(policy.keep(bond, s, 0.0) < diagram.sizes[bond] for bond, s in spectra.items())
+
+
+def curve_of(stream: Stream, grow: Grow, most: int) -> list[Point]:
+    """The squared error of a tree at every number of parameters up to about `most`, from the spectra of its bonds."""
+    small = grow(1)
+    for rank in LADDER:
+        small = grow(rank)
+        if small.num_parameters >= most or small.sizes == grow(rank + 1).sizes:
+            break
+    held = stream.held(small)
+    core = replace(held.diagram, sizes=limits(held.diagram, {**grow(None).sizes, **_open(held.diagram)}))
+    spectra = bond_spectra(held.core, core)
+    full = grow(None)
+    lost = dict.fromkeys(spectra, held.lost / max(1, len(spectra)))
+    return squeeze(full, spectra, lost)
+
+
+def _open(diagram: Diagram) -> dict[str, int]:
+    return {axis: diagram.sizes[axis] for axis in diagram.open}
+
+
+def fit_stream_within(stream: Stream, grow: Grow, budget: int, options: Options) -> Fit:
+    """The best ranks of a tree, or the largest even rank of any other network, with at most `budget` parameters."""
+    if linked(grow(1)) is None:
+        sizes = [d for r in range(1, 4096) if (d := grow(r)).num_parameters <= budget]
+        return fit_stream(stream, sizes[-1], options)
+    points = curve_of(stream, grow, budget)
+    point = next((p for p in points if p.num_parameters <= budget), points[-1])
+    full = grow(None)
+    diagram = replace(full, sizes={**full.sizes, **point.ranks})
+    return fit_stream(stream, diagram, replace(options, policy=Given(diagram.sizes)))
+
+
+def axes_of(diagram: Diagram) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """The coordinates, the folds of `out`, and those of `in` with the kernel, of a group's diagram: axis -> size."""
+    sides = [(*diagram.fold("out"),), (*diagram.fold("in"), *diagram.fold("kernel"))]
+    named = [{a: diagram.sizes[a] for a in axes} for axes in (diagram.coordinates, *sides)]
+    return named[0], named[1], named[2]
+
+
+def count_of(lead: dict[str, int]) -> int:
+    """The number of slices of a grid of coordinates."""
+    return math.prod(lead.values())
