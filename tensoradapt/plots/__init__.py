@@ -1,6 +1,19 @@
-"""Figures: budget tables and diagrams drawn for print, on paper and screen. Nothing is computed here but positions."""
+"""Figures: budgets, diagrams and reports drawn for print, on paper and screen. Only positions are computed here."""
 
 from tensoradapt.plots.budgets import plot_budget
+from tensoradapt.plots.figures import FIGURES, caption, draw_figure, drawable
+from tensoradapt.plots.html import render_html
 from tensoradapt.plots.networks import draw_diagram
+from tensoradapt.plots.reading import check_report, read_report
 
-__all__ = ["draw_diagram", "plot_budget"]
+__all__ = [
+    "FIGURES",
+    "caption",
+    "check_report",
+    "draw_diagram",
+    "draw_figure",
+    "drawable",
+    "plot_budget",
+    "read_report",
+    "render_html",
+]

@@ -1,0 +1,75 @@
+"""The figures of a report by name, each with its caption: the one table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.front import front_caption, plot_front
+from tensoradapt.plots.heat import plot_ranks, ranks_caption
+from tensoradapt.plots.modes import modes_caption, plot_modes
+from tensoradapt.plots.page import checked, save, styled
+from tensoradapt.plots.reading import check_report
+from tensoradapt.plots.shares import parameters_caption, plot_parameters
+from tensoradapt.plots.similarity import plot_similarity, similarity_caption
+from tensoradapt.plots.spectra import plot_spectra, spectra_caption
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Report = Mapping[str, Any]
+FIGURES: Mapping[str, tuple[Callable[..., Figure], Callable[..., str]]] = {
+    "front": (plot_front, front_caption),
+    "budget": (plot_parameters, parameters_caption),
+    "ranks": (plot_ranks, ranks_caption),
+    "spectra": (plot_spectra, spectra_caption),
+    "modes": (plot_modes, modes_caption),
+    "similarity": (plot_similarity, similarity_caption),
+}
+
+
+def draw_figure(report: Report, name: str, path: str | Path | None = None, **choices: Any) -> Figure:
+    """One of FIGURES from a report's JSON, saved to a .png, .svg or .pdf `path`.
+
+    Choices: `rule` of `ranks`; `roles` of `spectra`; `groups` of `modes` and `similarity`. Raises FileError on what is
+    no report and on other suffixes, SpecError on an unknown figure or choice, and on a report with nothing to draw.
+    """
+    target = checked(path)
+    check_report(report)
+    draw, _ = _named(name, choices)
+    with styled():
+        figure = draw(report, **choices)
+    save(figure, target)
+    return figure
+
+
+def caption(report: Report, name: str, **choices: Any) -> str:
+    """What to read off a figure, in sentences. Raises as `draw_figure` does."""
+    check_report(report)
+    return _named(name, choices)[1](report, **choices)
+
+
+def drawable(report: Report) -> tuple[str, ...]:
+    """The names of the figures for which the report has data."""
+    return tuple(name for name, (_, said) in FIGURES.items() if _works(said, report))
+
+
+def _works(said: Callable[..., str], report: Report) -> bool:
+    try:
+        said(report)
+    except SpecError:
+        return False
+    return True
+
+
+def _named(name: str, choices: Mapping[str, Any]) -> tuple[Callable[..., Figure], Callable[..., str]]:
+    if name not in FIGURES:
+        raise SpecError(f"there is no figure {name!r}", expected=f"one of {', '.join(FIGURES)}")
+    known = list(signature(FIGURES[name][0]).parameters)[1:]
+    unknown = sorted(set(choices) - set(known))
+    if unknown:
+        raise SpecError(f"the figure {name!r} has no choice {unknown[0]!r}", expected=", ".join(known) or "none")
+    return FIGURES[name]

@@ -1,0 +1,207 @@
+"""Error against parameters of all candidates: the Pareto front joined, the chosen one ringed and named.
+
+Invariant: every point is a candidate of the report; what is on the front, and what is chosen, the report says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.labels import extent
+from tensoradapt.plots.page import COLOURS, INCH, INK, POINT
+from tensoradapt.plots.panels import PAGE, key, ruled
+from tensoradapt.plots.shares import short
+from tensoradapt.plots.words import fitted, percent, plain, some
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "os^DvP<>X*h"  # as many as is prime to the number of colours, so that pairs recur late
+HEIGHT = 84.0
+LOG = 8.0  # the ratio of the largest to the smallest number from which an axis is logarithmic
+SMALL = 6.0
+DEEP = 1e-4  # errors are shown down to this share of the largest: below it a candidate is exact but for rounding
+
+
+def plot_front(report: Mapping[str, Any]) -> Figure:
+    """Relative error against parameters, a marker per preset. Raises SpecError on a report without candidates."""
+    from matplotlib.figure import Figure
+
+    points = _known(report)
+    presets = list(dict.fromkeys(point["preset"] for point in points))
+    looks = {name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(presets)}
+    labels = {name: fitted(name, 40, 6.5) for name in presets}
+    columns = max(1, int((PAGE - 6) / (max([extent(label, 6.5)[0] for label in labels.values()]) + 10)))
+    height = HEIGHT + 3.4 * -(-(len(presets) + 1) // columns)
+    figure = Figure(figsize=(PAGE / INCH, height / INCH), layout="constrained")
+    axes = figure.add_subplot()
+    front = sorted((p for p in points if p["front"]), key=lambda p: (p["num_parameters"], -p["relative_error"]))
+    axes.plot(*_stairs(front), color=INK, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1, label="front")
+    for name in presets:
+        _points(axes, [p for p in points if p["preset"] == name], *looks[name], label=labels[name])
+    _scales(axes, points)
+    axes.set(xlabel="parameters of the adapter", ylabel="relative error of the change, % of its norm")
+    ruled(axes)
+    key(figure, _handles(looks, labels), columns)
+    figure.draw_without_rendering()
+    _names(figure, axes, points, front, report["choice"])
+    return figure
+
+
+def front_caption(report: Mapping[str, Any]) -> str:
+    """What to read off the front: what is on it, and what was chosen."""
+    points = _known(report)
+    front = [point for point in points if point["front"]]
+    said = [
+        f"{some(len(points), 'candidate')}, one marker per preset. The dashed line joins the {len(front):,} of which no"
+    ]
+    said += ["other is both smaller and better; filled markers lie on it. Lower left is better."]
+    chosen = _chosen(points, report["choice"])
+    if chosen:
+        said += [f"Chosen: {plain(chosen['label'])}, {chosen['num_parameters']:,} parameters at an error of"]
+        said += [f"{percent(chosen['relative_error'])}."]
+        worst = chosen["worst_site"]
+        if worst and worst["relative_error"] is not None:
+            said += [f"Its worst weight is {plain(worst['path'])}, at {percent(worst['relative_error'])}."]
+    lost = len(report["candidates"]) - len(points)
+    return " ".join(said + ([f"{some(lost, 'candidate')} without an error are left out."] if lost else []))
+
+
+def _known(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The candidates that have an error."""
+    found = [candidate for candidate in report["candidates"] if candidate["relative_error"] is not None]
+    if not found:
+        raise SpecError("the report has no candidates to draw", hint="analyse with candidates")
+    return found
+
+
+def _chosen(points: Sequence[Mapping[str, Any]], choice: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return next((point for point in points if choice and point["label"] == choice["label"]), None)
+
+
+def _stairs(front: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    """The front as steps: an error holds until a larger adapter has a smaller one."""
+    xs: list[float] = []
+    ys: list[float] = []
+    for point in front:
+        xs += [point["num_parameters"]] * (2 if ys else 1)
+        ys += [*ys[-1:], 100 * point["relative_error"]]
+    return xs, ys
+
+
+def _points(axes: Axes, points: Sequence[Mapping[str, Any]], colour: str, marker: str, label: str) -> None:
+    """A preset's candidates: filled where on the front, open elsewhere."""
+    for on_front in (False, True):
+        part = [p for p in points if p["front"] is on_front]
+        xs, ys = [p["num_parameters"] for p in part], [100 * p["relative_error"] for p in part]
+        face = colour if on_front else "white"
+        axes.plot(xs, ys, linestyle="none", marker=marker, markersize=4.2, markeredgecolor=colour, markeredgewidth=0.9,
+                  markerfacecolor=face, zorder=3 if on_front else 2, label=label)  # fmt: skip
+
+
+def _scales(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    """Logarithmic where the numbers are far apart and none is zero."""
+    counts, errors = [p["num_parameters"] for p in points], [100 * p["relative_error"] for p in points]
+    if min(counts) > 0 and max(counts) >= LOG * min(counts):
+        axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        axes.set_xticks(_rounded(low, high, (1, 2, 5) if high < 2000 * low else (1,)))
+        axes.set_xlim(low, high)
+        axes.set_xticks([], minor=True)
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    if min(errors) > 0 and max(errors) >= LOG * min(errors):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(min(errors) / 1.3, max(errors) * DEEP))
+        low, high = axes.get_ylim()
+        axes.set_yticks(_rounded(low, high, (1, 2, 5)))
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_yticks([], minor=True)
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _rounded(low: float, high: float, steps: Sequence[int]) -> list[float]:
+    """Round numbers within a range."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [step * 10.0**n for n in powers for step in steps if low <= step * 10.0**n <= high]
+
+
+def _handles(looks: Mapping[str, tuple[str, str]], labels: Mapping[str, str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4.2, label=labels[name])
+        for name, (colour, marker) in looks.items()
+    ]
+    return [*handles, Line2D([], [], color=INK, linewidth=0.8, linestyle=(0, (5, 2)), label="Pareto front")]
+
+
+def _names(
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[Mapping[str, Any]],
+    front: Sequence[Mapping[str, Any]],
+    choice: Mapping[str, Any] | None,
+) -> None:
+    """Names beside the chosen point, and beside those of the front that have room, in that order."""
+    at = lambda p: axes.transData.transform((p["num_parameters"], 100 * p["relative_error"]))  # noqa: E731
+    inches = figure.dpi / INCH
+    places = {id(point): tuple(at(point) / inches) for point in points}
+    taken = [(x - 1, y - 1, x + 1, y + 1) for x, y in places.values()]
+    corners = [tuple(axes.transData.transform(corner) / inches) for corner in zip(*_stairs(front), strict=True)]
+    taken += [(min(a[0], b[0]), min(a[1], b[1]), max(a[0], b[0]), max(a[1], b[1])) for a, b in pairwise(corners)]
+    box = axes.get_window_extent()
+    frame = (box.x0 / inches, box.y0 / inches, box.x1 / inches, box.y1 / inches)
+    chosen = _chosen(points, choice)
+    if chosen:
+        xy = (chosen["num_parameters"], 100 * chosen["relative_error"])
+        axes.plot(*zip(xy, strict=True), linestyle="none", marker="o", markersize=9, markerfacecolor="none",
+                  markeredgecolor=INK, markeredgewidth=1.2, zorder=4, label="chosen")  # fmt: skip
+    for point in [*([chosen] if chosen else []), *(p for p in front if p is not chosen)]:
+        text = fitted(point["label"], 36, SMALL)
+        text = f"chosen: {text}" if point is chosen else text
+        spot = _spot(places[id(point)], extent(text, SMALL), taken, frame, must=point is chosen)
+        if spot is None:
+            continue
+        left, bottom, right, top = spot
+        taken.append(spot)
+        axes.annotate(
+            text,
+            (point["num_parameters"], 100 * point["relative_error"]),
+            xytext=((left - places[id(point)][0]) / POINT, ((bottom + top) / 2 - places[id(point)][1]) / POINT),
+            textcoords="offset points",
+            fontsize=SMALL,
+            va="center",
+            fontweight="bold" if point is chosen else "normal",
+        )
+
+
+Box = tuple[float, float, float, float]
+
+
+def _spot(
+    point: tuple[float, float], size: tuple[float, float], taken: Sequence[Box], frame: Box, must: bool
+) -> Box | None:
+    """The first free place beside a point, below left first: a front leaves room there. None without one, unless it `must` be."""
+    (x, y), (width, height) = point, size
+    width *= 1.15 if must else 1.0  # bold
+    gap = 2.2 if must else 1.4
+    spots = [
+        (x + dx * far if dx >= 0 else x + dx * far - width, y + dy * far - height / 2)
+        for far in (gap, 2 * gap, 3 * gap)
+        for dx, dy in ((-1, -1), (1, 1), (-1, 0), (1, 0), (-1, 1), (1, -1))
+    ]
+    boxes = [(left, bottom, left + width, bottom + height) for left, bottom in spots]
+    inside = [b for b in boxes if b[0] > frame[0] and b[1] > frame[1] and b[2] < frame[2] and b[3] < frame[3]]
+    free = [b for b in inside if not any(_meet(b, other) for other in taken)]
+    return next(iter(free or (inside + boxes if must else [])), None)
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -1,0 +1,212 @@
+"""A heat map of ranks: a row per role, a column per layer (or task, or expert), numbers in cells that have room.
+
+Invariant: a cell shows the rank that the report gives; where it gives none, the cell is hatched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.labels import extent
+from tensoradapt.plots.page import INCH, INK
+from tensoradapt.plots.panels import PAGE, blues, letters_on
+from tensoradapt.plots.places import Table, tabulated
+from tensoradapt.plots.words import fitted, has_noise, listed, plain, rule_words, some
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ROWS, TALL, WIDE = 40, 4.6, 11.0  # rows at most; a cell's height, and its largest width, in millimetres
+LEFT, BAR, TOP, FOOT = 52.0, 19.0, 6.0, 10.0
+SMALL = 6.0  # points
+TICK = 5.0  # millimetres between the labels of columns
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The places on the page, in millimetres: what the names take, and the size of the map."""
+
+    left: float
+    width: float
+    height: float
+    cell: float
+
+
+def plot_ranks(report: Mapping[str, Any], rule: str | None = None) -> Figure:
+    """Ranks by role and layer, by a rule (`noise`, `energy_0.95`, ...). Raises SpecError on a rule the report lacks."""
+    from matplotlib.figure import Figure
+
+    rule = _rule(report, rule)
+    table, rows = _rows(report)
+    longest = max(extent(plain(row), 6.5)[0] for row in rows)
+    left = min(LEFT, longest + 3)
+    cell = min(WIDE, (PAGE - left - BAR) / len(table.columns))
+    frame = Frame(left, cell * len(table.columns), max(TALL * len(rows), 24.0), cell)
+    top = TOP if len(table.names) > 1 else 2.0
+    size = (max(frame.left + frame.width + BAR, 80.0), frame.height + FOOT + top)
+    figure = Figure(figsize=(size[0] / INCH, size[1] / INCH))
+    box = (frame.left / size[0], FOOT / size[1], frame.width / size[0], frame.height / size[1])
+    axes = figure.add_axes(box)
+    _fill(axes, report, table, rows, rule, frame)
+    axes.set_yticks(range(len(rows)), [fitted(row, left - 2, 6.5) for row in rows])
+    _columns(axes, table, frame)
+    bar = figure.add_axes(((frame.left + frame.width + 3) / size[0], box[1], 3 / size[0], box[3]))
+    _scale(figure, axes, bar, rule)
+    return figure
+
+
+def ranks_caption(report: Mapping[str, Any], rule: str | None = None) -> str:
+    """What to read off the map: where ranks are large, and where they are not known."""
+    rule = _rule(report, rule)
+    table, rows = _rows(report)
+    ranks = {path: report["sites"][path]["ranks"].get(rule) for path in table.at.values()}
+    known = sorted((rank, path) for path, rank in ranks.items() if rank is not None)
+    words = rule_words(rule)
+    said = [f"{words[0].upper()}{words[1:]} in every weight's change, by {listed(['role', *table.names])}."]
+    if known:
+        middle = known[(len(known) - 1) // 2][0]
+        said += [f"They run from {known[0][0]:,} to {known[-1][0]:,}, half of them at most {middle:,};"]
+        said += [f"the largest is in {plain(known[-1][1])}."]
+    still = [path for path in ranks if report["sites"][path]["norm"] == 0]
+    if still:
+        said += [f"{some(len(still), 'weight')} did not change: {listed(still, 3)}."]
+    if len(known) < len(ranks):
+        said += [f"Hatched: more than the values that were computed ({len(ranks) - len(known):,} of {len(ranks):,})."]
+    if len(table.at) < len(table.rows) * len(table.columns):
+        said += ["Crosses: no such weight."]
+    if len(rows) < len(table.rows):
+        said += [f"The {len(rows)} roles that changed most of {len(table.rows):,} are drawn."]
+    return " ".join(said)
+
+
+def _rule(report: Mapping[str, Any], rule: str | None) -> str:
+    """The rule asked for; else the noise, where there is any, and the energy where there is none."""
+    if not report["sites"]:
+        raise SpecError("the report has no weights to draw")
+    known = list(dict.fromkeys(name for site in report["sites"].values() for name in site["ranks"]))
+    wanted = rule or ("noise" if has_noise(report) else "energy_0.95")
+    if wanted not in known and (rule is not None or not known):
+        raise SpecError(f"the report has no ranks by the rule {wanted!r}", expected=", ".join(known) or None)
+    return wanted if wanted in known else known[0]
+
+
+def _rows(report: Mapping[str, Any]) -> tuple[Table, list[str]]:
+    """All sites by role and column, and the roles that are drawn."""
+    table = tabulated(report["sites"])
+    energy = dict.fromkeys(table.rows, 0.0)
+    for (row, _), path in table.at.items():
+        energy[row] += report["sites"][path]["norm"] ** 2
+    kept = set(sorted(table.rows, key=lambda row: -energy[row])[:ROWS])
+    return table, [row for row in table.rows if row in kept]
+
+
+def _fill(axes: Axes, report: Mapping[str, Any], table: Table, rows: Sequence[str], rule: str, frame: Frame) -> None:
+    """The cells: coloured by rank, hatched where it is not known, crossed out where there is no weight."""
+    place = {column: k for k, column in enumerate(table.columns)}
+    at = {(rows.index(row), place[column]): path for (row, column), path in table.at.items() if row in rows}
+    ranks = {cell: report["sites"][path]["ranks"].get(rule) for cell, path in at.items()}
+    shown = np.full((len(rows), len(place)), np.nan)
+    for cell, rank in ranks.items():
+        shown[cell] = len(report["sites"][at[cell]]["singular_values"]) if rank is None else rank
+    mesh: Any = axes.pcolormesh(
+        np.arange(len(place) + 1) - 0.5,
+        np.arange(len(rows) + 1) - 0.5,
+        shown,
+        cmap=blues(),
+        norm=_norm(max(1.0, np.nanmax(shown))),
+        edgecolors="white",
+        linewidth=0.5 if frame.cell > 1.5 else 0.0,
+        rasterized=shown.size > 6000,
+    )
+    axes.set(xlim=(-0.5, len(place) - 0.5), ylim=(len(rows) - 0.5, -0.5), facecolor="white")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    unknown = [cell for cell, rank in ranks.items() if rank is None]
+    _mark(axes, unknown, "//////", "#7FA8D0")
+    _mark(axes, [(r, c) for r in range(len(rows)) for c in range(len(place)) if (r, c) not in ranks], "xxxx", "#CCCCCC")
+    texts = {cell: f"{int(shown[cell]):,}" for cell, rank in ranks.items() if rank is not None}
+    if texts and max(extent(text, SMALL)[0] for text in texts.values()) < frame.cell - 0.4:
+        for (row, column), text in texts.items():
+            ink = letters_on(mesh.cmap(mesh.norm(shown[row, column])))
+            axes.text(column, row, text, fontsize=SMALL, ha="center", va="center_baseline", color=ink)
+
+
+def _mark(axes: Axes, cells: Sequence[tuple[int, int]], hatch: str, colour: str) -> None:
+    """Hatch some cells."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    patches = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in cells]
+    axes.add_collection(PatchCollection(patches, facecolor="none", edgecolor=colour, hatch=hatch, linewidth=0.3))
+
+
+def _norm(most: float) -> Any:
+    """Ranks on a scale of log(1 + rank) where they are far apart: small ones differ more in what they say."""
+    from matplotlib.colors import FuncNorm, Normalize
+
+    return Normalize(0, most) if most <= 16 else FuncNorm((np.log1p, np.expm1), 0, most)
+
+
+def _columns(axes: Axes, table: Table, frame: Frame) -> None:
+    """Names below the columns, of the finest coordinate that has room, and of the outermost above."""
+    depth = _finest(table, frame)
+    blocks = table.blocks(depth)
+    runs = [[b for b in blocks if b[0][:-1] == head] for head in dict.fromkeys(b[0][:-1] for b in blocks)]
+    kept = [block for run in runs for block in run[:: _step(run, frame)]]
+    labels = [_said(head[-1] if head else "", frame, count) for head, _, count in kept]
+    axes.set_xticks([first + (count - 1) / 2 for _, first, count in kept], labels)
+    finer = f", each with {' and '.join(table.names[depth:])}" if depth < len(table.names) else ""
+    axes.set_xlabel((table.names[depth - 1] if depth else "") + finer)
+    if depth < 2:
+        return
+    for head, first, count in table.blocks(1):
+        if first:
+            axes.axvline(first - 0.5, color=INK, linewidth=0.8)
+        name = _said(head[0], frame, count)
+        axes.text(first + (count - 1) / 2, -0.62, name, ha="center", va="bottom", fontsize=6.5)
+
+
+def _finest(table: Table, frame: Frame) -> int:
+    """How many coordinates have room: the runs of the last one must be wide enough for two labels."""
+    for depth in range(len(table.names), 1, -1):
+        narrowest = min(count for _, _, count in table.blocks(depth - 1)) * frame.cell
+        if narrowest >= 2 * TICK or all(count == 1 for _, _, count in table.blocks(depth - 1)):
+            return depth
+    return min(1, len(table.names))
+
+
+def _step(run: Sequence[tuple[Any, int, int]], frame: Frame) -> int:
+    """Every how many-th label of a run has room."""
+    widest = max(extent(plain(head[-1] if head else ""), 6.5)[0] for head, _, _ in run)
+    return max(1, int(-(-min(max(TICK, widest + 1.5), 24.0) // (run[0][2] * frame.cell))))
+
+
+def _said(value: Any, frame: Frame, count: int) -> str:
+    """A coordinate's value in the room of `count` columns, or in that of a label that was left alone."""
+    return fitted("–" if value is None else value, max(22.0, count * frame.cell - 1), 6.5)
+
+
+def _scale(figure: Figure, axes: Axes, bar: Axes, rule: str) -> None:
+    """The key to the colours."""
+    mesh: Any = axes.collections[0]
+    most = mesh.norm.vmax
+    figure.colorbar(mesh, cax=bar)
+    ticks = [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if n <= most]
+    if most <= 16:
+        ticks = list(range(0, int(most) + 1, max(1, int(most) // 4)))
+    height = bar.get_position().height * figure.get_size_inches()[1] * INCH
+    kept: list[int] = []
+    for tick in reversed(ticks):
+        if not kept or (mesh.norm(kept[-1]) - mesh.norm(tick)) * height > 3.2:
+            kept.append(tick)
+    bar.set_yticks(kept, [f"{tick:,}" for tick in kept])
+    bar.set_yticks([], minor=True)
+    bar.tick_params(length=2, width=0.5)
+    bar.spines[:].set_visible(False)
+    bar.set_ylabel("rank above noise" if rule == "noise" else fitted(f"rank, {rule}", height, 7), color=INK)

@@ -1,0 +1,241 @@
+"""A report as one page: what was compared, the answer in words, the figures with their captions, the tables.
+
+Invariant: the page needs no other file and no network, and every word that comes from the report is escaped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.figures import FIGURES, caption
+from tensoradapt.plots.page import INCH, styled
+from tensoradapt.plots.panels import PAGE
+from tensoradapt.plots.reading import check_report
+from tensoradapt.plots.words import figures, has_noise, listed, percent, plain, rule_words, some
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TITLES = {
+    "front": "Error against parameters",
+    "budget": "The parameter budget by group",
+    "ranks": "Ranks of the weights' changes",
+    "spectra": "Singular spectra and the noise floor",
+    "modes": "Mode spectra of the groups",
+    "similarity": "Similarity of subspaces across weights",
+}
+LONG = 30  # rows from which a table is folded
+Report = Mapping[str, Any]
+METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none: they are written with addresses of schemas
+ADDRESSED = re.compile(r'(\bid="|url\(#|href="#)')
+
+
+def render_html(report: Report) -> str:
+    """The report as one self-contained page of HTML. Raises FileError on what is no report (`check_report`)."""
+    check_report(report)
+    here = files("tensoradapt.plots")
+    title = f"{_text(report['tuned'] or 'tuned')} against {_text(report['base'] or 'base')}"
+    body = [
+        f"<header><p class='kind'>tensoradapt report</p><h1>{title}</h1></header>",
+        *_summary(report),
+        *(part for name in FIGURES for part in _figure(report, name)),
+        *_comparisons(report["comparisons"]),
+        *_candidates(report),
+        *_sites(report),
+        *_settings(report["settings"]),
+    ]
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            "<html lang='en'><head><meta charset='utf-8'>",
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+            f"<title>{title}</title>",
+            f"<style>{here.joinpath('page.css').read_text('utf-8')}</style></head><body><main>",
+            *body,
+            f"</main><script>{here.joinpath('page.js').read_text('utf-8')}</script></body></html>",
+            "",
+        ]
+    )
+
+
+def _text(value: object) -> str:
+    """Words of the report, made harmless."""
+    return escape(plain(value), quote=True)
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def _summary(report: Report) -> list[str]:
+    """What was compared and the answer, in sentences."""
+    sites, choice = report["sites"], report["choice"]
+    kind = "adapters" if report["kind"] == "adapters" else "checkpoints"
+    changed = sum(site["norm"] > 0 for site in sites.values())
+    said = [f"Two {kind}" if kind == "checkpoints" else "Adapters", f"were compared: {some(len(sites), 'weight')} in"]
+    said += [f"{some(len(report['groups']), 'group')}, of which {changed:,} changed."]
+    lines = ["<section class='summary'><h2>Summary</h2>", f"<p>{' '.join(said)}</p>"]
+    if choice:
+        chosen = next(c for c in report["candidates"] if c["label"] == choice["label"])
+        numbers = f"{chosen['num_parameters']:,} parameters, relative error {percent(chosen['relative_error'])}"
+        lines += [
+            f"<p class='answer'><strong>{_text(choice['label'])}</strong>: {numbers}. {_text(choice['reason'])}</p>"
+        ]
+    elif report["candidates"]:
+        lines += ["<p>No candidate was chosen.</p>"]
+    return [*lines, *_match(report["match"]), "</section>"]
+
+
+def _match(match: Mapping[str, Any]) -> list[str]:
+    """What was matched, and what was left out."""
+    out = [
+        (f"{len(match[key]):,} {words}", _text(listed(match[key], 8)))
+        for key, words in (
+            ("only_base", "only in the base"),
+            ("only_tuned", "only in the tuned one"),
+            ("reshaped", "of another shape"),
+        )
+        if match[key]
+    ]
+    out += [(f"{len(match['refused']):,} refused", _refused(match["refused"]))] if match["refused"] else []
+    lines = [
+        f"<p>{some(match['matched'], 'weight')} matched by name; {'left out:' if out else 'none was left out.'}</p>"
+    ]
+    lines += ["<ul>", *(f"<li>{head}: {names}</li>" for head, names in out), "</ul>"] if out else []
+    lines += ["<ul>", *(f"<li>{_text(note)}</li>" for note in match["notes"]), "</ul>"] if match["notes"] else []
+    return lines
+
+
+def _refused(refused: Mapping[str, str], limit: int = 8) -> str:
+    shown = [f"{_text(name)} ({_text(reason)})" for name, reason in list(refused.items())[:limit]]
+    return "; ".join([*shown, *([f"and {len(refused) - limit:,} more"] if len(refused) > limit else [])])
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def _figure(report: Report, name: str) -> list[str]:
+    """One figure with its caption; a sentence where the report has nothing for it."""
+    heading = f"<h2 id='{name}'>{TITLES[name]}</h2>"
+    try:
+        said = _text(caption(report, name))
+        with styled():
+            drawn = inline(FIGURES[name][0](report), name)
+    except SpecError as error:
+        return [f"<section>{heading}<p class='none'>{_text(str(error).splitlines()[0])}.</p></section>"]
+    return [f"<section>{heading}<figure>{drawn}<figcaption>{said}</figcaption></figure></section>"]
+
+
+def inline(figure: Figure, name: str) -> str:
+    """A figure as an SVG element: its letters are outlines, so that no font is needed; its ids begin with `name`."""
+    from matplotlib import rc_context
+
+    stream = StringIO()
+    with rc_context({"svg.fonttype": "path"}):
+        figure.savefig(stream, format="svg", metadata=METADATA)
+    text = stream.getvalue()
+    text = re.sub(r"<!--.*?-->|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    head, rest = text.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head)
+    width = 60 * figure.get_figwidth() * INCH / PAGE
+    label = f'role="img" aria-label="{TITLES[name]}" style="max-width: {width:.4g}rem"'
+    rest = ADDRESSED.sub(rf"\g<1>{name}-", rest.replace("xlink:href", "href"))
+    return f"<svg {box.group() if box else ''} {label}>{rest.strip()}"
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def _table(
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], numeric: int, marked: int | None = None
+) -> list[str]:
+    """A table, folded where it is long; the columns from the `numeric`-th on hold numbers."""
+    cells = [
+        f"<tr{' class=chosen' if k == marked else ''}>"
+        + "".join(f"<td{' class=n' if c >= numeric else ''}>{cell}</td>" for c, cell in enumerate(row))
+        + "</tr>"
+        for k, row in enumerate(rows)
+    ]
+    head = "".join(f"<th scope='col'{' class=n' if c >= numeric else ''}>{name}</th>" for c, name in enumerate(heads))
+    table = f"<div class='wide'><table class='sortable'><thead><tr>{head}</tr></thead><tbody>"
+    lines = [table, *cells, "</tbody></table></div>"]
+    if len(cells) >= LONG:
+        lines = [f"<details><summary>{len(cells):,} rows</summary>", *lines, "</details>"]
+    return [f"<section><h2>{title}</h2>", *lines, "</section>"]
+
+
+def _candidates(report: Report) -> list[str]:
+    candidates, choice = report["candidates"], report["choice"]
+    labels = [candidate["label"] for candidate in candidates]
+    rows = [
+        (
+            _text(c["label"])
+            + (" <span class='tag'>chosen</span>" if choice and c["label"] == choice["label"] else ""),
+            "front" if c["front"] else "",
+            _text(c["worst_site"]["path"]) if c["worst_site"] else "",
+            percent(c["worst_site"]["relative_error"]) if c["worst_site"] else "",
+            f"{c['num_parameters']:,}",
+            percent(c["relative_error"]),
+        )
+        for c in candidates
+    ]
+    heads = ("candidate", "Pareto", "worst weight", "its error", "parameters", "relative error")
+    return _table("Candidates", heads, rows, 3, labels.index(choice["label"]) if choice else None) if rows else []
+
+
+def _sites(report: Report) -> list[str]:
+    rule = "noise" if has_noise(report) else "energy_0.95"
+    rows = [
+        (
+            _text(path),
+            " × ".join(map(str, site["shape"])),
+            percent(site["relative_change"]) if site["relative_change"] is not None else "–",
+            figures(site["spectral_norm"]),
+            figures(site["noise"]["edge"]),
+            _rank(site, "noise"),
+            _rank(site, "energy_0.95"),
+            figures(site["stable_rank"]),
+            figures(site["effective_rank"]),
+        )
+        for path, site in report["sites"].items()
+    ]
+    heads = [
+        *("weight", "out × in", "relative change", "largest singular value", "noise edge", "rank above noise"),
+        *("rank, 95 % of energy", "stable rank", "effective rank"),
+    ]
+    note = f"<p class='note'>Figures use the {_text(rule_words(rule))}. Norms are in the units of the weights.</p>"
+    return [*_table("Weights", heads, rows, 1), note] if rows else []
+
+
+def _rank(site: Mapping[str, Any], rule: str) -> str:
+    if rule not in site["ranks"]:
+        return "–"
+    rank = site["ranks"][rule]
+    return f"&gt; {len(site['singular_values']):,}" if rank is None else f"{rank:,}"
+
+
+def _comparisons(comparisons: Mapping[str, Any]) -> list[str]:
+    """Formats at one error, and at one budget."""
+    at_error = [
+        (percent(found["relative_error"]), _text(row["label"]), figures(row["num_parameters"]))
+        for found in comparisons["at_error"]
+        for row in found["rows"]
+    ]
+    at_budget = [
+        (f"{found['max_parameters']:,}", _text(row["label"]), percent(row["relative_error"]))
+        for found in comparisons["at_budget"]
+        for row in found["rows"]
+    ]
+    lines = _table("The same error", ("error, at most", "format", "parameters"), at_error, 2) if at_error else []
+    heads = ("parameters, at most", "format", "relative error")
+    return lines + (_table("The same budget", heads, at_budget, 2) if at_budget else [])
+
+
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in settings.items())
+    return [f"<section><h2>Settings</h2><dl>{rows}</dl></section>"] if rows else []

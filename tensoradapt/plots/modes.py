@@ -1,0 +1,131 @@
+"""Mode spectra of grouped deltas: the singular values of every unfolding, a panel per group, a line per axis.
+
+Invariant: every point is a singular value of the report; of a long spectrum fewer are drawn, none is altered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.page import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
+from tensoradapt.plots.panels import MOST, PAGE, falling, grid, key, largest_groups, name_axes, ruled, thinned
+from tensoradapt.plots.words import figures, fitted, percent, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Look = tuple[str, str, Any]  # colour, marker, dashes
+LOOKS: Mapping[str, Look] = {
+    "out": (BLUE, "o", "-"),
+    "in": (VERMILION, "s", (0, (4, 1.5))),
+    "layer": (GREEN, "^", "-"),
+    "role": (PURPLE, "D", (0, (1, 1.2))),
+    "task": (ORANGE, "v", "-"),
+    "expert": (SKY, "P", (0, (4, 1.2, 1, 1.2))),
+}
+REST: Sequence[Look] = ((INK, "X", "-"), (GREY, "<", (0, (4, 1.5))), (INK, ">", (0, (1, 1.2))))
+
+
+def plot_modes(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> Figure:
+    """sigma_i of every unfolding against i: the twelve largest groups, or `groups`. Raises SpecError where none is."""
+    names = largest_groups(report, groups, MOST)
+    found = [report["groups"][name] for name in names]
+    looks = _looks(found)
+    if not looks:
+        raise SpecError("the report has no mode spectra to draw")
+    figure, panels = grid(len(names), height=48.0)
+    for panel, name, group in zip(panels, names, found, strict=True):
+        _draw(panel, group, looks)
+        width = (PAGE if len(names) > 1 else 0.62 * PAGE) / min(3, len(names)) - 14
+        sizes = " × ".join(f"{plain(axis)} {group['sizes'].get(axis, '?')}" for axis in group["axes"])
+        panel.set_title(f"{fitted(name, width, 7)}\n{fitted(sizes, width, 7)}", loc="left", pad=3, linespacing=1.1)
+    spectra = [values for group in found for values in group["mode_spectra"].values()]
+    edges = [edge or 0.0 for group in found for edge in group["noise_edges"].values()]
+    falling(panels[0], max(map(len, spectra)), [value for values in spectra for value in values], edges)
+    for panel in panels:
+        ruled(panel)
+    name_axes(figure, "index of the singular value", "singular value of the unfolding (units of the weights)")
+    key(figure, _handles(looks, any(edges)), 6)
+    return figure
+
+
+def modes_caption(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> str:
+    """What to read off the modes: along which axes few values suffice, so that a shared factor is cheap."""
+    names = largest_groups(report, groups, MOST)
+    said = [
+        "Singular values of every group's tensor, unfolded along each of its axes: where a line falls fast, few "
+        "directions of that axis suffice; a flat one cannot be compressed."
+    ]
+    for name in names[:3]:
+        said += _read(name, report["groups"][name])
+    if any(edge for name in names for edge in report["groups"][name]["noise_edges"].values()):
+        said += ["Short strokes beside the right edge: the edge of the rounding noise along the axis of that look."]
+    parts = [report["groups"][name]["captured"] for name in names]
+    least = min((share for share in parts if share is not None), default=1.0)
+    if least < 0.9995:
+        said += [f"The numbers come from compressed tensors that hold at least {percent(least)} of the energy."]
+    if len(names) < len(report["groups"]) and not groups:
+        said += [f"The {len(names)} groups that changed most of {len(report['groups']):,} are drawn."]
+    return " ".join(said)
+
+
+def _read(name: str, group: Mapping[str, Any]) -> list[str]:
+    """One group's multilinear rank in words."""
+    if group["norm"] == 0:
+        return [f"{plain(name)} did not change."]
+    rules = group["multilinear_rank"]
+    noisy = any(group["noise_edges"].values())
+    rule = "noise" if noisy and "noise" in rules else next((r for r in ("energy_0.95", *rules) if r in rules), None)
+    if rule is None:
+        return []
+    ranks = [
+        f"{'more than ' * (rank is None)}{figures(len(group['mode_spectra'].get(axis, ())) if rank is None else rank)}"
+        f" of {figures(group['sizes'].get(axis))} along {axis}"
+        for axis, rank in rules[rule].items()
+    ]
+    what = (
+        "above the noise"
+        if rule == "noise"
+        else f"to hold {percent(float(rule.removeprefix('energy_')))} of the energy"
+    )
+    return [f"{plain(name)}: {', '.join(ranks)} {'are ' if rule == 'noise' else 'suffice '}{what}."]
+
+
+def _looks(groups: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
+    """The look of every axis that occurs; a fold looks like any other."""
+    axes = list(dict.fromkeys(axis for group in groups for axis in group["mode_spectra"]))
+    others = [axis for axis in axes if axis not in LOOKS]
+    rest = {axis: REST[k % len(REST)] for k, axis in enumerate(others)}
+    return {axis: LOOKS.get(axis) or rest[axis] for axis in axes}
+
+
+def _draw(axes: Axes, group: Mapping[str, Any], looks: Mapping[str, Look]) -> None:
+    """One group: a line per axis, and a stroke at the right for its noise."""
+    drawn = False
+    for axis, values in group["mode_spectra"].items():
+        colour, marker, dashes = looks[axis]
+        edge = group["noise_edges"].get(axis)
+        if edge:
+            axes.plot([1.01, 1.07], [edge, edge], transform=axes.get_yaxis_transform(), color=colour, linewidth=0.9,
+                      linestyle=dashes, clip_on=False, label=f"noise {axis}")  # fmt: skip
+        if any(values):
+            kept = thinned(len(values))
+            every = [k for k in range(len(kept)) if kept[k] < 4 or k % 4 == 0]
+            axes.plot([k + 1 for k in kept], [values[k] for k in kept], color=colour, linestyle=dashes, linewidth=1.0,
+                      marker=marker, markersize=2.6, markevery=every, label=axis)  # fmt: skip
+            drawn = True
+    if not drawn:
+        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
+
+
+def _handles(looks: Mapping[str, Look], noisy: bool) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle=dashes, linewidth=1.0, markersize=3, label=plain(axis))
+        for axis, (colour, marker, dashes) in looks.items()
+    ]
+    return handles + ([Line2D([], [], color=INK, linewidth=0.9, label="at the right edge: noise")] if noisy else [])

@@ -1,0 +1,137 @@
+"""Panels: several small plots over the width of a page, with one key, and ramps of colour that stay ramps in grey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.page import INCH
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+PAGE = 170.0  # two printed columns with the space between them, in millimetres
+ACROSS, HEIGHT = 3, 44.0
+MOST = 12  # panels of one figure
+DECADES, BELOW = 1e5, 20.0  # how far below the largest value, and below the noise, a logarithmic axis reaches
+FINE = 200  # the longest axis of indices with ticks at 2 and 5
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+PALE = "#DDDDDD"
+
+
+def grid(count: int, across: int = ACROSS, height: float = HEIGHT, head: float = 8.0) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels that share both axes, filled row by row; `head` is room for the key above."""
+    from matplotlib.figure import Figure
+
+    across = min(count, across)
+    rows = -(-count // across)
+    width = PAGE if across > 1 else 0.62 * PAGE
+    figure = Figure(figsize=(width / INCH, (rows * height + head) / INCH), layout="constrained")
+    axes = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel().tolist()
+    for spare in axes[count:]:
+        spare.set_axis_off()
+    for panel in axes[:count]:
+        panel.tick_params(labelbottom=True)
+    return figure, axes[:count]
+
+
+def name_axes(figure: Figure, xlabel: str, ylabel: str) -> None:
+    """Name the axes of all panels once, below and beside them."""
+    figure.supxlabel(xlabel, fontsize=7)
+    figure.supylabel(ylabel, fontsize=7)
+
+
+def key(figure: Figure, handles: Sequence[Any], columns: int) -> None:
+    """The key of a whole figure, above its panels."""
+    figure.legend(
+        handles=list(handles),
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        handlelength=2.4,
+        columnspacing=1.4,
+        handletextpad=0.5,
+        labelspacing=0.3,
+        borderaxespad=0.1,
+    )
+
+
+def falling(axes: Axes, longest: int, values: Sequence[float], floors: Sequence[float]) -> None:
+    """Both axes logarithmic, for values that fall: five decades at most, floors in sight."""
+    top = max((value for value in (*values, *floors) if value > 0), default=1.0)
+    floor = min((edge for edge in floors if edge > 0), default=0.0)
+    least = min((value for value in (*values, *floors) if value > 0), default=top / 10)
+    low, high = max(least, top / DECADES, min(floor, top) / BELOW) / 1.5, top * 1.8
+    axes.set(xscale="log", yscale="log", xlim=(0.9, max(2, longest) * 1.12), ylim=(low, high))
+    steps = (1, 2, 5) if longest <= FINE else (1,)
+    ticks = [step * 10**n for n in range(7) for step in steps if step * 10**n <= max(2, longest)]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    _decades(axes, low, high)
+
+
+def ruled(axes: Axes) -> None:
+    """Thin lines at the ticks, behind what is drawn."""
+    axes.grid(True, linewidth=0.3, color=PALE)
+    axes.set_axisbelow(True)
+
+
+def _decades(axes: Axes, low: float, high: float) -> None:
+    """Ticks at powers of ten; where fewer than two are in sight, at 1, 2 and 5 times them."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [10.0**n for n in powers if low <= 10.0**n <= high]
+    if len(ticks) < 2:
+        ticks = [m * 10.0**n for n in powers for m in (1, 2, 5) if low <= m * 10.0**n <= high]
+    axes.set_yticks(ticks, [_power(tick) for tick in ticks])
+    axes.set_yticks([], minor=True)
+
+
+def _power(number: float) -> str:
+    """`10⁻³`, `2·10⁻³`; numbers near one as they are."""
+    digit, exponent = f"{number:.0e}".split("e")
+    if -2 <= int(exponent) <= 2:
+        return f"{number:g}"
+    power = "10" + str(int(exponent)).translate(RAISED)
+    return power if digit == "1" else f"{digit}·{power}"
+
+
+def thinned(count: int) -> list[int]:
+    """Positions from 0 below `count`: all of the first, then about ten in every doubling; the last is among them."""
+    steps = {round(2 ** (k / 10)) - 1 for k in range(10 * max(1, count).bit_length() + 1)}
+    return sorted({*range(min(count, 16)), *(k for k in steps if k < count), *([count - 1] if count else [])})
+
+
+def shades(count: int) -> list[Any]:
+    """Colours from dark to light for lines in an order (cividis: the same to colour-blind readers, a ramp in grey)."""
+    from matplotlib import colormaps
+
+    return [colormaps["cividis"](0.78 * k / max(1, count - 1)) for k in range(count)]
+
+
+def blues() -> Colormap:
+    """Light for little, dark for much: one hue, so that it is the same ramp in grey."""
+    from matplotlib import colormaps
+
+    return colormaps["Blues"]
+
+
+def letters_on(colour: Sequence[float]) -> str:
+    """White or black, whichever is legible on a colour."""
+    red, green, blue = colour[:3]
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.55 else "black"
+
+
+def largest_groups(report: Mapping[str, Any], wanted: Sequence[str] | None, limit: int) -> list[str]:
+    """The groups to draw: those asked for, else at most `limit`, the largest changes first. Raises SpecError."""
+    groups = report["groups"]
+    unknown = [name for name in wanted or () if name not in groups]
+    if unknown or not groups:
+        raise SpecError(
+            f"the report has no group {unknown[0]!r}" if unknown else "the report has no groups to draw",
+            expected=", ".join(groups) or None,
+        )
+    return list(wanted) if wanted else sorted(groups, key=lambda name: -groups[name]["norm"])[:limit]

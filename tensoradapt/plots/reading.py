@@ -1,0 +1,241 @@
+"""Reports as they lie on disk: read, and checked before anything is drawn from them.
+
+Invariant: what `check_report` lets through has every key that is drawn, of the type that docs/report-schema.md gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tensoradapt.errors import FileError
+
+FORMAT, VERSION = "tensoradapt.report", 1
+MAX_BYTES = 2_000_000_000
+Coordinate = int | str
+
+
+class Part(BaseModel):
+    """A part of a report. Keys beyond these are let through: a later writer may say more."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Match(Part):
+    """How the two sides were matched by name."""
+
+    matched: int
+    only_base: list[str]
+    only_tuned: list[str]
+    reshaped: list[Any]
+    refused: dict[str, str]
+    notes: list[str]
+
+
+class Noise(Part):
+    """The rounding noise of one delta."""
+
+    sigma: float | None
+    edge: float | None
+    scaled: bool
+
+
+class Site(Part):
+    """One weight's delta."""
+
+    shape: list[int]
+    coordinates: dict[str, Coordinate]
+    group: str | None
+    dtypes: list[str]
+    norm: float
+    relative_change: float | None
+    spectral_norm: float | None
+    singular_values: list[float]
+    complete: bool
+    residual: float | None
+    method: str
+    stable_rank: float | None
+    effective_rank: float | None
+    participation_ratio: float | None
+    noise: Noise
+    ranks: dict[str, int | None]
+
+
+class Similarity(Part):
+    """How alike the sites' leading subspaces are."""
+
+    rank: int
+    labels: list[str]
+    matrix: list[list[float | None]]
+
+
+class SharedEnergy(Part):
+    """The energy held by one subspace for all sites, and by one for each."""
+
+    rank: list[int]
+    shared: list[float | None]
+    private: list[float | None]
+
+
+class Group(Part):
+    """Sites that share one tensor."""
+
+    axes: list[str]
+    sizes: dict[str, int]
+    labels: dict[str, list[Coordinate]]
+    sites: list[str]
+    norm: float
+    captured: float | None
+    mode_spectra: dict[str, list[float]]
+    noise_edges: dict[str, float | None]
+    tt_spectra: dict[str, list[float]]
+    multilinear_rank: dict[str, dict[str, int | None]]
+    similarity: dict[str, Similarity]
+    shared_energy: SharedEnergy | None = None
+
+
+class WorstSite(Part):
+    """The site that a candidate serves worst."""
+
+    path: str
+    relative_error: float | None
+
+
+class Candidate(Part):
+    """One format at one size."""
+
+    label: str
+    preset: str
+    rank: Any
+    num_parameters: int
+    relative_error: float | None
+    worst_site: WorstSite | None
+    by_group: dict[str, int]
+    front: bool
+
+
+class Choice(Part):
+    """The candidate that the analysis chose, and why."""
+
+    label: str
+    reason: str
+
+
+class AtError(Part):
+    """What the formats cost at one error."""
+
+    relative_error: float
+    rows: list[dict[str, Any]]
+
+
+class AtBudget(Part):
+    """How well the formats do within one number of parameters."""
+
+    max_parameters: int
+    rows: list[dict[str, Any]]
+
+
+class Comparisons(Part):
+    """Formats beside each other."""
+
+    at_error: list[AtError]
+    at_budget: list[AtBudget]
+
+
+class Report(Part):
+    """The whole of a report."""
+
+    format: Literal["tensoradapt.report"]
+    version: Literal[1]
+    kind: Literal["checkpoints", "adapters"]
+    base: str | None
+    tuned: str | None
+    settings: dict[str, Any]
+    match: Match
+    sites: dict[str, Site]
+    groups: dict[str, Group]
+    candidates: list[Candidate]
+    choice: Choice | None
+    comparisons: Comparisons
+
+
+def read_report(path: str | Path) -> dict[str, Any]:
+    """A report's JSON, checked. Raises FileError where it is missing, damaged, or no report of this version."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise FileError(f"{path} is too large for a report", got=f"{path.stat().st_size:,} bytes")
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise FileError(
+            f"there is no report at {path}", got=error.strerror, hint="give the report.json that analyze wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(
+            f"{path} is damaged or no JSON", got=str(error), hint="write it again: tensoradapt analyze BASE TUNED"
+        ) from error
+    check_report(data)
+    return data
+
+
+def check_report(data: Any) -> None:
+    """Raise FileError, naming the key, on what is no report of this version or lacks what a report has."""
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        raise FileError(
+            "this is no report", expected=f'a JSON object with "format": "{FORMAT}"', hint="give a report.json"
+        )
+    if data.get("version") != VERSION:
+        raise FileError(
+            "the report is of another version",
+            got=f"version {data.get('version')!r}",
+            expected=f"version {VERSION}",
+            hint="update tensoradapt, or analyse again",
+        )
+    try:
+        Report.model_validate(data)
+    except ValidationError as error:
+        raise _complaint(error) from None
+    _check_references(data)
+
+
+def _complaint(error: ValidationError) -> FileError:
+    """Pydantic's first complaint, with the key written as one would in Python."""
+    first = error.errors(include_url=False)[0]
+    key = _written(first["loc"])
+    if first["type"] == "missing":
+        return FileError(f"the report has no key {key}", hint="analyse again: docs/report-schema.md lists the keys")
+    return FileError(
+        f"the report's key {key} is wrong",
+        got=f"{first['input']!r:.80} ({type(first['input']).__name__})",
+        expected=first["msg"].removeprefix("Input should be "),
+    )
+
+
+def _check_references(data: Mapping[str, Any]) -> None:
+    """Names that point elsewhere in the report point to something; a matrix is as large as its labels are many."""
+    for name, group in data["groups"].items():
+        for path in group["sites"]:
+            if path not in data["sites"]:
+                raise FileError(f"the report's key {_written(('groups', name, 'sites'))} is wrong", got=path)
+        for side, found in group["similarity"].items():
+            many = len(found["labels"])
+            if [len(row) for row in found["matrix"]] != [many] * many:
+                key = _written(("groups", name, "similarity", side, "matrix"))
+                raise FileError(f"the report's key {key} is wrong", expected=f"{many} rows of {many} numbers")
+    chosen = data["choice"]
+    if chosen is not None and chosen["label"] not in [candidate["label"] for candidate in data["candidates"]]:
+        raise FileError("the report's key choice.label is wrong", got=chosen["label"], expected="a candidate's label")
+
+
+def _written(keys: Sequence[int | str]) -> str:
+    """`sites['layer.0.q'].ranks`: the way to a value."""
+    text = ""
+    for key in keys:
+        text += f".{key}" if str(key).isidentifier() else f"[{key!r}]"
+    return text.removeprefix(".")

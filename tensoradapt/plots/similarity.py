@@ -1,0 +1,176 @@
+"""How alike the sites' leading subspaces are: per group, `out` and `in` as heat maps, and what sharing would keep.
+
+Invariant: a cell is the report's mean squared cosine of principal angles, on one scale from 0 to 1 for all maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.page import BLUE, INCH, VERMILION
+from tensoradapt.plots.panels import PAGE, blues, largest_groups, letters_on, ruled
+from tensoradapt.plots.places import tabulated
+from tensoradapt.plots.words import figures, fitted, percent, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST, HEIGHT = 4, 52.0  # groups, and the height of one in millimetres
+LABELS = 12  # labels beside a map
+CELLS = 7  # so few sites that the numbers have room
+SIDES = ("out", "in")
+
+
+def plot_similarity(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> Figure:
+    """Mean squared cosines between the subspaces of a group's sites: the four largest groups, or `groups`."""
+    from matplotlib.figure import Figure
+
+    names = _shown(report, groups)
+    figure = Figure(figsize=(PAGE / INCH, (HEIGHT * len(names) + 4) / INCH), layout="constrained")
+    rows = figure.subplots(len(names), 3, squeeze=False, width_ratios=(1, 1, 0.9))
+    for name, row in zip(names, rows, strict=True):
+        group = report["groups"][name]
+        for side, axes in zip(SIDES, row, strict=False):
+            _map(axes, group["similarity"].get(side), side, report["sites"])
+        row[0].set_title(f"{fitted(name, 60, 7)}\n{row[0].get_title(loc='left')}", loc="left", pad=3)
+        _curves(row[2], group.get("shared_energy"))
+    mesh = next(c for row in rows for axes in row[:2] for c in axes.collections)
+    bar = figure.colorbar(
+        mesh, ax=rows[:, :2].ravel().tolist(), orientation="horizontal", shrink=0.5, aspect=36, pad=0.02
+    )
+    bar.set_label("mean squared cosine of the principal angles (1: the same subspace)")
+    bar.ax.tick_params(length=2, width=0.5)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def similarity_caption(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> str:
+    """What to read off the maps: which sites share directions, and more than chance would have it."""
+    names = _shown(report, groups)
+    said = [
+        "How alike the leading subspaces of a group's weights are, columns in the order of the rows: dark off the "
+        "diagonal means shared directions."
+    ]
+    for name in names[:2]:
+        group = report["groups"][name]
+        said += [_pair(name, side, group) for side in SIDES if group["similarity"].get(side)]
+        said += _sharing(name, group.get("shared_energy"))
+    if len(names) < len(report["groups"]) and not groups:
+        said += [f"{len(names)} of {len(report['groups']):,} groups are drawn, those that changed most."]
+    return " ".join(filter(None, said))
+
+
+def _shown(report: Mapping[str, Any], groups: Sequence[str] | None) -> list[str]:
+    """The groups that have a map, the largest first."""
+    names = largest_groups(report, groups, len(report["groups"]))
+    found = [n for n in names if any(s["labels"] for s in report["groups"][n]["similarity"].values())]
+    if not found:
+        raise SpecError("the report has no similarities to draw", hint="a group of several weights has them")
+    several = [n for n in found if any(len(s["labels"]) > 1 for s in report["groups"][n]["similarity"].values())]
+    return found if groups else (several or found)[:MOST]
+
+
+def _pair(name: str, side: str, group: Mapping[str, Any]) -> str:
+    """The two most similar weights, beside what unrelated subspaces would show."""
+    found = group["similarity"][side]
+    pairs = [
+        (value, i, j) for i, row in enumerate(found["matrix"]) for j, value in enumerate(row[:i]) if value is not None
+    ]
+    if not pairs:
+        return ""
+    value, i, j = max(pairs)
+    size = group["sizes"].get(side)
+    chance = f"; unrelated subspaces of rank {found['rank']} would show {found['rank'] / size:.2g}" if size else ""
+    labels = f"{plain(found['labels'][j])} and {plain(found['labels'][i])}"
+    return f"{plain(name)}, {side}: at most {value:.2g}, between {labels}{chance}."
+
+
+def _sharing(name: str, energy: Mapping[str, Any] | None) -> list[str]:
+    """What one subspace for all holds, at the middle of the ranks."""
+    if not energy or not energy["rank"]:
+        return []
+    k = len(energy["rank"]) // 2
+    shared, private = energy["shared"][k], energy["private"][k]
+    if shared is None or private is None:
+        return []
+    return [f"At rank {energy['rank'][k]}, subspaces shared by all weights hold {percent(shared)} of the energy, "
+            f"each weight's own {percent(private)}."]  # fmt: skip
+
+
+def _map(axes: Axes, found: Mapping[str, Any] | None, side: str, sites: Mapping[str, Any]) -> None:
+    """One map, columns as rows, so that only the rows have labels; these thinned to those that have room."""
+    if not found or not found["labels"]:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, f"no {side}", transform=axes.transAxes, ha="center", va="center")
+        return
+    labels = named(found["labels"], sites)
+    values = np.array([[np.nan if v is None else v for v in row] for row in found["matrix"]], dtype=float)
+    edges = np.arange(len(labels) + 1) - 0.5
+    axes.set(facecolor="#EEEEEE", aspect="equal")
+    mesh: Any = axes.pcolormesh(edges, edges, values, cmap=blues(), vmin=0, vmax=1, rasterized=values.size > 4000)
+    axes.invert_yaxis()
+    step = -(-len(labels) // LABELS)
+    kept = range(0, len(labels), step)
+    short = [fitted(labels[k], 19, 6) for k in kept]
+    axes.set_yticks(list(kept), short, fontsize=6)
+    axes.set_xticks(list(kept), [])
+    axes.tick_params(length=1.5, width=0.4, pad=1)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{side}, rank {found['rank']}", loc="left", pad=3)
+    if len(labels) <= CELLS:
+        for (i, j), value in np.ndenumerate(values):
+            said = "–" if np.isnan(value) else f"{value:.2f}".lstrip("0") if value < 0.995 else "1"
+            ink = letters_on(mesh.cmap(mesh.norm(0 if np.isnan(value) else value)))
+            axes.text(j, i, said, ha="center", va="center", fontsize=6, color=ink)
+
+
+def named(labels: Sequence[str], sites: Mapping[str, Any]) -> list[str]:
+    """Labels that are paths as the coordinates in which they differ, layer before role; others made brief."""
+    if not all(label in sites for label in labels):
+        return brief(labels)
+    table = tabulated({label: sites[label] for label in labels})
+    cells = {path: cell for cell, path in table.at.items()}
+    roles = dict(zip(table.rows, brief(table.rows) if len(table.rows) > 1 else [""], strict=True))
+    found = [
+        " ".join(filter(None, (*(str(v) for v in cells[p][1] if v is not None), roles[cells[p][0]]))) for p in labels
+    ]
+    return [text or plain(label) for text, label in zip(found, labels, strict=True)]
+
+
+def brief(labels: Sequence[str]) -> list[str]:
+    """Labels without the parts, between dots, that all of them begin or end with."""
+    parts = [str(label).split(".") for label in labels]
+    if len(set(map(tuple, parts))) < 2:
+        return list(map(str, labels))
+    begin = next(k for k in range(len(min(parts, key=len)) + 1) if len({tuple(p[: k + 1]) for p in parts}) > 1)
+    parts = [part[begin:] for part in parts]
+    end = next(k for k in range(len(min(parts, key=len)) + 1) if len({tuple(p[len(p) - k - 1 :]) for p in parts}) > 1)
+    return [".".join(part[: len(part) - end]) or label for part, label in zip(parts, labels, strict=True)]
+
+
+def _curves(axes: Axes, energy: Mapping[str, Any] | None) -> None:
+    """The share of the energy that one subspace for all holds, and that own ones hold, against the rank."""
+    if not energy or not energy["rank"]:
+        axes.set_axis_off()
+        return
+    for name, colour, marker, dashes in (("private", BLUE, "o", "-"), ("shared", VERMILION, "s", (0, (4, 1.5)))):
+        ys = [np.nan if share is None else 100 * share for share in energy[name]]
+        said = "each weight its own" if name == "private" else "one for all"
+        axes.plot(
+            energy["rank"], ys, color=colour, marker=marker, markersize=2.6, linewidth=1.0, linestyle=dashes, label=said
+        )
+    axes.set(xlabel="rank of the subspaces", ylabel="share of the energy, %", ylim=(0, 105))
+    if energy["rank"][-1] >= 8 * energy["rank"][0]:
+        axes.set_xscale("log", base=2)
+    kept = energy["rank"][:: -(-len(energy["rank"]) // 6)]
+    axes.set_xticks(kept, [figures(rank) for rank in kept])
+    axes.set_xticks([], minor=True)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=6.5, borderaxespad=0.2, labelspacing=0.2
+    )
+    ruled(axes)

@@ -1,0 +1,140 @@
+"""Singular spectra of every weight's delta, a panel per role, over the floor that rounding alone would leave.
+
+Invariant: every point is a singular value of the report; of a long spectrum fewer are drawn, none is altered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tensoradapt.errors import SpecError
+from tensoradapt.plots.page import INK, VERMILION
+from tensoradapt.plots.panels import MOST, PAGE, falling, grid, key, name_axes, ruled, shades, thinned
+from tensoradapt.plots.places import Table, tabulated
+from tensoradapt.plots.words import at_most, fitted, has_noise, plain, rule_words, some
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Sites = Mapping[str, Mapping[str, Any]]
+NOISE, DASHED = "#ECECEC", (0, (4, 1.6))
+
+
+def plot_spectra(report: Mapping[str, Any], roles: Sequence[str] | None = None) -> Figure:
+    """sigma_i against i, a line per site, a panel per role (the twelve largest, or `roles`). Raises SpecError."""
+    sites = report["sites"]
+    table = tabulated(sites)
+    shown = _shown(sites, table, roles)
+    shade = dict(zip(table.columns, shades(len(table.columns)), strict=True))
+    colours = {path: shade[column] for (_, column), path in table.at.items()}
+    figure, panels = grid(len(shown))
+    for panel, role in zip(panels, shown, strict=True):
+        _draw(panel, {path: sites[path] for (row, _), path in table.at.items() if row == role}, colours)
+        panel.set_title(fitted(role, 0.9 * PAGE / min(3, len(shown)) - 12, 7), loc="left", pad=3)
+    drawn = [sites[table.at[cell]] for cell in table.at if cell[0] in shown]
+    values = [value for site in drawn for value in site["singular_values"]]
+    floors = [site["noise"]["edge"] or 0.0 for site in drawn]
+    falling(panels[0], max(len(site["singular_values"]) for site in drawn), values, floors)
+    for panel in panels:
+        ruled(panel)
+    name_axes(figure, "index of the singular value", "singular value (units of the weights)")
+    key(figure, _handles(table, shade, any(floors)), 5)
+    return figure
+
+
+def spectra_caption(report: Mapping[str, Any], roles: Sequence[str] | None = None) -> str:
+    """What to read off the spectra: how many values stand out of the noise, in how many weights."""
+    sites = report["sites"]
+    table = tabulated(sites)
+    shown = _shown(sites, table, roles)
+    by = " and ".join(table.names) or "weight"
+    said = [f"Singular values of every weight's change: a panel per role, a line per {by}, dark for the first."]
+    if has_noise(report):
+        said += ["Grey is what rounding to the stored dtype alone would leave: a line that is in it carries nothing."]
+    said += [_counted(sites, "noise" if has_noise(report) else "energy_0.95", has_noise(report))]
+    scaled = sum(site["noise"]["scaled"] for site in sites.values())
+    if scaled and has_noise(report):
+        said += [
+            f"In {some(scaled, 'weight')} the noise is uneven, and was counted after rows and columns were scaled."
+        ]
+    if len(shown) < len(table.rows):
+        said += [f"The {len(shown)} roles that changed most of {len(table.rows)} are drawn."]
+    cut = sum(not site["complete"] for site in sites.values())
+    if cut:
+        said += [f"Only the leading values were computed of {cut:,} of {some(len(sites), 'weight')}."]
+    return " ".join(said)
+
+
+def _counted(sites: Sites, rule: str, noisy: bool) -> str:
+    ranks = [site["ranks"].get(rule) for site in sites.values()]
+    found = at_most(ranks)
+    if found is None:
+        return "" if noisy else "The weights are stored without rounding noise."
+    of = f"{found[1]:,} of {some(len(ranks), 'weight')}"
+    largest = max((site["ranks"][rule], path) for path, site in sites.items() if site["ranks"].get(rule) is not None)
+    top = f"the most is {largest[0]:,}, in {plain(largest[1])}."
+    if noisy:
+        return f"{of} have at most {some(found[0], 'singular value')} above the rounding noise; {top}"
+    return f"There is no rounding noise in these dtypes. In {of} the {rule_words(rule)} is at most {found[0]:,}; {top}"
+
+
+def _shown(sites: Sites, table: Table, wanted: Sequence[str] | None) -> list[str]:
+    """The roles that get a panel, in the order of the table. Raises SpecError where there are none."""
+    unknown = [role for role in wanted or () if role not in table.rows]
+    if unknown or not table.rows:
+        raise SpecError(
+            f"the report has no role {unknown[0]!r}" if unknown else "the report has no weights to draw",
+            expected=", ".join(map(plain, table.rows[:20])) or None,
+        )
+    energy = dict.fromkeys(table.rows, 0.0)
+    for (row, _), path in table.at.items():
+        energy[row] += sites[path]["norm"] ** 2
+    kept = set(wanted or sorted(table.rows, key=lambda row: -energy[row])[:MOST])
+    return [row for row in table.rows if row in kept]
+
+
+def _draw(axes: Axes, sites: Mapping[Any, Mapping[str, Any]], colours: Mapping[Any, Any]) -> None:
+    """One panel: the noise as a grey ground with a dashed edge, and the lines."""
+    edges = [site["noise"]["edge"] for site in sites.values() if site["noise"]["edge"]]
+    if edges:
+        axes.axhspan(0, max(edges), facecolor=NOISE, zorder=0)
+        for edge in dict.fromkeys((min(edges), max(edges))):
+            axes.axhline(edge, color=VERMILION, linewidth=0.9, linestyle=DASHED, zorder=1, label="noise")
+    for path, site in sites.items():
+        values = site["singular_values"]
+        if any(values):
+            kept = thinned(len(values))
+            xs, ys = [k + 1 for k in kept], [values[k] for k in kept]
+            axes.plot(xs, ys, color=colours[path], linewidth=0.8, label=path, zorder=2)
+    if not any(any(site["singular_values"]) for site in sites.values()):
+        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
+        return
+    ranks = [site["ranks"].get("noise") for site in sites.values()] if edges else []
+    known = sorted(rank for rank in ranks if rank is not None)
+    if known:
+        span = f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"
+        more = ", or more than computed" if len(known) < len(ranks) else ""
+        axes.text(
+            0.97, 0.96, f"{span} above the noise{more}", transform=axes.transAxes, ha="right", va="top", fontsize=6
+        )
+
+
+def _handles(table: Table, colours: Mapping[Any, Any], noisy: bool) -> list[Any]:
+    """The first, the middle and the last line, and the noise."""
+    from matplotlib.lines import Line2D
+
+    last = len(table.columns) - 1
+    shown = [table.columns[k] for k in sorted({0, last // 2, last})] if table.names else []
+    handles = [Line2D([], [], color=colours[c], linewidth=1.2, label=_named(table, c)) for c in shown]
+    if noisy:
+        label = "edge of the rounding noise (lowest, highest)"
+        handles += [Line2D([], [], color=VERMILION, linewidth=0.9, linestyle=DASHED, label=label)]
+    return handles or [Line2D([], [], color=INK, linewidth=1.2, label="singular values")]
+
+
+def _named(table: Table, column: Sequence[Any]) -> str:
+    """`layer 3`; of several coordinates each with its name."""
+    pairs = [f"{name} {value}" for name, value in zip(table.names, column, strict=True) if value is not None]
+    return fitted(", ".join(pairs) or "none", 40, 6.5)
