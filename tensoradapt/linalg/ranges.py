@@ -66,7 +66,7 @@ class _Side:
 
     @property
     def whole(self) -> bool:
-        return FULL * self.width >= self.size
+        return FULL * self.width > self.size
 
     def begin(self, sketch: Tensor) -> None:
         self.basis = self.last = orthonormal(sketch)
