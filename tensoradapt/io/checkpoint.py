@@ -98,7 +98,7 @@ class Checkpoint:
         return self.aliases.get(name, name)
 
     def identity(self) -> str:
-        """A hash of names, shapes and dtypes, and of the files' sizes, times and headers, or of values in memory."""
+        """A hash of names, shapes and dtypes, and of the files: size, time, header, samples; or of values in memory."""
         named = [[e.name, list(e.shape), str(e.dtype)] for e in self.entries.values()]
         return hashlib.sha256(json.dumps([named, self.store.fingerprint()]).encode()).hexdigest()
 
@@ -166,6 +166,8 @@ def _(source: os.PathLike, revision: str | None) -> Checkpoint:
 def _(source: str, revision: str | None) -> Checkpoint:
     if "://" in source:  # not repeated as it is: there may be credentials in it
         raise FileError("a checkpoint is not read from a URL", got=urlsplit(source).scheme, expected=SOURCES)
+    if not source.strip():
+        raise FileError("an empty name is no checkpoint", expected=SOURCES)
     path = Path(source).expanduser()
     if not os.path.lexists(path):
         return _from_cache(source, revision)

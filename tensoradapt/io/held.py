@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import FileError
+from tensoradapt.io.mapped import Stamp, mapped
 
 ALIGNED = 64  # bytes: where a tensor begins in a spool
 Listing = Iterator[tuple[str, tuple[int, ...], torch.dtype, Path | None]]
@@ -103,35 +104,36 @@ class Spool:
     """Tensors of a stream that can be read only once, in a temporary file that goes when the spool does."""
 
     folder: Path
+    stamp: Stamp | None = None
     entries: dict[str, tuple[tuple[int, ...], torch.dtype, int, str]] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
-    mapped: Tensor | None = None
 
     def __iter__(self) -> Listing:
         for name, (shape, dtype, _, _) in self.entries.items():
             yield name, shape, dtype, None
 
     def fill(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
-        """Write tensor by tensor, and map what was written."""
-        file = self.folder / "tensors"
-        with file.open("wb") as stream:
+        """Write tensor by tensor."""
+        with self._file.open("wb") as stream:
             for name, tensor in _distinct(pairs):
                 stream.write(b"\0" * (-stream.tell() % ALIGNED))
                 begin, stored = stream.tell(), as_bytes(tensor).numpy().data
                 stream.write(stored)
                 digest = hashlib.sha256(stored).hexdigest()
                 self.entries[name] = (tuple(tensor.shape), tensor.dtype, begin, digest)
-        size = file.stat().st_size
-        self.mapped = torch.from_file(str(file), size=size, dtype=torch.uint8) if size else torch.empty(0)
+        self.stamp = Stamp.of(self._file)
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "tensors"
 
     def read(self, name: str) -> Tensor:
         """One tensor, its pages those of the temporary file."""
-        if self.mapped is None:
+        if self.stamp is None:
             raise FileError("this checkpoint is closed", hint="open it again")
         shape, dtype, begin, _ = self.entries[name]
-        size = torch.Size(shape).numel() * dtype.itemsize
-        return self.mapped[begin : begin + size].view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
+        return mapped(self._file, self.stamp, begin, shape, dtype)
 
     def check(self, name: str) -> None:
         """Nothing: the file is nobody else's."""
@@ -142,7 +144,7 @@ class Spool:
 
     def close(self) -> None:
         """Remove the temporary file; tensors that were read stay."""
-        self.mapped = None
+        self.stamp = None
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

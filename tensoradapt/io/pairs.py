@@ -130,7 +130,7 @@ def _view(stored: Tensor, site: Site) -> Tensor:
 def _blocks(tensor: Tensor) -> Iterator[slice]:
     """Ranges of rows of about BLOCK entries each."""
     height = max(1, BLOCK * len(tensor) // max(tensor.numel(), 1))
-    return (slice(start, start + height) for start in range(0, len(tensor), height))
+    return (slice(start, min(start + height, len(tensor))) for start in range(0, len(tensor), height))
 
 
 def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:

@@ -7,9 +7,8 @@ read is what was there when the files were opened: a file that changed since is 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tensoradapt.errors import FileError
+from tensoradapt.io.mapped import Stamp, mapped
 from tensoradapt.sites import check_regular, read_header, read_object
 
 SINGLE = "model.safetensors"
@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LISTED = 50  # names in an error
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file's contents
 DTYPES: Mapping[str, torch.dtype] = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -36,66 +37,52 @@ PACKED = torch.uint8  # what a dtype of less than a byte, or one that torch lack
 
 
 @dataclass(frozen=True)
-class Stamp:
-    """What tells a file from the one that is there later under its name."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, file: Path) -> Stamp:
-        """The stamp of a file as it is now."""
-        found = file.stat()
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-@dataclass(frozen=True)
 class Shard:
-    """One safetensors file: its header as validated, and its contents, mapped."""
+    """One safetensors file: its header as validated, in stored order, and where behind it the tensors begin."""
 
     file: Path
     header: Mapping[str, Any]
+    begin: int
     stamp: Stamp
-    mapped: Any = field(repr=False)
 
     def read(self, name: str) -> Tensor:
         """One tensor, its pages those of the file. Raises FileError where the file is not what was opened."""
-        self.check()
-        tensor: Tensor = self.mapped.get_tensor(name)
-        return tensor
-
-    def check(self) -> None:
-        """Raise FileError where the file was changed, replaced or removed since it was opened."""
-        try:
-            now = Stamp.of(self.file)
-        except OSError as error:
-            raise FileError(f"{self.file} is gone since it was opened", got=error.strerror) from None
-        if now != self.stamp:
-            raise FileError(f"{self.file} was changed while it was being read", hint="start again")
+        entry = self.header[name]
+        if entry["dtype"] not in DTYPES:
+            raise FileError(f"{name} of {self.file} holds {entry['dtype']}", expected=f"one of {', '.join(DTYPES)}")
+        begin = self.begin + entry["data_offsets"][0]
+        return mapped(self.file, self.stamp, begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
     def fingerprint(self) -> list[Any]:
-        """Name, size, time and header: what differs once the file was written again."""
+        """Name, size, time, header and samples: what differs once the file was written again.
+
+        The samples tell files whose times were set alike, as images and archives do.
+        """
         with self.file.open("rb") as stream:
-            header = stream.read(8 + int.from_bytes(stream.read(8), "little"))
-        self.check()
-        return [self.file.name, self.stamp.size, self.stamp.mtime_ns, hashlib.sha256(header).hexdigest()]
+            found = hashlib.sha256(stream.read(self.begin))
+            for begin in range(self.begin, self.stamp.size, max(1, (self.stamp.size - self.begin) // SAMPLES)):
+                stream.seek(begin)
+                found.update(stream.read(SAMPLE_BYTES))
+        self.stamp.check(self.file)
+        return [self.file.name, self.stamp.size, self.stamp.mtime_ns, found.hexdigest()]
 
 
 def open_shard(file: Path) -> Shard:
-    """Map a safetensors file. Raises FileError where it is no file, damaged, or has a name twice."""
+    """Judge a safetensors file by its header. Raises FileError where it is no file, damaged, or has a name twice."""
     check_regular(file)
     stamp = Stamp.of(file)
     try:
-        mapped = safe_open(file, framework="pt")
+        with safe_open(file, framework="np"):  # the library's own checks: types, sizes, overlaps, holes
+            pass
+        with file.open("rb") as stream:
+            begin = 8 + int.from_bytes(stream.read(8), "little")
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(
             f"{file} is damaged or no safetensors file", got=_first_line(error), hint="download or save it again"
         ) from None
     header = {name: entry for name, entry in read_header(file).items() if name != "__metadata__"}
-    shard = Shard(file, dict(sorted(header.items(), key=_offset)), stamp, mapped)
-    shard.check()
-    return shard
+    stamp.check(file)
+    return Shard(file, dict(sorted(header.items(), key=_offset)), begin, stamp)
 
 
 def _offset(item: tuple[str, Any]) -> tuple[int, ...]:
@@ -125,14 +112,15 @@ class Shards:
 
     def check(self, name: str) -> None:
         """Raise FileError where the tensor's file has changed since it was opened."""
-        self.holders[name].check()
+        shard = self.holders[name]
+        shard.stamp.check(shard.file)
 
     def fingerprint(self) -> list[Any]:
         """What differs once one of the files was written again."""
         return [shard.fingerprint() for shard in {id(shard): shard for shard in self.holders.values()}.values()]
 
     def close(self) -> None:
-        """Nothing: a mapping ends with the last tensor that was read from it."""
+        """Nothing: a file is open only while a tensor of it is used."""
 
 
 def open_file(file: Path) -> Shards:
@@ -161,7 +149,8 @@ def _index_of(folder: Path) -> Path | None:
 
 
 def _without_index(folder: Path) -> Shards:
-    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
+    # A name that begins with a dot is a file manager's or an unfinished one.
+    files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("[!.]*.safetensors"))
     if not files:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles:
@@ -216,8 +205,9 @@ def read_index(index: Path) -> dict[str, str]:
         raise FileError(f"{index} cannot be read as an index", got=_first_line(error)) from None
     if not hasattr(found, "items") or not found:
         raise FileError(f"{index} has no weight_map", expected="an object of tensor names and file names")
+    plain = set(filter(is_plain, {file for file in found.values() if type(file) is str}))
     for name, file in found.items():
-        if not is_plain(file):
+        if type(file) is not str or file not in plain:
             raise FileError(
                 f"{index} places {name!r} outside its folder, or in no file",
                 got=repr(file)[:200],
@@ -226,11 +216,10 @@ def read_index(index: Path) -> dict[str, str]:
     return dict(found)
 
 
-def is_plain(name: object) -> bool:
+def is_plain(name: str) -> bool:
     """Whether this is the plain name of a safetensors file: no folder, drive, or character that ends a name."""
-    text = name if type(name) is str else ""
-    bad = any(character in text for character in "/\\:") or any(ord(character) < 32 for character in text)
-    return text.endswith(".safetensors") and not bad and text == os.path.basename(text) and len(text) < 256
+    bad = any(character in "/\\:" or ord(character) < 32 for character in name)
+    return name.endswith(".safetensors") and not bad and len(name) < 256
 
 
 def _pickled(what: str) -> FileError:

@@ -81,9 +81,8 @@ class Judged:
 
     def _reshape(self, tuned: Entry, base: Entry) -> None:
         """Record another shape: a number of rows outside the layers, or what cannot be matched."""
-        tokens = len(tuned.shape) == 2 and base.shape[1:] == tuned.shape[1:] and not _in_layer(tuned.name)
-        row = Reshaped(tuned.name, base.shape, tuned.shape, self.rows if tokens else "error")
-        (self.mismatched if row.done == "error" else self.reshaped).append(row)
+        row = Reshaped(tuned.name, base.shape, tuned.shape, self.rows)
+        (self.reshaped if self.rows != "error" and _more_rows(row) else self.mismatched).append(row)
 
     def _sites(self, name: str, shape: Shape) -> tuple[list[Site], str]:
         """The sites of a tensor, or why it has none."""
@@ -128,8 +127,8 @@ class Judged:
     def _differing(self) -> FileError:
         shown = "; ".join(f"{r.name} {r.base} and {r.tuned}" for r in self.mismatched[:SHOWN])
         names = {pair.tuned_name for pair in self.pairs}
-        many = 2 * len(self.mismatched) > len(names)
-        tokens = any(row.base[1:] == row.tuned[1:] and not _in_layer(row.name) for row in self.mismatched)
+        tokens = sum(map(_more_rows, self.mismatched))
+        many = 2 * (len(self.mismatched) - tokens) > len(names)
         what = "are of different models" if many else "differ in shape"
         return FileError(
             f"{' and '.join(self.sides)} {what}: {len(self.mismatched)} of {len(names)} weights have another shape",
@@ -185,8 +184,10 @@ def is_embedding(path: str) -> bool:
     return name in ("wte", "wpe") or ("embed" in name and "unembed" not in name and not name.endswith("_out"))
 
 
-def _in_layer(name: str) -> bool:
-    return any(part.isdecimal() for part in name.split("."))
+def _more_rows(row: Reshaped) -> bool:
+    """Whether a matrix outside the layers differs in its number of rows alone, as added tokens have it."""
+    outside = not any(part.isdecimal() for part in row.name.split("."))
+    return outside and len(row.tuned) == 2 and row.base[1:] == row.tuned[1:]
 
 
 def is_packed(entry: Entry) -> bool:
