@@ -521,7 +521,7 @@ def test_folders_that_cannot_be_written_to(tmp_path):
         attached()[1].save(path)
 
 
-@pytest.mark.parametrize("step", ["save_file", "mkdir", "_flush", "replace", "half"])
+@pytest.mark.parametrize("step", ["save_file", "mkdir", "flush", "replace", "half"])
 def test_a_failing_disk_leaves_the_old_file(step, saved, monkeypatch):
     old = saved.read_bytes()
 
@@ -530,7 +530,7 @@ def test_a_failing_disk_leaves_the_old_file(step, saved, monkeypatch):
             Path(args[1]).write_bytes(b"\x10\0\0")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    where = {"save_file": native, "half": native, "mkdir": Path, "_flush": atomic, "replace": os}[step]
+    where = {"save_file": native, "half": native, "mkdir": Path, "flush": atomic, "replace": os}[step]
     monkeypatch.setattr(where, "save_file" if step == "half" else step, full)
     with pytest.raises(ta.FileError, match="cannot be written(?s:.*)No space left(?s:.*)free some space"):
         attached(seed=1)[1].save(saved.parent)
@@ -576,8 +576,8 @@ POINTS = {
     "half written": (native, "save_file", part(0.5)),
     "almost written": (native, "save_file", part(0.999)),
     "written": (native, "save_file", after),
-    "before flushing": (atomic, "_flush", before),
-    "flushed": (atomic, "_flush", after),
+    "before flushing": (atomic, "flush", before),
+    "flushed": (atomic, "flush", after),
     "before renaming": (os, "replace", before),
     "renamed": (os, "replace", after),
 }

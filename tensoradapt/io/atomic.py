@@ -17,21 +17,26 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
-        raise FileError(
-            f"{path} cannot be written",
-            got=error.strerror or str(error),
-            hint="choose another folder, or free some space",
-        ) from error
+        raise unwritten(path, error) from error
     finally:
         with suppress(OSError):  # where there is none, or no folder either
             temporary.unlink()
 
 
-def _flush(path: Path) -> None:
+def unwritten(path: Path, error: OSError) -> FileError:
+    """What to say of a path that cannot be written."""
+    return FileError(
+        f"{path} cannot be written",
+        got=error.strerror or str(error),
+        hint="choose another folder, or free some space",
+    )
+
+
+def flush(path: Path) -> None:
     """Force a file's, or a folder's, contents to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,0 +1,243 @@
+"""PEFT folders out: every delta as B A, the scale in the factors, re-opened and compared before it stands there.
+
+Invariant: a folder that export_peft leaves behind is whole, and its deltas are the adapter's within the stated error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
+from tensoradapt.io.atomic import flush
+from tensoradapt.io.folder import atomic_folder
+from tensoradapt.io.saved import Savable, Saved
+from tensoradapt.peft.card import CARD, Exported, card
+from tensoradapt.peft.config import CONFIG, TASKS, WEIGHTS, config_of
+from tensoradapt.peft.factors import Factored, balanced, truncated
+from tensoradapt.peft.keys import PREFIX
+from tensoradapt.peft.lint import Folder, advice, check
+from tensoradapt.peft.modules import Module, modules_of
+from tensoradapt.peft.opening import open_adapter
+from tensoradapt.peft.patterns import keyed, target_modules
+from tensoradapt.peft.reopen import errors_of
+from tensoradapt.scan import Model, scan
+from tensoradapt.sites import SiteMap
+
+LAYOUTS = ("portable", "compact")
+# What rounding both factors to a dtype may change of a delta, relative to its norm.
+DTYPES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT expects a trained head in the folder
+
+
+@dataclass(frozen=True)
+class _Options:
+    layout: str
+    dtype: str
+    consumer: str | None
+    base_name: str | None
+    task_type: str | None
+    rank: int | None
+    extras: bool
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("layout", self.layout, LAYOUTS),
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("task_type", self.task_type, (None, *TASKS)),
+        ):
+            if value not in allowed:
+                raise SpecError(f"no {name} {value!r}", expected=", ".join(str(a) for a in allowed if a))
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise RankError("a rank is a positive integer", got=repr(self.rank))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is to be written: modules with their factors, the config, and parameters that were trained whole."""
+
+    factored: Mapping[Module, Factored]
+    config: Mapping[str, Any]
+    folder: Folder
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def export_peft(  # noqa: PLR0913
+    source: Savable | str | Path,
+    out: str | Path,
+    *,
+    layout: str = "portable",
+    dtype: str = "float32",
+    model: Model | None = None,
+    consumer: str | None = None,
+    base_name: str | None = None,
+    task_type: str | None = None,
+    overwrite: bool = False,
+    rank: int | None = None,
+    extras: bool = False,
+) -> Exported:
+    """Write an adapter as a PEFT LoRA folder: `W += B A`, re-opened and compared module by module before it is there.
+
+    `portable` gives every module one rank, padded with zeros, and alpha = rank: every server applies it alike;
+    `compact` states ranks by pattern, for PEFT and newer vLLM. `model` (a module, config or folder; an attached
+    adapter's own) lets target_modules be suffixes. `consumer` (vllm, llama.cpp) refuses what that server does;
+    `rank` truncates, and makes a LoRA of formats of full matrix rank; `extras` writes modules trained whole as
+    modules_to_save. Raises AdapterError on deltas that LoRA cannot hold, FileError where the folder cannot be written
+    or its deltas differ, SpecError on other options.
+    """
+    options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras)
+    model = source._model[0] if model is None and isinstance(source, Adapter) else model
+    known = None if model is None else scan(model)
+    saved = _exact(open_adapter(source))
+    modules = modules_of(saved, known)
+    made, zero = _make(saved, modules, known, options)
+    check(consumer, made.folder)
+    if made.folder.patterns:
+        warnings.warn("the compact layout is read right by PEFT and newer vLLM alone", stacklevel=2)
+    with atomic_folder(Path(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
+        result = replace(_write(temporary, saved, made, options), path=Path(out))
+        dropped = () if extras else tuple(saved.plan.extras)
+        result = replace(result, dropped=dropped, notes=_notes(made, zero, dropped))
+        (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")
+    return result
+
+
+def _notes(made: _Made, zero: Sequence[str], dropped: Sequence[str]) -> tuple[str, ...]:
+    """What to know of a folder, beside its errors."""
+    left = [f"{module.path} by {f.left:.1%}" for module, f in made.factored.items() if f.left]
+    twins = [module.path for module in made.factored if module.parts[0].path.partition("[")[0] != module.path]
+    return (
+        *advice(made.folder),
+        *([f"truncated: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}"] if left else []),
+        *([f"left out, their delta is zero: {', '.join(zero)}"] if zero else []),
+        *(
+            [f"{', '.join(twins)} tied to another module: PEFT, too, adds to one weight twice when it merges"]
+            if twins
+            else []
+        ),
+        *(["parameters trained whole are not in the folder: extras=True writes them"] if dropped else []),
+    )
+
+
+def _exact(saved: Saved) -> Saved:
+    """The adapter with its factors in float64 on the CPU. Raises FileError on tensors that have no finite values."""
+    for key, tensor in saved.tensors.items():
+        if tensor.is_meta or not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+            raise FileError(f"{key} has no finite values to export", got=tuple(tensor.shape), hint="load it first")
+    wide = {
+        key: tensor.detach().cpu() if key.startswith("extra.") else tensor.detach().to("cpu", torch.float64)
+        for key, tensor in saved.tensors.items()
+    }
+    return replace(saved, tensors=wide)
+
+
+def _make(
+    saved: Saved, modules: Sequence[Module], known: SiteMap | None, options: _Options
+) -> tuple[_Made, tuple[str, ...]]:
+    """Factors, config and patterns; and the modules left out since their delta is zero."""
+    found = {module: _factored(saved, module, options.rank) for module in modules}
+    zero = tuple(module.path for module, factored in found.items() if not factored.rank)
+    found = {module: factored for module, factored in found.items() if factored.rank}
+    if not found:
+        raise AdapterError("every delta is zero: there is nothing to export", got=f"{len(zero)} modules")
+    rank = max(factored.rank for factored in found.values())
+    uneven = {module.path: f.rank for module, f in found.items() if f.rank != rank}
+    patterns = keyed({m.path: f.rank for m, f in found.items()}) if uneven and options.layout == "compact" else {}
+    patterns = {key: own for key, own in patterns.items() if own != rank}
+    held = {path: saved.tensors[f"extra.{path}"] for path in saved.plan.extras} if options.extras else {}
+    owners = sorted({path.rpartition(".")[0] for path in held})
+    _check_head(owners, options)
+    base = base_of(saved.plan.model, options.base_name)
+    config = config_of(
+        rank,
+        target_modules([module.path for module in found], None if known is None else _paths(known)),
+        patterns=patterns,
+        base=base,
+        revision=str(saved.base.get("revision") or "") or None,
+        task=options.task_type,
+        turned=all(module.kind == "linear" and module.layout == "in out" for module in found),
+        saved=owners,
+    )
+    return _Made(found, config, Folder(list(found), rank, patterns, owners, base), held), zero
+
+
+def _factored(saved: Saved, module: Module, rank: int | None) -> Factored:
+    pair = module.factors(saved)
+    if pair is not None:
+        return balanced(pair, rank)
+    if rank is None:
+        raise AdapterError(
+            f"the delta of {module.path} is of full matrix rank: LoRA cannot hold it",
+            got=str(saved.sites[module.parts[0].path][0].diagram),
+            hint="rank=64 truncates it and states the error; or merge the adapter and serve the whole model",
+        )
+    return truncated(module.delta(saved), rank)
+
+
+def _check_head(owners: Sequence[str], options: _Options) -> None:
+    if options.task_type in HEADED and not owners:
+        raise AdapterError(
+            f"PEFT expects a trained head in a folder of task {options.task_type}, and could not load it without",
+            hint="extras=True where the adapter has one (train=['classifier']), or another task_type",
+        )
+
+
+def _paths(known: SiteMap) -> set[str]:
+    """Every module of a model that holds, or lies above, a parameter or a site."""
+    owners = {name.rpartition(".")[0] for name in known.parameters} | {site.owner for site in known.sites}
+    return {
+        ".".join(path.split(".")[: k + 1]) for path in owners | set(known.refused) for k in range(path.count(".") + 1)
+    }
+
+
+def base_of(name: str, given: str | None) -> str | None:
+    """The base model's name for the config: what was given, or a name that is a Hub's and no path of this machine."""
+    if given is not None:
+        return given
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (re.fullmatch(r"[a-z0-9][\w.-]*", name) and name == name.lower())
+    return name if hub and not name.startswith(".") and not os.path.exists(name) else None
+
+
+def _tensors(made: _Made, dtype: torch.dtype, *, pad: bool) -> dict[str, Tensor]:
+    """Every key of the file with its tensor: A and B in PEFT's shapes, padded with zeros to one rank."""
+    found: dict[str, Tensor] = {}
+    for module, factored in made.factored.items():
+        more = made.folder.rank - factored.rank if pad else 0
+        a = torch.nn.functional.pad(factored.a, (0, 0, 0, more)).to(dtype)
+        b = torch.nn.functional.pad(factored.b, (0, more)).to(dtype)
+        if module.kind == "conv":
+            a, b = a.reshape(-1, *module.shape[1:]), b[:, :, None, None]
+        names = ("lora_embedding_A", "lora_embedding_B")
+        names = names if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+        found |= {f"{PREFIX}{module.path}.{name}": t.contiguous() for name, t in zip(names, (a, b), strict=True)}
+    return found | {f"{PREFIX}{path}": tensor.contiguous() for path, tensor in made.extras.items()}
+
+
+def _write(folder: Path, saved: Saved, made: _Made, options: _Options) -> Exported:
+    """Weights, then the config; read back and compared. Raises FileError where a delta is not what it was."""
+    tensors = _tensors(made, getattr(torch, options.dtype), pad=not made.folder.patterns)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    flush(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(made.config, indent=2) + "\n", encoding="utf-8")
+    reader, errors = errors_of(folder, list(made.factored), saved, made.extras)
+    rows = {m.path: {"rank": f.rank, "error": errors[m.path]} for m, f in made.factored.items()}
+    for module, factored in made.factored.items():
+        if not errors[module.path] <= DTYPES[options.dtype] + factored.left * 1.01:
+            raise FileError(
+                f"the delta of {module.path} is not what it was in {options.dtype}: nothing was written",
+                got=f"relative error {errors[module.path]:.2e}",
+                expected=f"at most {DTYPES[options.dtype]:.0e}",
+                hint="export in float32",
+            )
+    return Exported(folder, options.layout, options.dtype, made.folder.rank, rows, reader)

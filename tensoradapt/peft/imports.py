@@ -1,0 +1,191 @@
+"""PEFT folders in: a plan over presets that has PEFT's deltas, and the parameters that were trained whole.
+
+Invariant: what is imported is all there is in the folder, or the folder is refused by file and key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensoradapt.errors import FileError
+from tensoradapt.io.saved import Saved
+from tensoradapt.io.shards import PICKLES, open_shard
+from tensoradapt.peft.config import CONFIG, WEIGHTS, Config, read_config
+from tensoradapt.peft.families import FAMILIES, Found, projections
+from tensoradapt.peft.keys import Keys, sort_keys
+from tensoradapt.peft.patterns import ends, targeted
+from tensoradapt.plan import Plan, make_plan
+from tensoradapt.presets import preset
+from tensoradapt.scan import Model, scan
+from tensoradapt.sites import Site, SiteMap, placed
+from tensoradapt.spec import Rule, Spec
+
+
+def import_peft(path: str | Path, *, out: str | Path | None = None, model: Model | None = None) -> Saved:
+    """A PEFT folder (LoRA, LoHa, LoKr or VeRA) as an adapter with PEFT's own deltas, written to `out` where given.
+
+    `model` gives shapes that the folder lacks (the inputs of VeRA's modules, kernels of flattened convolutions), and
+    is checked against it. Factors are float32, as PEFT loads them. Raises FileError naming the file and the key: on
+    keys that are missing, unexpected or mis-prefixed, and on options whose delta is not that of their family.
+    """
+    folder = Path(path).parent if Path(path).name in (CONFIG, WEIGHTS) else Path(path)
+    config = read_config(folder)
+    tensors = _read(folder)
+    keys = sort_keys(str(folder / WEIGHTS), config, tensors)
+    live = {site.owner: site for site in scan(model).sites if site.index is None} if model is not None else None
+    notes = _check_targets(config, keys, live)
+    found = {name: _module(config, name, held, tensors, live) for name, held in keys.modules.items()}
+    shared = {part: tensors[key] for part, key in keys.shared.items()}
+    found, guessed = _with_inputs(config, found, shared, live)
+    extras = {f"extra.{name}": tensors[key] for name, key in keys.extras.items()}
+    plan = _plan(config, found, extras)
+    plan = replace(plan, notes=(*plan.notes, *config.notes, *keys.notes, *notes, *guessed))
+    for note in (*config.notes, *keys.notes, *notes, *guessed):
+        warnings.warn(note, stacklevel=2)
+    base = {"name": plan.model, "revision": config.values.get("revision") or ""}
+    saved = Saved.of(plan, _stored(config, plan, found, shared) | extras, base)
+    return saved if out is None else replace(saved, path=saved.save(out))
+
+
+def _read(folder: Path) -> dict[str, Tensor]:
+    """The folder's tensors, factors in float32. Raises FileError on damage, and on pickles unopened."""
+    file = folder / WEIGHTS
+    if not file.exists():
+        pickles = [found.name for found in sorted(folder.iterdir()) if found.suffix in PICKLES]
+        raise FileError(
+            f"no {WEIGHTS} in {folder}",
+            got=f"{', '.join(pickles)}, which can run code when it is opened: not opened" if pickles else None,
+            hint="save it with save_pretrained(..., safe_serialization=True) where you trust it" if pickles else None,
+        )
+    shard = open_shard(file)
+    found = {key: shard.read(key).clone() for key in shard.header}
+    for key, tensor in found.items():
+        if not tensor.is_floating_point() or not tensor.numel() or not bool(torch.isfinite(tensor).all()):
+            raise FileError(
+                f"{key!r} in {file} holds no finite numbers",
+                got=f"{tuple(tensor.shape)} of {str(tensor.dtype)[6:]}",
+                hint="save it again; sharded parameters are gathered first",
+            )
+    return found
+
+
+def _check_targets(config: Config, keys: Keys, live: Mapping[str, Site] | None) -> tuple[str, ...]:
+    """Notes on targets without factors. Raises FileError on factors that PEFT would drop, or not find."""
+    values, file = config.values, config.file
+    stray = [path for path in keys.modules if not _targeted(config, path)]
+    if stray:
+        raise FileError(
+            f"target_modules in {file} does not name {stray[0]}: PEFT would drop its factors without a word",
+            got=str(values.get("target_modules"))[:200],
+            hint="add it to target_modules, or remove its keys",
+        )
+    absent = [path for path in live or () if path not in keys.modules and _targeted(config, path)]
+    if absent and values.get("target_modules"):
+        raise FileError(f"target_modules in {file} names {absent[0]}, and the folder has no factors of it")
+    names = values.get("target_modules")
+    bare = [n for n in names if not any(ends(n, path) for path in keys.modules)] if isinstance(names, list) else []
+    return (f"target_modules names {', '.join(sorted(bare))}, and no factors are there",) if bare else ()
+
+
+def _targeted(config: Config, path: str) -> bool:
+    try:
+        return targeted(config.values, path)
+    except ValueError as error:  # SpecError, from an expression in the file
+        raise FileError(f"target_modules or exclude_modules in {config.file}: {error}") from None
+
+
+def _module(
+    config: Config, path: str, held: Mapping[str, str], tensors: Mapping[str, Tensor], live: Mapping[str, Site] | None
+) -> Found:
+    """One module's factors in float32, with the shape and kind that the model has for it."""
+    parts = {part: tensors[key].float() for part, key in held.items()}
+    least = 1 if config.family == "VERA" else 2
+    flat = next((part for part, tensor in parts.items() if tensor.dim() < least), None)
+    if flat is not None:
+        raise FileError(f"{held[flat]!r} beside {config.file} is no matrix", got=tuple(parts[flat].shape))
+    found = FAMILIES[config.family](config, path, parts)
+    if live is None:
+        return found
+    if path not in live:
+        raise FileError(f"{config.file.parent} adapts {path}, which the model lacks", hint="give the model it is for")
+    site = live[path]
+    unlike = math.prod(site.shape) != math.prod(found.shape) and config.family != "VERA"
+    if unlike or site.out != found.shape[0]:
+        raise FileError(f"{path} has another shape than in {config.file.parent}", got=site.shape, expected=found.shape)
+    return replace(found, shape=site.shape, kind=site.kind)
+
+
+def _with_inputs(
+    config: Config, found: dict[str, Found], shared: Mapping[str, Tensor], live: Mapping[str, Site] | None
+) -> tuple[dict[str, Found], tuple[str, ...]]:
+    """VeRA's modules with their number of inputs: of the model, or all of them as wide as the shared A."""
+    if config.family != "VERA" or live is not None:
+        return found, ()
+    if "vera_A" not in shared:
+        raise FileError(
+            f"{config.file.parent} has neither vera_A nor the shapes to draw it for",
+            hint="give model=, or the projections",
+        )
+    width = shared["vera_A"].shape[-1]
+    note = f"every module of the VeRA is taken to have {width} inputs, as its file does not say: model= tells"
+    return {path: replace(f, shape=(f.shape[0], width)) for path, f in found.items()}, (note,)
+
+
+def _plan(config: Config, found: Mapping[str, Found], extras: Mapping[str, Tensor]) -> Plan:
+    """The plan of a rule for every variation among the modules."""
+    rules: dict[str, list[str]] = {}
+    for path, module in found.items():
+        variation = json.dumps([module.preset, module.parameters, module.fields], sort_keys=True)
+        rules.setdefault(variation, []).append(path)
+    layouts = {"embedding": "in out"}
+    sites = [
+        Site(path, f.shape, layout=layouts.get(f.kind, "out in"), owner=path, tensor=f"{path}.weight", kind=f.kind)
+        for path, f in found.items()
+    ]
+    name = config.values.get("base_model_name_or_path")
+    shapes = {key.removeprefix("extra."): tuple(tensor.shape) for key, tensor in extras.items()}
+    train = tuple(shapes)
+    made = [
+        _rule(found[paths[0]], paths, list(found), train if k == 0 else ()) for k, paths in enumerate(rules.values())
+    ]
+    return make_plan(
+        Spec(rules=tuple(made)), SiteMap(placed(sites), name=name if isinstance(name, str) else "", parameters=shapes)
+    )
+
+
+def _rule(module: Found, paths: list[str], others: list[str], train: tuple[str, ...]) -> Rule:
+    """The preset's rule for some modules, named by their paths, and by an expression where a path is another's end."""
+    ambiguous = {path for path in paths if any(ends(path, other) and other != path for other in others)}
+    targets = tuple(f"re:{_escaped(path)}" if path in ambiguous else path for path in paths)
+    fields = {key: value for key, value in module.fields.items() if key != "folds"}
+    rule = preset(module.preset, **module.parameters, **fields, excess="keep", targets=targets, train=train).rules[0]
+    given: dict[str, Any] = rule.model_dump(exclude_defaults=True)
+    return Rule(**(given | ({"folds": module.fields["folds"]} if "folds" in module.fields else {})))
+
+
+def _escaped(path: str) -> str:
+    return path.replace(".", r"\.")
+
+
+def _stored(config: Config, plan: Plan, found: Mapping[str, Found], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every stored tensor of the plan: factors by group and node, stacked where a node has the axis `site`."""
+    held: dict[str, Tensor] = {}
+    for group in plan.groups:
+        for node, indices in group.diagram.nodes.items():
+            if node in found[group.paths[0]].factors:
+                mine = [found[path].factors[node] for path in group.paths]
+                held[group.store[node]] = torch.stack(mine) if "site" in indices else mine[0].contiguous()
+    if config.family == "VERA":
+        out, inp = (max(f.shape[side] for f in found.values()) for side in (0, 1))
+        banks = {node: key for group in plan.groups for node, key in group.store.items()}
+        held |= {banks[name]: t.float().contiguous() for name, t in projections(config, shared, out, inp).items()}
+    return held

@@ -1,0 +1,120 @@
+"""The keys of `adapter_model.safetensors`: which module and which part of its delta a tensor is.
+
+Invariant: every key has a meaning, or the file is refused by the key's name; no module has half of its factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from tensoradapt.errors import FileError
+from tensoradapt.peft.config import MERGE_FIRST, Config
+
+PREFIX = "base_model.model."
+_LOKR_FIRST = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+_LOKR_SECOND = (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+# The sets of parts that make one module's delta whole.
+WHOLE: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "LORA": (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")),
+    "LOHA": (_HADA, (*_HADA, "hada_t1", "hada_t2")),
+    "LOKR": tuple((*first, *second) for first in _LOKR_FIRST for second in _LOKR_SECOND),
+    "VERA": (("vera_lambda_b", "vera_lambda_d"),),
+}
+_SHARED = ("base_model.vera_A", "base_model.vera_B")
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
+_REASONS = {
+    "lora_magnitude_vector": "DoRA scales the rows of the tuned weight: its delta depends on the base",
+    "lora_B.bias": "a bias beside B is no change of a weight",
+    "token_adapter": "single rows of the embedding are trained",
+}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a file by their meaning: parts of modules, parts shared by all, and parameters trained whole."""
+
+    modules: Mapping[str, Mapping[str, str]]
+    shared: Mapping[str, str]
+    extras: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def sort_keys(file: str, config: Config, keys: Iterable[str]) -> Keys:
+    """Give every key its meaning. Raises FileError on keys that are mis-prefixed, unexpected or missing."""
+    modules: dict[str, dict[str, str]] = {}
+    shared: dict[str, str] = {}
+    rest: dict[str, str] = {}
+    parts = sorted({part for whole in WHOLE[config.family] for part in whole}, key=len, reverse=True)
+    for key in keys:
+        path = _within(file, config, key)
+        part = next((part for part in parts if path.endswith(f".{part}")), None)
+        if not path:
+            shared[key.rpartition(".")[2]] = key
+        elif part is None:
+            rest[path] = key
+        else:
+            modules.setdefault(path.removesuffix(f".{part}"), {})[part] = key
+    for path, held in modules.items():
+        _check_whole(file, config, path, held)
+    extras, notes = _extras(file, config, modules, rest)
+    if not modules:
+        raise FileError(f"{file} adapts no module", got=f"{len(rest)} other tensors", expected=f"a {config.family}")
+    return Keys(modules, shared, extras, notes)
+
+
+def _within(file: str, config: Config, key: str) -> str:
+    """A key without PEFT's prefix; empty for what all modules share."""
+    if key in _SHARED and config.family == "VERA":
+        return ""
+    if not key.startswith(PREFIX):
+        raise FileError(
+            f"{key!r} in {file} has no prefix {PREFIX!r}: PEFT would warn at most, and add nothing",
+            hint=f"save it with save_pretrained, or rename the key to {PREFIX + key!r}",
+        )
+    return key.removeprefix(PREFIX)
+
+
+def _check_whole(file: str, config: Config, path: str, held: Mapping[str, str]) -> None:
+    wholes = WHOLE[config.family]
+    if any(set(held) == set(whole) for whole in wholes):
+        return
+    nearest = min(wholes, key=lambda whole: len(set(held) ^ set(whole)))
+    missing = [f"{PREFIX}{path}.{part}" for part in nearest if part not in held]
+    extra = [held[part] for part in held if part not in nearest]
+    raise FileError(
+        f"{file} lacks the key {missing[0]!r}" if missing else f"{file} has an unexpected key {extra[0]!r}",
+        got=f"of {path}: {', '.join(held)}",
+        expected=", ".join(nearest),
+        hint="the file is not whole: download or save it again",
+    )
+
+
+def _extras(
+    file: str, config: Config, modules: Mapping[str, object], rest: Mapping[str, str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Parameters that were trained whole, and a note of copies of the base's own."""
+    extras, copies = {}, []
+    for path, key in rest.items():
+        owner, _, leaf = path.rpartition(".")
+        module = owner.removesuffix(".base_layer")
+        if leaf == "weight" and module != owner and module in modules:
+            copies.append(key)  # PEFT saves the base's embedding beside its factors
+        elif _trained(config, module, leaf):
+            extras[f"{module}.{leaf}"] = key
+        else:
+            reason = next((why for name, why in _REASONS.items() if name in path), None)
+            raise FileError(
+                f"{file} has an unexpected key {key!r}{f': {reason}' if reason else ''}",
+                expected=f"factors of a {config.family}, or parameters under modules_to_save",
+                hint=MERGE_FIRST if reason else "PEFT would drop it without a word: remove it, or mend the config",
+            )
+    return extras, tuple(f"{key} is a copy of the base's own weight, and was not imported" for key in copies)
+
+
+def _trained(config: Config, module: str, leaf: str) -> bool:
+    """Whether PEFT trains a parameter whole: under modules_to_save, a bias, or a resized embedding."""
+    named = any(f".{name}." in f".{module}." for name in config.values.get("modules_to_save") or ())
+    bias = leaf == "bias" and (config.values.get("bias") or "none") != "none"
+    return named or bias or (leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS)

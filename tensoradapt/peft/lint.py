@@ -1,0 +1,82 @@
+"""What the servers refuse or misread of an exported folder, said before it is written.
+
+Invariant: a server that is named gets a folder that it serves as it is meant, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.peft.modules import Module
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+_VLLM_HEADS = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder is to hold: its modules, the rank that it states, its patterns, and modules trained whole."""
+
+    modules: Sequence[Module]
+    rank: int
+    patterns: Mapping[str, int]
+    saved: Sequence[str]
+    base: str | None
+
+
+def check(consumer: str | None, folder: Folder) -> None:
+    """Raise AdapterError with everything that a consumer refuses or misreads, SpecError on another consumer."""
+    if consumer is None:
+        return
+    if consumer not in _CONSUMERS:
+        raise SpecError(f"no consumer {consumer!r}", expected=", ".join(_CONSUMERS))
+    problems = _CONSUMERS[consumer](folder)
+    if problems:
+        raise AdapterError(
+            f"{consumer} does not serve this adapter as it is meant",
+            got="; ".join(problems),
+            hint="mend it, or merge the adapter and serve the whole model",
+        )
+
+
+def _vllm(folder: Folder) -> list[str]:
+    heads = [name for name in folder.saved if name.rpartition(".")[2] not in _VLLM_HEADS]
+    return [
+        *_kernels(folder, "vLLM"),
+        *([f"rank {folder.rank} is above {VLLM_RANKS[-1]}: rank= truncates"] if folder.rank > VLLM_RANKS[-1] else []),
+        *(["older versions drop rank_pattern, and scale wrongly: layout portable"] if folder.patterns else []),
+        *([f"modules trained whole are refused: {', '.join(heads)}"] if heads else []),
+    ]
+
+
+def _llama_cpp(folder: Folder) -> list[str]:
+    tied = [m.path for m in folder.modules if m.path.rpartition(".")[2] == "lm_head" and m.parts[0].path != m.path]
+    return [
+        *_kernels(folder, "llama.cpp"),
+        *(
+            ["alpha_pattern is ignored, every tensor is scaled by its own rank: layout portable"]
+            if folder.patterns
+            else []
+        ),
+        *([f"modules trained whole are refused: {', '.join(folder.saved)}"] if folder.saved else []),
+        *([f"{', '.join(tied)} is tied to the embedding"] if tied else []),
+    ]
+
+
+def _kernels(folder: Folder, server: str) -> list[str]:
+    convolutions = [module.path for module in folder.modules if module.kind == "conv"]
+    return [f"{server} has no LoRA of convolutions: {', '.join(convolutions[:4])}"] if convolutions else []
+
+
+_CONSUMERS: Mapping[str, Callable[[Folder], list[str]]] = {"vllm": _vllm, "llama.cpp": _llama_cpp}
+
+
+def advice(folder: Folder) -> tuple[str, ...]:
+    """What to tell the servers."""
+    fits = next((rank for rank in VLLM_RANKS if rank >= folder.rank), None)
+    vllm = f"vLLM: --enable-lora --max-lora-rank {fits}" if fits else f"vLLM serves ranks up to {VLLM_RANKS[-1]}"
+    uneven = ("the ranks differ: PEFT and newer versions of vLLM alone read them right",) if folder.patterns else ()
+    nameless = () if folder.base else ("no base is named: llama.cpp's converter wants --base, and servers its name",)
+    return (vllm, *uneven, *nameless)

@@ -1,0 +1,139 @@
+"""Sites as PEFT has them: modules, each with one delta.
+
+Invariant: every site of the adapter is in exactly one module, or the export is refused by the site's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensoradapt.errors import AdapterError, FileError
+from tensoradapt.grouping import Group
+from tensoradapt.io.saved import Saved
+from tensoradapt.peft.factors import Pair, factors_of
+from tensoradapt.sites import Site, SiteMap
+from tensoradapt.targets import matches
+
+SERVED = ("linear", "embedding", "conv")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A site's share of a module: its rows from `start` on, turned where the module uses the tensor the other way."""
+
+    path: str
+    start: int = 0
+    turned: bool = False
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module that PEFT is to adapt: its kind and layout, the shape of its whole delta, and the sites in it."""
+
+    path: str
+    kind: str
+    layout: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def flat(self) -> tuple[int, int]:
+        """The shape of the delta as a matrix: (out, in * kernel)."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    def delta(self, saved: Saved) -> Tensor:
+        """The module's delta as a matrix, from the deltas of its sites."""
+        deltas = [(part, saved.delta(part.path).flatten(1)) for part in self.parts]
+        whole = torch.zeros(self.flat, dtype=deltas[0][1].dtype)
+        for part, delta in deltas:
+            delta = delta.mT if part.turned else delta
+            whole[part.start : part.start + len(delta)] += delta.cpu()
+        return whole
+
+    def factors(self, saved: Saved) -> Pair | None:
+        """The module's delta as B, A: those of its sites beside each other, or None where a site has none."""
+        pairs = [(part, factors_of(saved, part.path)) for part in self.parts]
+        wide: list[Pair] = []
+        for part, pair in pairs:
+            if pair is None:
+                return None
+            b, a = (pair[1].mT, pair[0].mT) if part.turned else pair
+            below = self.flat[0] - part.start - len(b)
+            wide.append((torch.nn.functional.pad(b, (0, 0, part.start, below)), a))
+        return torch.cat([b for b, _ in wide], 1), torch.cat([a for _, a in wide])
+
+
+def modules_of(saved: Saved, model: SiteMap | None) -> list[Module]:
+    """The modules of an adapter; a model's own sites, where it is given, say what they are and have to fit.
+
+    Raises AdapterError on what PEFT cannot hold, FileError where the model lacks a module or has it in another shape.
+    """
+    live = {site.owner: site for site in model.sites if site.index is None} if model else None
+    found: dict[str, list[Module]] = {}
+    for group, placement in saved.sites.values():
+        for module in _modules(group, placement.site, live):
+            found.setdefault(module.path, []).append(module)
+    made = [
+        Module(path, m[0].kind, m[0].layout, m[0].shape, tuple(p for each in m for p in each.parts))
+        for path, m in found.items()
+    ]
+    if live is not None:
+        _check_fits(saved, made, live)
+    return made
+
+
+def _modules(group: Group, site: Site, live: Mapping[str, Site] | None) -> list[Module]:
+    """A site's module, and the modules that are tied to it and adapted with it."""
+    here = live.get(site.owner, site) if live else site
+    if site.index is not None or here.kind not in SERVED:
+        raise AdapterError(
+            f"PEFT's LoRA cannot hold the delta of {site.path}",
+            got="an expert of a 3-D parameter" if site.index is not None else f"a {here.kind} delivered by weight",
+            expected="a Linear, Conv1D, Embedding or Conv2d module",
+            hint="merge the adapter and serve the whole model, or leave the site out of the adapter",
+        )
+    turned = live is not None and here.shape != site.shape and here.shape == site.shape[::-1]  # taken from a file
+    shape = site.shape[::-1] if turned else site.shape
+    shape = shape if site.rows is None else (_height(group, site, live), *shape[1:])
+    start = 0 if site.rows is None else site.rows[0]
+    made = [Module(site.owner, here.kind, here.layout, shape, (Part(site.path, start, turned),))]
+    for twin in site.joined:
+        if live is None or twin not in live:
+            raise AdapterError(
+                f"{twin} is tied to {site.path}, and what it is cannot be told without the model", hint="give model="
+            )
+        other = live[twin]
+        crossed = other.layout != here.layout
+        sides = shape[::-1] if crossed else shape
+        made.append(Module(twin, other.kind, other.layout, sides, (Part(site.path, 0, turned != crossed),)))
+    return made
+
+
+def _height(group: Group, site: Site, live: Mapping[str, Site] | None) -> int:
+    """The number of rows of the whole weight that a site is a range of."""
+    if live and site.owner in live:
+        return live[site.owner].out
+    sizes: Any = next((value for name, value in group.rule.parts.items() if matches(name, site.owner)), None)
+    if sizes is None:
+        raise AdapterError(f"{site.path} is a part of a weight whose height is not known", hint="give model=")
+    return sum(sizes.values()) if hasattr(sizes, "values") else len(sizes) * site.out
+
+
+def _check_fits(saved: Saved, made: Sequence[Module], live: Mapping[str, Site]) -> None:
+    wrong = [
+        f"{m.path}: {m.shape} in the adapter, {live[m.path].shape if m.path in live else 'nothing'} in the model"
+        for m in made
+        if m.path not in live or live[m.path].shape != m.shape
+    ]
+    if wrong:
+        raise FileError(
+            f"{saved.where} is for another model: {len(wrong)} modules do not fit",
+            got="; ".join(wrong[:5]),
+            hint="give the model that the adapter was made for",
+        )

@@ -1,0 +1,149 @@
+"""PEFT's ways of naming modules: suffix lists, expressions, and patterns that give a module a rank of its own.
+
+Invariant: an expression from a file that could run for long, or is none, is refused before it is tried.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from re import _constants as codes  # type: ignore[attr-defined]
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any
+
+from tensoradapt.errors import SpecError
+
+MAX_PATTERN = 20_000  # characters
+MAX_STEPS = 10_000_000  # of a match, estimated
+_REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
+_PLAIN = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN, codes.AT)
+
+
+def compiled(pattern: str, longest: int, wrap: str = "{}") -> re.Pattern[str]:
+    """An expression for paths of at most `longest` characters. Raises SpecError where it is invalid or explosive.
+
+    Only single characters may be repeated, and the ways to try them are counted: n^k / k! for k repeats.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise SpecError(
+            "an expression is too long", got=f"{len(pattern)} characters", expected=f"at most {MAX_PATTERN}"
+        )
+    try:
+        whole = wrap.format(pattern)
+        repeats, choices = _ways(parser.parse(whole))
+        if math.comb(longest + repeats, repeats) * choices > MAX_STEPS:
+            raise ValueError("it may take very long to match")
+        return re.compile(whole)
+    except (re.error, ValueError, OverflowError, RecursionError) as error:
+        raise SpecError(
+            f"{pattern[:80]!r} is no expression that can be used",
+            got=str(error)[:200],
+            hint="write full module paths",
+        ) from None
+
+
+def _ways(parsed: Any) -> tuple[int, int]:
+    """The number of repeats and of ways to choose in a parsed expression. Raises ValueError on nested repeats."""
+    repeats, choices = 0, 1
+    for code, argument in parsed:
+        inner, factor = (0, 1)
+        if code in _REPEATS:
+            inner, factor = _repeated(*argument)
+        elif code is codes.BRANCH:
+            counted = [_ways(branch) for branch in argument[1]]
+            inner, factor = max(r for r, _ in counted), sum(c for _, c in counted)
+        elif code in (codes.SUBPATTERN, codes.ASSERT, codes.ASSERT_NOT):
+            inner, factor = _ways(argument[-1])
+        elif code not in _PLAIN:
+            raise ValueError(f"{str(code).lower()} is not read")
+        repeats, choices = repeats + inner, choices * factor
+    return repeats, choices
+
+
+def _repeated(low: int, high: Any, body: Any) -> tuple[int, int]:
+    if high == 1:
+        inner, factor = _ways(body)
+        return inner, 1 + factor
+    if len(body) != 1 or body[0][0] not in _PLAIN:
+        raise ValueError("it repeats more than one character")
+    return (0, 1) if low == high else (1, 1)
+
+
+def pattern_key(patterns: Iterable[str], path: str) -> str | None:
+    """The first pattern that means a path, as PEFT decides it: a suffix of whole components, read as an expression."""
+    for pattern in patterns:
+        if compiled(pattern, len(path), r"(.*\.)?({})$").match(path):
+            return pattern
+    return None
+
+
+def valued(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """A path's own value (rank, alpha) under PEFT's patterns, or the default."""
+    key = pattern_key(patterns, path)
+    return default if key is None else patterns[key]
+
+
+def ends(name: str, path: str) -> bool:
+    """Whether a name of a list means a path: equal, or a suffix of whole components."""
+    return path == name or path.endswith(f".{name}")
+
+
+def named(names: str | Sequence[str], path: str) -> bool:
+    """Whether names mean a path: a list by suffix, a text as an expression for the whole path."""
+    if isinstance(names, str):
+        return compiled(names, len(path)).fullmatch(path) is not None
+    return any(ends(name, path) for name in names)
+
+
+def targeted(config: Mapping[str, Any], path: str) -> bool:
+    """Whether a config's targets, excludes and layers mean a path; `all-linear` means all that could be meant."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if config.get("exclude_modules") and named(config["exclude_modules"], path):
+        return False
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str) or path in targets or not layers and layers != 0:
+        return named(targets, path)
+    return named(targets, path) and _layer(config.get("layers_pattern"), path) in (
+        layers if isinstance(layers, list) else [layers]
+    )
+
+
+def _layer(patterns: str | Sequence[str] | None, path: str) -> int | None:
+    """The number of the layer that a path lies in: the first one, behind a list that is named or any."""
+    lists = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
+    search: Callable[[str], Any] = lambda name: compiled(name, len(path), r"(?:^|.*?\.){}\.(\d+)\.").match(path)  # noqa: E731
+    found = next((match for match in map(search, lists) if match), None)
+    return int(found[1]) if found else None
+
+
+def target_modules(paths: Sequence[str], modules: Iterable[str] | None) -> list[str] | str:
+    """What selects exactly these paths among a model's modules: the shortest suffixes without a number, sorted.
+
+    Full paths where there are no such suffixes or the model is not known; one expression where a full path is the
+    suffix of another module's.
+    """
+    taken = {suffix for path in set(modules or ()) - set(paths) for suffix in _suffixes(path)}
+    if taken & set(paths):
+        return "|".join(map(re.escape, sorted(paths)))
+    plain = {path: [s for s in _suffixes(path) if s not in taken and not re.search(r"\b\d+\b", s)] for path in paths}
+    if modules is None or not all(plain.values()):
+        return sorted(paths)
+    return sorted({suffixes[0] for suffixes in plain.values()})
+
+
+def _suffixes(path: str) -> list[str]:
+    """The path's suffixes of whole components, the shortest first."""
+    parts = path.split(".")
+    return [".".join(parts[k:]) for k in reversed(range(len(parts)))]
+
+
+def keyed(values: Mapping[str, int]) -> dict[str, int]:
+    """Patterns that give each path its own value and no other path any: the path, or `^` and the path escaped."""
+    found = {}
+    for path, value in values.items():
+        plain = all(part.isidentifier() or part.isdecimal() for part in path.split("."))
+        alone = plain and [other for other in values if re.match(rf"(.*\.)?({path})$", other)] == [path]
+        found[path if alone else f"^{re.escape(path)}"] = value
+    return found
