@@ -236,6 +236,15 @@ def test_the_portable_config_says_one_rank_and_no_patterns(tmp_path):
         assert opened.metadata() == {"format": "pt"}
 
 
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION", None])
+def test_peft_finds_the_task(task, tmp_path):
+    model = tiny.llama()
+    saved = made(model, ta.preset("lora", rank=2, targets=["q_proj"]))
+    assert export_peft(saved, tmp_path / "out", task_type=task).reader.startswith("PEFT")
+    found = PeftModel.from_pretrained(model, tmp_path / "out")
+    assert found.peft_config["default"].task_type == task
+
+
 def test_the_compact_layout_states_ranks_and_warns(tmp_path):
     with pytest.warns(UserWarning, match="read right by PEFT and newer vLLM alone"):
         export_peft(attached("two ranks"), tmp_path / "out", layout="compact")

@@ -11,6 +11,7 @@ import typer
 
 from tensoradapt.cli.budget import budget
 from tensoradapt.cli.demo import demo
+from tensoradapt.cli.export import export
 from tensoradapt.cli.plan import plan
 from tensoradapt.cli.presets import presets
 from tensoradapt.errors import TensorAdaptError
@@ -31,7 +32,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (presets, plan, budget, demo):
+    for command in (presets, plan, budget, export, demo):
         app.command()(command)
     return app
 

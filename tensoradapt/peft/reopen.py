@@ -52,7 +52,10 @@ def reopened(folder: Path, modules: Sequence[Module], extras: Mapping[str, Tenso
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         try:
-            loaded = peft.PeftModel.from_pretrained(_skeleton(modules, extras), str(folder), torch_device="cpu")
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.task_type = None  # a task wants methods that a skeleton does not have
+            skeleton = _skeleton(modules, extras)
+            loaded = peft.PeftModel.from_pretrained(skeleton, str(folder), config=config, torch_device="cpu")
         except Exception as error:  # whatever PEFT raises of a folder that it cannot load
             raise FileError("PEFT cannot load what was written", got=f"{type(error).__name__}: {error}") from error
     return f"PEFT {version('peft')}", lambda module: _delta(loaded.base_model.model, module)
