@@ -1,9 +1,15 @@
 """Tensor-structured adapters: an adapter is a tensor network over grouped weight deltas."""
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.analysis.report import Report
+from tensoradapt.analysis.run import analyze
 from tensoradapt.attach import attach, load
 from tensoradapt.budget import BudgetTable, SolvedSpec
 from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
+from tensoradapt.extract import Extraction, extract
+from tensoradapt.fit import Fit, fit
+from tensoradapt.io.saved import Saved
+from tensoradapt.peft import export_peft, import_peft
 from tensoradapt.plan import Plan
 from tensoradapt.presets import PRESETS, preset
 from tensoradapt.scan import budget, plan, solve_rank
@@ -15,18 +21,27 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "BudgetTable",
+    "Extraction",
     "FileError",
+    "Fit",
     "Plan",
     "RankError",
+    "Report",
     "Rule",
+    "Saved",
     "ShapeError",
     "SiteError",
     "SolvedSpec",
     "Spec",
     "SpecError",
     "TensorAdaptError",
+    "analyze",
     "attach",
     "budget",
+    "export_peft",
+    "extract",
+    "fit",
+    "import_peft",
     "load",
     "plan",
     "preset",

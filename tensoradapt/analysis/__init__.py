@@ -1,1 +1,1 @@
-"""Analysis: spectra, ranks, noise floors and reports of the differences of two checkpoints."""
+"""Analysis: what a fine-tuning is made of, by weight and over stacks of layers and roles."""

@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
+from tensoradapt.cli.analyze import analyze
 from tensoradapt.cli.budget import budget
 from tensoradapt.cli.demo import demo
 from tensoradapt.cli.export import export
+from tensoradapt.cli.extract import extract
 from tensoradapt.cli.plan import plan
+from tensoradapt.cli.plot import plot
 from tensoradapt.cli.presets import presets
 from tensoradapt.errors import TensorAdaptError
 
@@ -32,7 +35,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (presets, plan, budget, export, demo):
+    for command in (presets, plan, budget, analyze, extract, export, plot, demo):
         app.command()(command)
     return app
 
@@ -48,7 +51,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
-    """Build, plan and compare tensor-structured adapters."""
+    """Build, analyse, extract and compare tensor-structured adapters."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

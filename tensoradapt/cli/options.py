@@ -34,6 +34,16 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="A further parameter of the preset, as name=value: heads=12, factor=4."),
 ]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="Where to compute: cpu (the default), cuda, cuda:1, mps.")
+]
+RowsOption = Annotated[
+    str, typer.Option("--rows", help="Matrices outside the layers whose rows differ: error, truncate or pad.")
+]
+NonfiniteOption = Annotated[
+    str, typer.Option("--nonfinite", help="Weights with NaN or infinite entries: error, or skip them.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random sketches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from tensoradapt.analysis.noise import noise_of
+from tensoradapt.analysis.slices import Slices, empty, flat
 from tensoradapt.analysis.source import open_source
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import SpecError
 from tensoradapt.extract.allocate import allocate
 from tensoradapt.extract.goals import NOISE, Goal, fit_group, group_curve
-from tensoradapt.extract.slices import Slices, empty, flat
 from tensoradapt.fit.curves import Point
 from tensoradapt.fit.policy import squares
 from tensoradapt.fit.result import Fit

@@ -1,0 +1,187 @@
+"""`analyze`: two checkpoints -> the report of what their difference is made of.
+
+Invariant: one delta is in memory at a time, and one stack's core.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensoradapt.analysis.candidates import RANKS, Choice, Stacked, compared
+from tensoradapt.analysis.noise import Noise, noise_of
+from tensoradapt.analysis.report import Report
+from tensoradapt.analysis.slices import Slices, empty
+from tensoradapt.analysis.source import open_source
+from tensoradapt.analysis.spectra import SiteReport, Source, site_report
+from tensoradapt.analysis.stacks import BASIS, StackReport, stack_report, stacks_of
+from tensoradapt.errors import SpecError
+from tensoradapt.fit.compress import Compressed, compress
+from tensoradapt.fit.policy import squares
+from tensoradapt.grouping import Group, resized
+from tensoradapt.io.pairs import Deltas
+from tensoradapt.linalg import SOLO, Dense, Slice, Team
+from tensoradapt.sites import Site, SiteMap
+from tensoradapt.targets import matches
+
+MEMORY = 1 << 28  # bytes of a stack that is kept whole instead of in shared bases
+Progress = Callable[[str, int, int], None]
+OPTIONS = ("values", "targets", "candidates", "seed", "team", "progress", "memory")
+
+
+@dataclass(frozen=True)
+class DeltaSource:
+    """The deltas of two checkpoints, on a device."""
+
+    deltas: Deltas
+    like: Tensor
+    targets: tuple[str, ...] = ()
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that the targets match, all of them where there are none."""
+        found = self.deltas.sites
+        if not self.targets:
+            return found
+        chosen = tuple(s for s in found if any(matches(t, s.path) for t in self.targets))
+        if not chosen:
+            raise SpecError(
+                "the targets match no weight", got=list(self.targets), expected=", ".join(s.path for s in found[:8])
+            )
+        return chosen
+
+    def slice(self, site: Site) -> Slice:
+        """One delta, its kernel flattened into `in`."""
+        return Dense(self.deltas.delta(site.path).flatten(1).to(self.like.device))
+
+    def noise(self, site: Site) -> Noise:
+        """The rounding noise of one delta."""
+        return noise_of(*self.deltas.weights(site.path))
+
+    def described(self, site: Site) -> dict[str, Any]:
+        """The dtypes of both sides, and the norm of the base's weight."""
+        base, tuned = self.deltas.weights(site.path)
+        norm = math.sqrt(math.fsum(squares(block.float()) for block in base.flatten(1).split(1024)))
+        return {"dtypes": (str(base.dtype)[6:], str(tuned.dtype)[6:]), "base_norm": norm}
+
+
+def analyze(base: Any, tuned: Any, *, device: str | None = None, **options: Any) -> Report:
+    """Ranks and spectra of tuned - base, by weight and over stacks of layers and roles, and the formats that hold it.
+
+    Checkpoints are files, folders, hub ids, mappings, or iterables of (name, tensor). Options: `values` (singular
+    values per weight, or as many as are cheap), `targets`, `candidates` (False leaves the comparison of formats out),
+    `seed`, `memory` (bytes of a stack that is kept whole), `team`, `progress`, and those of reading: `rows`,
+    `nonfinite`, `base_revision`, `tuned_revision`. Raises FileError.
+    """
+    own = {key: options.pop(key) for key in OPTIONS if key in options}
+    with open_source(base, tuned, **options) as deltas:
+        source = DeltaSource(deltas, empty(device), tuple(own.pop("targets", ())))
+        match = {**deltas.match.to_dict(), "matched": len(deltas.match.pairs)}
+        return report_of(source, deltas.match.sites, ("checkpoints", deltas.base.name, deltas.tuned.name), match, **own)
+
+
+def report_of(
+    source: Source,
+    model: SiteMap,
+    names: tuple[str, str, str],
+    match: dict[str, Any],
+    *,
+    like: Tensor | None = None,
+    **options: Any,
+) -> Report:
+    """The report of a source of deltas; `names` are the kind, the base and the tuned side."""
+    team: Team = options.get("team", SOLO)
+    seed, values = options.get("seed", 0), options.get("values")
+    progress: Progress = options.get("progress") or (lambda *_: None)
+    sites = _sites(source, team, (values, seed), progress)
+    work = _Stacks(
+        source, model, sites, getattr(source, "like", empty(None)), seed, options.get("memory", MEMORY), team
+    )
+    groups, stacks = work.all(progress)
+    chosen = compared(stacks, _typical(sites)) if options.get("candidates", True) else Choice(())
+    settings = {"values": values, "seed": seed, "basis": BASIS, "candidate_ranks": list(RANKS)}
+    named = {path: replace(row, group=work.group_of[path]) for path, row in sites.items()}
+    return Report(*names, settings, match, named, groups, chosen.candidates, chosen.choice, chosen.comparisons)
+
+
+def _typical(sites: dict[str, SiteReport]) -> int | None:
+    """The median rank above the noise, of the sites where it is known."""
+    ranks = sorted(r for row in sites.values() if (r := row.ranks["noise"]))
+    return ranks[len(ranks) // 2] if ranks else None
+
+
+def _sites(source: Source, team: Team, how: tuple[int | None, int], progress: Progress) -> dict[str, SiteReport]:
+    """Every site's numbers, each member of a team a share of them."""
+    found: dict[str, SiteReport] = {}
+    for number, site in enumerate(source.sites):
+        if number % team.size == team.rank:
+            found[site.path] = site_report(source, site, *how)
+        progress(site.path, number + 1, len(source.sites))
+    gathered = {path: row for part in team.gather(found) for path, row in part.items()}
+    return {site.path: gathered[site.path] for site in source.sites}
+
+
+@dataclass(frozen=True)
+class _Stacks:
+    """The stacks of a source, one after the other."""
+
+    source: Source
+    model: SiteMap
+    sites: dict[str, SiteReport]
+    like: Tensor
+    seed: int
+    memory: int
+    team: Team
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The sites in stacks."""
+        return stacks_of(self.source.sites, self.model)
+
+    @cached_property
+    def group_of(self) -> dict[str, str]:
+        """The stack of every site."""
+        return {path: group.name for group in self.groups for path in group.paths}
+
+    def all(self, progress: Progress) -> tuple[dict[str, StackReport], list[Stacked]]:
+        """The reports of all stacks, and what candidates need of those within the layers."""
+        reports: dict[str, StackReport] = {}
+        stacks: list[Stacked] = []
+        for number, group in enumerate(self.groups):
+            held = self._held(group)
+            sigma = self._sigma(group)
+            reports[group.name] = stack_report(group, held, sigma)
+            if any("layer" in p.site.coordinates for p in group.placements) or len(self.groups) == 1:
+                stacks.append(self._stacked(group, held))
+            progress(group.name, number + 1, len(self.groups))
+        return reports, stacks
+
+    def _held(self, group: Group) -> Compressed:
+        """The stack whole, or in shared bases where it is large."""
+        team = self.team if len(group.placements) >= 2 * self.team.size else SOLO
+        stream = Slices(group, self.source.slice, self.like, team).stream(self.seed)
+        size = math.prod(group.diagram.sizes[a] for a in group.diagram.open) * self.like.element_size()
+        return stream.held(resized(group, BASIS), whole=size <= self.memory)
+
+    def _sigma(self, group: Group) -> float:
+        """The noise of an entry, a root mean square over the stack."""
+        rows = [self.sites[path].noise["sigma"] ** 2 for path in group.paths]
+        return math.sqrt(sum(rows) / len(rows))
+
+    def _stacked(self, group: Group, held: Compressed) -> Stacked:
+        axes = group.diagram.open
+        order = sorted(group.placements, key=lambda p: [p.index[a] for a in group.diagram.coordinates])
+        paths = tuple(p.site.path for p in order)
+        core = held.core.permute([held.diagram.open.index(a) for a in axes])
+        small = held if held.bases else compress(replace(held, diagram=resized(group, BASIS)), seed=self.seed)
+        narrow = small.core.permute([small.diagram.open.index(a) for a in axes])
+        norms = torch.tensor([self.sites[path].norm ** 2 for path in paths], dtype=torch.float64)
+        spectra = tuple(torch.tensor(self.sites[path].singular_values) for path in paths)
+        deltas = None if held.bases else core.reshape(-1, *core.shape[-2:])
+        return Stacked(group.name, axes, group.diagram.sizes, paths, narrow, norms, spectra, deltas)

@@ -1,0 +1,152 @@
+"""Spectra: what one delta is made of.
+
+Invariant: a site's numbers come from its own delta, one delta in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tensoradapt.analysis.noise import Noise, edge
+from tensoradapt.analysis.ranks import effective_rank, participation_ratio, ranks_of
+from tensoradapt.linalg import Product, Slice, singular_values, square, truncated_svd
+from tensoradapt.sites import Site
+
+WHOLE = 1024  # up to this side all singular values are computed
+VALUES = 128  # so many leading ones beyond it
+
+
+class Source(Protocol):
+    """Where deltas come from: two checkpoints, or a set of adapters."""
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that differ, or may."""
+
+    def slice(self, site: Site) -> Slice:
+        """One delta, its kernel flattened into `in`."""
+
+    def noise(self, site: Site) -> Noise:
+        """The rounding noise of one delta."""
+
+    def described(self, site: Site) -> dict[str, Any]:
+        """`dtypes` of both sides, and `base_norm`, the norm of the base's weight (0 where there is none)."""
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site's numbers. Norms and singular values are in the weight's units; `residual` is what `singular_values`
+    leaves out; `complete` says that they are all there. A rank of None is above the number of values computed."""
+
+    shape: tuple[int, int]
+    coordinates: Mapping[str, int | str]
+    dtypes: tuple[str, str]
+    norm: float
+    relative_change: float
+    spectral_norm: float
+    singular_values: tuple[float, ...]
+    complete: bool
+    residual: float
+    method: str
+    stable_rank: float
+    effective_rank: float
+    participation_ratio: float
+    noise: Mapping[str, Any]
+    ranks: Mapping[str, int | None]
+    group: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def site_report(source: Source, site: Site, values: int | None = None, seed: int = 0) -> SiteReport:
+    """Norms, singular values and ranks of one site's delta; `values` of them, or as many as are cheap."""
+    found = source.slice(site)
+    shape, total = found.shape, found.square
+    s, method = _values(found, values, seed)
+    noise = source.noise(site)
+    described = source.described(site)
+    first, limit = (float(s[0]) if len(s) else 0.0), min(shape)
+    return SiteReport(
+        shape=shape,
+        coordinates=dict(site.coordinates),
+        dtypes=described["dtypes"],
+        norm=math.sqrt(total),
+        relative_change=math.sqrt(total) / described["base_norm"] if described["base_norm"] else 0.0,
+        spectral_norm=first,
+        singular_values=tuple(s.tolist()),
+        complete=len(s) >= limit,
+        residual=0.0 if len(s) >= limit else math.sqrt(max(0.0, total - float(s.double().square().sum()))),
+        method=method,
+        stable_rank=total / first**2 if first else 0.0,
+        effective_rank=effective_rank(s, total, limit),
+        participation_ratio=participation_ratio(s, total, limit),
+        noise={"sigma": noise.sigma, "edge": noise.edge, "scaled": noise.uneven},
+        ranks=ranks_of(s, total, shape, noise_rank(found, s, noise, values, seed)),
+    )
+
+
+def _values(found: Slice, values: int | None, seed: int) -> tuple[Tensor, str]:
+    """The leading singular values, and how they were found."""
+    limit = min(found.shape)
+    if isinstance(found, Product) and found.outer.shape[1] < limit:
+        outer, inner = torch.linalg.qr(found.outer.double())[1], torch.linalg.qr(found.inner.double().mT)[1]
+        s = torch.linalg.svdvals(outer @ inner.mT)
+        return torch.cat([s, s.new_zeros(limit - len(s))])[: values or limit].cpu(), "factors"
+    wanted = values or (limit if limit <= WHOLE else VALUES)
+    if wanted >= limit or limit <= WHOLE:
+        return singular_values(found.dense())[:wanted].cpu(), "gram"
+    low = truncated_svd(found.dense(), wanted, seed=seed, tolerance=1e-2)
+    return low.s.cpu(), low.method
+
+
+def noise_rank(found: Slice, s: Tensor, noise: Noise, values: int | None, seed: int) -> int | None:
+    """How many singular values rise above the rounding noise of the stored dtypes, and above that of float32.
+
+    Where rows or columns are unevenly noisy, those of the delta after its noise has been brought to one everywhere.
+    """
+    first = float(s[0]) if len(s) else 0.0
+    floor = first * max(found.shape) * torch.finfo(torch.float32).eps
+    if noise.uneven and first > 0:
+        scaled, _ = _values(_Scaled(found, noise), values, seed)
+        above = int((scaled > edge(1.0, *found.shape)).sum())
+        return None if above == len(scaled) < min(found.shape) else above
+    above = int((s > max(noise.edge, floor)).sum())
+    return None if above == len(s) < min(found.shape) else above
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A slice whose noise is one everywhere."""
+
+    found: Slice
+    noise: Noise
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.found.shape
+
+    def dense(self) -> Tensor:
+        """The scaled delta."""
+        return self.noise.scaled(self.found.dense())
+
+    @property
+    def square(self) -> float:
+        """The squared norm."""
+        return float(square(self.dense()))
+
+    def right(self, x: Tensor) -> Tensor:
+        """D x."""
+        return self.dense() @ x
+
+    def left(self, y: Tensor) -> Tensor:
+        """D^T y."""
+        return self.dense().mT @ y

@@ -1,0 +1,183 @@
+"""Stacks: the deltas of one shape over layers and roles as one tensor, and what its modes and cuts are made of.
+
+Invariant: every number comes from the core between the stack's shared bases; `captured` says how much of the squared
+norm that core holds (1 where no basis was needed).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensoradapt.analysis.noise import edge
+from tensoradapt.analysis.ranks import energy_rank
+from tensoradapt.errors import TensorAdaptError
+from tensoradapt.fit.compress import Compressed
+from tensoradapt.grouping import Group, group_sites
+from tensoradapt.linalg import singular_values, truncated_svd
+from tensoradapt.sites import Site, SiteMap
+from tensoradapt.spec import Rule
+
+BASIS = 64  # the rank of the shared bases of stacks that are too large to be kept whole
+SIMILAR = 8  # the dimension of the subspaces that are compared between sites
+LISTED = 256  # singular values listed per spectrum
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """The numbers of one stack; the keys of the JSON report are its fields."""
+
+    axes: tuple[str, ...]
+    sizes: Mapping[str, int]
+    labels: Mapping[str, list[int | str]]
+    sites: tuple[str, ...]
+    norm: float
+    captured: float
+    mode_spectra: Mapping[str, list[float]]
+    noise_edges: Mapping[str, float]
+    tt_spectra: Mapping[str, list[float]]
+    multilinear_rank: Mapping[str, Mapping[str, int | None]]
+    similarity: Mapping[str, Any] = field(default_factory=dict)
+    shared_energy: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def stacks_of(sites: tuple[Site, ...], model: SiteMap) -> list[Group]:
+    """The sites in stacks: those of one shape under one stack of layers share a tensor (layer role out in).
+
+    Where some layers lack a role, all coordinates are one axis `site`; sites outside the layers stand alone.
+    """
+    buckets: dict[Any, list[Site]] = {}
+    for site in sites:
+        place = site.coordinates
+        alone = () if "layer" in place else (site.path,)
+        buckets.setdefault((place.get("stack"), site.shape, "expert" in place, alone), []).append(site)
+    found: list[Group] = []
+    for members in buckets.values():
+        found += _named([_stack(members, model)], found)
+    return found
+
+
+def _stack(members: list[Site], model: SiteMap) -> Group:
+    axes = [a for a in ("task", "layer", "role", "expert") if len({s.coordinates.get(a) for s in members}) > 1]
+    grid = math.prod(len({s.coordinates.get(a) for s in members}) for a in axes)
+    lead = tuple(axes) if grid == len(members) else ("site",)
+    targets = tuple(s.path for s in members)
+    axes_given = (*(lead if len(members) > 1 else ()), "out", "in")
+    fields: dict[str, Any] = {"targets": targets, "axes": axes_given, "compress": ("out", "in"), "rank": BASIS}
+    rule = Rule(**fields, format="tucker", excess="cap", start="nonzero")
+    try:
+        (group,) = group_sites(rule, members, model)
+    except (TensorAdaptError, ValueError):  # coordinates that are not their own
+        (group,) = group_sites(rule.model_copy(update={"axes": ("site", "out", "in")}), members, model)
+    return group
+
+
+def _named(new: list[Group], old: list[Group]) -> list[Group]:
+    taken = {group.name for group in old}
+    result = []
+    for group in new:
+        name = (
+            group.name
+            if group.name not in taken
+            else f"{group.name}_{'x'.join(map(str, group.placements[0].site.shape))}"
+        )
+        number, unique = 2, name
+        while unique in taken:
+            unique, number = f"{name}_{number}", number + 1
+        result.append(Group(unique, *(getattr(group, f) for f in _REST)))
+    return result
+
+
+_REST = ("rule", "diagram", "placements", "labels", "scale", "laws", "store")
+
+
+def stack_report(group: Group, held: Compressed, sigma: float) -> StackReport:
+    """Mode spectra, TT cuts, similarity of subspaces and shared energy of one stack, from its core."""
+    axes, full = group.diagram.open, group.diagram.sizes
+    core = held.core.permute([held.diagram.open.index(a) for a in axes])
+    lead = len(axes) - 2
+    modes = {axis: _listed(_unfolded(core, (k,))) for k, axis in enumerate(axes)}
+    cuts = {" ".join(axes[:k]): _listed(_unfolded(core, tuple(range(k)))) for k in range(1, len(axes))}
+    whole = math.prod(full[a] for a in axes)
+    edges = {axis: edge(sigma, full[axis], whole // full[axis]) for axis in axes}
+    slices = core.reshape(-1, *core.shape[lead:])
+    return StackReport(
+        axes=axes,
+        sizes={a: full[a] for a in axes},
+        labels={a: list(values) for a, values in group.labels.items()},
+        sites=group.paths,
+        norm=math.sqrt(held.total),
+        captured=1 - held.lost / held.total if held.total else 1.0,
+        mode_spectra=modes,
+        noise_edges=edges,
+        tt_spectra=cuts,
+        multilinear_rank=_multilinear(modes, edges, held.total),
+        similarity=_similarity(slices, [p.site.path for p in group.placements]),
+        shared_energy=_shared(slices, held.total),
+    )
+
+
+def _unfolded(core: Tensor, dims: tuple[int, ...]) -> Tensor:
+    rest = [k for k in range(core.dim()) if k not in dims]
+    return core.permute(*dims, *rest).reshape(math.prod(core.shape[k] for k in dims), -1)
+
+
+def _listed(matrix: Tensor) -> list[float]:
+    return [float(v) for v in singular_values(matrix)[:LISTED]]
+
+
+def _multilinear(modes: Mapping[str, list[float]], edges: Mapping[str, float], total: float) -> dict[str, Any]:
+    noise = {
+        axis: sum(v > max(edges[axis], (s[0] if s else 0.0) * 1e-6) for v in s) if total else 0
+        for axis, s in modes.items()
+    }
+    shares = (0.9, 0.95, 0.99)
+    energies = {f"energy_{x}": {a: energy_rank(torch.tensor(s), total, x) for a, s in modes.items()} for x in shares}
+    return {"noise": noise, **energies}
+
+
+def _similarity(slices: Tensor, labels: list[str]) -> dict[str, Any]:
+    """The mean squared cosine of the principal angles between every two sites' leading subspaces, by side."""
+    rank = max(1, min(SIMILAR, min(slices.shape[1:]) // 4))
+    found = truncated_svd(slices, rank)
+    return {
+        axis: {"rank": rank, "labels": labels, "matrix": _cosines(basis).tolist()}
+        for axis, basis in (("out", found.u), ("in", found.v))
+    }
+
+
+def _cosines(basis: Tensor) -> Tensor:
+    count, size, rank = basis.shape
+    flat = basis.permute(1, 0, 2).reshape(size, count * rank)
+    squares = (flat.mT @ flat).square().reshape(count, rank, count, rank)
+    return (squares.sum((1, 3)) / rank).clamp(0, 1).double()
+
+
+def _shared(slices: Tensor, total: float) -> dict[str, Any]:
+    """The share of the squared norm held by one pair of bases of rank r for all sites, and by a pair for each."""
+    limit = min(min(slices.shape[1:]), BASIS)
+    ranks = [r for r in (1, 2, 4, 8, 16, 32, 64) if r <= limit]
+    if total == 0.0:
+        return {"rank": ranks, "shared": [0.0] * len(ranks), "private": [0.0] * len(ranks)}
+    own = truncated_svd(slices, ranks[-1]).s.double().square().sum(0).cumsum(0)
+    turned = rotated(slices)
+    shared = [float(turned[:, :r, :r].double().square().sum()) / total for r in ranks]
+    return {"rank": ranks, "shared": shared, "private": [float(own[r - 1]) / total for r in ranks]}
+
+
+def rotated(slices: Tensor) -> Tensor:
+    """The slices in the singular bases of both of their modes: the first r x r entries are the best shared ones."""
+    sides = []
+    for dim in (1, 2):
+        flat = torch.movedim(slices, dim, 0).flatten(1)
+        sides.append(torch.linalg.eigh((flat @ flat.mT).double())[1].flip(-1).to(slices.dtype))
+    return sides[0].mT @ slices @ sides[1]

@@ -1,0 +1,67 @@
+"""`tensoradapt analyze`: what rank a fine-tuning is, by weight and across layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensoradapt.analysis.report import Report
+from tensoradapt.analysis.run import analyze as run_analysis
+from tensoradapt.cli.options import (
+    DeviceOption,
+    JsonOption,
+    NonfiniteOption,
+    RowsOption,
+    SeedOption,
+    TargetOption,
+    emit,
+)
+from tensoradapt.cli.progress import progress
+from tensoradapt.distributed import team_of
+from tensoradapt.errors import SpecError
+
+
+def analyze(
+    base: Annotated[str, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A folder for report.json, report.html and report.txt.")
+    ] = None,
+    device: DeviceOption = None,
+    target: TargetOption = None,
+    values: Annotated[
+        int | None, typer.Option("--values", min=1, help="Singular values per weight; as many as are cheap by default.")
+    ] = None,
+    candidates: Annotated[
+        bool, typer.Option("--candidates/--no-candidates", help="Compare the formats that could hold the change.")
+    ] = True,
+    rows: RowsOption = "error",
+    nonfinite: NonfiniteOption = "error",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the rank of a fine-tuning: per weight, across layers and roles, and which format holds it.
+
+    Example: tensoradapt analyze base/ tuned/ --out report
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise SpecError(f"--out {out} is a file", expected="a folder")
+    with team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:
+        options = {"values": values, "targets": target or (), "candidates": candidates, "rows": rows}
+        report = run_analysis(
+            base, tuned, device=where, nonfinite=nonfinite, seed=seed, team=team, progress=tell, **options
+        )
+        if team.rank == 0:
+            _write(report, out, as_json=as_json)
+
+
+def _write(report: Report, out: Path | None, *, as_json: bool) -> None:
+    if out is not None:
+        report.to_json(out / "report.json")
+        report.to_html(out / "report.html")
+        (out / "report.txt").write_text(f"{report}\n", "utf-8")
+    emit(report.to_json() if as_json else str(report))
+    if out is not None and not as_json:
+        emit(f"written to {out / 'report.html'}, report.json and report.txt beside it")
