@@ -326,6 +326,13 @@ def test_f16_what_is_no_file_is_not_opened(kind, door, tmp_path, folder):
         refused(source, where=odd)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes and devices among the files")
+def test_f16_a_plan_opens_no_device_either(tmp_path):
+    device(tmp_path / "model.safetensors")
+    with pytest.raises(FileError, match="is no file"):
+        from_headers(tmp_path)
+
+
 # -- F17 to F20: time, pickles, secrets, names ----------------------------------------------------------------------
 
 
@@ -359,13 +366,14 @@ def test_f17_a_file_that_changed_since_it_was_opened(change, file):
 
 def test_f17_a_file_that_changes_while_it_is_read(file, monkeypatch):
     """The pages may be of both versions: what was made of them is thrown away."""
-    deltas = open_deltas(file, state())
+    deltas = open_deltas(state(), file)
     read = type(deltas.tuned).read
 
     def late(checkpoint, name):
+        found = read(checkpoint, name)
         if checkpoint is deltas.tuned:
             rewritten(file)
-        return read(checkpoint, name)
+        return found
 
     monkeypatch.setattr(type(deltas.tuned), "read", late)
     with pytest.raises(FileError, match="was changed since it was opened"):

@@ -317,7 +317,9 @@ def test_ids_of_the_hub_are_read_from_its_cache(source, revision, seed, name, ca
         ("org/name@v2", "main", "has two revisions"),
     ],
 )
-def test_what_the_cache_has_not_is_not_downloaded(source, revision, says, cache):
+def test_what_the_cache_has_not_is_not_downloaded(source, revision, says, cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
     with pytest.raises(FileError, match=says):
         open_checkpoint(source, revision)
 
@@ -469,6 +471,14 @@ def test_a_prefix_of_one_side_is_found(longer, given):
     assert torch.equal(found.delta(f"{before}head"), moved(tensors())["head.weight"] - tensors()["head.weight"])
 
 
+def test_a_tensor_has_one_counterpart():
+    """The prefix decides where a side has a name with it and without."""
+    tuned = renamed(moved(tensors()), "bert.") | {"head.weight": tiny.noise(5, 6)}
+    found = open_deltas(tensors(), tuned)
+    assert found.match.only_tuned == ("head.weight",)
+    assert [pair.tuned_name for pair in found.match.pairs if pair.base_name == "head.weight"] == ["bert.head.weight"]
+
+
 def test_a_prefix_as_models_have_it(tmp_path):
     tiny.bert().save_pretrained(tmp_path / "base")
     tiny.bert_classifier().save_pretrained(tmp_path / "tuned")
@@ -489,6 +499,9 @@ def test_a_prefix_is_not_made_up():
     tuned = {**moved(base), "extra.a1.weight": tiny.noise(2, 2)}
     found = open_deltas(base, tuned)
     assert len(found) == 6 and found.match.only_tuned == ("extra.a1.weight",) and not found.match.notes
+    few = {f"b{k}.weight": tiny.noise(2, 2) for k in range(4)}
+    with pytest.raises(FileError, match="different models"):  # six of ten bring no namespaces together either
+        open_deltas(base | few, renamed(base, "m.") | {f"c{k}.weight": tiny.noise(2, 2) for k in range(4)})
     with pytest.raises(FileError, match="'none.'"):
         open_deltas(base, tuned, prefix="none")
     with pytest.raises(FileError, match="different models"):

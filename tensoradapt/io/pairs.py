@@ -65,7 +65,7 @@ class Deltas:
     def delta(self, path: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """D[out, in] = tuned[out, in] - base[out, in], contiguous, (out, in) or (out, in, kh, kw).
 
-        Formed block by block, in float32 at least: beside the stored tensors there is one matrix of `dtype`. Rows that
+        Formed block by block and rounded once: beside the stored tensors there is one matrix of `dtype`. Rows that
         the base lacks count as zero there, rows that the tuned side lacks as unchanged. Raises FileError on values that
         are not finite, naming the tensor and their number, and SiteError.
         """
@@ -136,7 +136,6 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
 def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
     """Write tuned - base of a block; whether it is finite, which it is only where both sides are."""
     precise = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), out.dtype)
-    precise = torch.promote_types(precise, torch.float32)
     block = tuned.to(precise) - base.to(precise)
     out.copy_(block)
     total = block.sum() if out.dtype == precise else out.sum(dtype=precise)
