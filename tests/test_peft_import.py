@@ -1,5 +1,6 @@
 """PEFT folders in: an adapter with the deltas that PEFT finds in the folder, or an error by file and key."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -34,11 +35,13 @@ def signals() -> nn.Module:
 
 
 def named() -> nn.Module:
-    """`q` is the end of `enc.q`, and `a.q` an expression for `a_q`."""
+    """`q` is the end of `up.q`, `a.q` of `b.a.q`, and as an expression it means `a_q` too."""
     torch.manual_seed(0)
-    return nn.ModuleDict({"q": nn.Linear(6, 8), "enc": nn.ModuleDict({"q": nn.Linear(6, 8)}), "a_q": nn.Linear(6, 8)})
+    one, two = nn.ModuleDict({"q": nn.Linear(6, 8)}), nn.ModuleDict({"a": nn.ModuleDict({"q": nn.Linear(6, 8)})})
+    return nn.ModuleDict({"a": one, "a_q": nn.Linear(6, 8), "b": two, "q": nn.Linear(6, 8), "up": copy.deepcopy(one)})
 
 
+WITHIN = {"^q": 2, "^a\\.q": 4, "a_q": 5}
 UNEVEN = {"rank_pattern": {"layer.0.attention.self.query": 5, "value": 2}, "alpha_pattern": {"query": 11}}
 CASES = {
     "lora": (tiny.bert, LoraConfig(r=3, lora_alpha=7, target_modules=QV)),
@@ -63,7 +66,7 @@ CASES = {
     ),
     "lora of names within names": (
         named,
-        LoraConfig(r=3, target_modules=["q", "a_q"], rank_pattern={"^q": 2, "a.q": 5}),
+        LoraConfig(r=3, target_modules=["q", "a_q"], rank_pattern=WITHIN),
     ),
     "loha": (tiny.bert, LoHaConfig(r=3, alpha=7, target_modules=QV, rank_pattern={"query": 5})),
     "loha of kernels": (convolutions, LoHaConfig(r=3, alpha=7, target_modules=CONVS, use_effective_conv2d=True)),
@@ -270,6 +273,13 @@ def test_keys_that_peft_would_pass_over_are_errors(case, tmp_path):
 def test_grouped_convolutions_are_refused(tmp_path):
     out = trained(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), LoraConfig(r=2, target_modules=["0"]), tmp_path)
     with pytest.raises(ta.FileError, match="no groups"):
+        import_peft(out)
+
+
+def test_kernels_of_b_are_refused(tmp_path):
+    out = trained(*CASES["lora of convolutions"], tmp_path)
+    rewrite(out, lambda held: held | {"base_model.model.0.lora_B.weight": torch.ones(6, 3, 2, 2)})
+    with pytest.raises(ta.FileError, match="tensors of 0 .*do not fit together"):
         import_peft(out)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -165,15 +166,11 @@ def _plan(config: Config, found: Mapping[str, Found], extras: Mapping[str, Tenso
 def _rule(module: Found, paths: list[str], others: list[str], train: tuple[str, ...]) -> Rule:
     """The preset's rule for some modules, named by their paths, and by an expression where a path is another's end."""
     ambiguous = {path for path in paths if any(ends(path, other) and other != path for other in others)}
-    targets = tuple(f"re:{_escaped(path)}" if path in ambiguous else path for path in paths)
+    targets = tuple(f"re:{re.escape(path)}" if path in ambiguous else path for path in paths)
     fields = {key: value for key, value in module.fields.items() if key != "folds"}
     rule = preset(module.preset, **module.parameters, **fields, excess="keep", targets=targets, train=train).rules[0]
     given: dict[str, Any] = rule.model_dump(exclude_defaults=True)
     return Rule(**(given | ({"folds": module.fields["folds"]} if "folds" in module.fields else {})))
-
-
-def _escaped(path: str) -> str:
-    return path.replace(".", r"\.")
 
 
 def _stored(config: Config, plan: Plan, found: Mapping[str, Found], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
