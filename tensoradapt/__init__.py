@@ -5,6 +5,7 @@ from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.run import analyze
 from tensoradapt.attach import attach, load
 from tensoradapt.budget import BudgetTable, SolvedSpec
+from tensoradapt.convert import Converted, convert
 from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
 from tensoradapt.extract import Extraction, extract
 from tensoradapt.fit import Fit, fit
@@ -21,6 +22,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "BudgetTable",
+    "Converted",
     "Extraction",
     "FileError",
     "Fit",
@@ -38,6 +40,7 @@ __all__ = [
     "analyze",
     "attach",
     "budget",
+    "convert",
     "export_peft",
     "extract",
     "fit",

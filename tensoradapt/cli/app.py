@@ -11,6 +11,7 @@ import typer
 
 from tensoradapt.cli.analyze import analyze
 from tensoradapt.cli.budget import budget
+from tensoradapt.cli.convert import convert
 from tensoradapt.cli.demo import demo
 from tensoradapt.cli.export import export
 from tensoradapt.cli.extract import extract
@@ -35,7 +36,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (presets, plan, budget, analyze, extract, export, plot, demo):
+    for command in (presets, plan, budget, analyze, extract, convert, export, plot, demo):
         app.command()(command)
     return app
 

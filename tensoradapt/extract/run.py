@@ -101,7 +101,7 @@ def extract(
             _fit_all(work, journal, progress)
             team.wait()
             done = [_part(work, journal, name) for name in work.groups]
-            made = _assembled(work, done)
+            made = assembled(work, done)
             result = _finished(work, made, done, file)
             team.wait()
             if team.rank == 0:
@@ -141,7 +141,7 @@ def _part(work: Work, journal: Journal, name: str) -> Done:
     return Done(name, *found)
 
 
-def _assembled(work: Work, done: list[Done]) -> Saved:
+def assembled(work: Work, done: list[Done]) -> Saved:
     """The adapter of all parts: groups with their final diagrams, those without a rank left out."""
     kept = {d.name: d for d in done if d.tensors}
     groups = tuple(replace(group, diagram=kept[group.name].diagram) for group in work.plan.groups if group.name in kept)

@@ -29,7 +29,7 @@ from tensoradapt.fit.result import Fit
 from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import SOLO, Dense, Slice, Team
+from tensoradapt.linalg import SOLO, Dense, Product, Slice, Team
 from tensoradapt.lower import lower
 from tensoradapt.placing import Placement
 from tensoradapt.plan import Plan, make_plan
@@ -274,7 +274,11 @@ def _site_row(lost: float, total: float) -> dict[str, float]:
 def _compared(group: Group, placement: Placement, factors: Mapping[str, Tensor], found: Slice) -> dict[str, float]:
     """The error of one site's delta, a strip of rows at a time where the chain allows."""
     chain = lower(group, placement, factors)
-    delta, pair, lost = found.dense(), chain.low_rank, 0.0
+    pair, lost = chain.low_rank, 0.0
+    if pair is not None and isinstance(found, Product):  # through the factors alone: [B, -B^] [A; A^]
+        left = Product(torch.cat([found.outer, -pair[0] * group.scale], 1), torch.cat([found.inner, pair[1]]))
+        return _site_row(left.square, found.square)
+    delta = found.dense()
     if pair is None:
         return _site_row(squares(delta - chain.dense().reshape(delta.shape) * group.scale), found.square)
     outer = pair[0] * group.scale

@@ -182,7 +182,10 @@ def _override(rule: Rule, extra: Mapping[str, Any], family: str, *, first: bool)
     """The rule with the user's fields; laws are merged, targets and trained modules go to a preset's first rule."""
     changed = {key: value for key, value in extra.items() if first or key not in ("targets", "train")}
     init = {**rule.init, **changed.get("init", {})}
-    return Rule(**{**rule.model_dump(exclude_defaults=True), **changed, "init": init, "family": family})
+    own = rule.model_dump(exclude_defaults=True)
+    if not str(changed.get("scale", "alpha")).startswith("alpha") and "alpha" not in changed:
+        own.pop("alpha", None)  # a scale that is given takes the preset's alpha with it
+    return Rule(**{**own, **changed, "init": init, "family": family})
 
 
 def expand(spec: Spec) -> Spec:

@@ -1,0 +1,52 @@
+"""`tensoradapt convert`: an adapter of one format as one of another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensoradapt.cli.options import (
+    JsonOption,
+    PresetOption,
+    RankOption,
+    SeedOption,
+    SetOption,
+    SpecOption,
+    TargetOption,
+    emit,
+    make_spec,
+)
+from tensoradapt.convert import convert as run_conversion
+from tensoradapt.convert import targets_of
+
+
+def convert(
+    adapter: Annotated[str, typer.Argument(help="A native adapter's folder or file, or a PEFT folder.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder of the new adapter.")],
+    preset: PresetOption = None,
+    rank: RankOption = None,
+    target: TargetOption = None,
+    spec: SpecOption = None,
+    set_: SetOption = None,
+    error: Annotated[
+        float | None, typer.Option("--error", help="The relative error that ranks are chosen for.")
+    ] = None,
+    max_parameters: Annotated[
+        int | None, typer.Option("--max-parameters", help="A budget for all groups together; ranks are chosen for it.")
+    ] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert an adapter to another format, exactly where that can hold it; the error is stated where it cannot.
+
+    Without --target all weights of the adapter are converted.
+
+    Example: tensoradapt convert lora/ --preset lotr --rank 32 --out lotr
+    """
+    chosen = target or (targets_of(adapter) if preset is not None else None)
+    made = make_spec(preset, rank, chosen, spec, set_)
+    result = run_conversion(adapter, made, out, error=error, max_parameters=max_parameters, seed=seed)
+    emit(json.dumps(result.to_dict()) if as_json else str(result))

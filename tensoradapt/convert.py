@@ -1,0 +1,145 @@
+"""Conversion: an adapter of one format as an adapter of another, through its factors.
+
+Invariant: where a site's delta is a product of two factors no (out, in) matrix is formed of it, unless the target folds
+its sides; the error stated is that of the factors as they are stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tensoradapt.analysis.slices import empty, flat
+from tensoradapt.errors import FileError, SiteError, SpecError
+from tensoradapt.extract.goals import Goal
+from tensoradapt.extract.run import assembled
+from tensoradapt.extract.work import Work, allocated
+from tensoradapt.init import WEIGHT
+from tensoradapt.io.native import file_of
+from tensoradapt.io.saved import Savable, Saved
+from tensoradapt.linalg import Dense, Product, Slice
+from tensoradapt.peft import open_adapter
+from tensoradapt.plan import Plan, make_plan
+from tensoradapt.sites import Site, SiteMap
+from tensoradapt.spec import Spec
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter in its new format: what it holds, its file (None where it was not saved), and what was lost.
+
+    `relative_error` = sqrt(sum_s |D_s - D^_s|^2 / sum_s |D_s|^2) over the sites of the old adapter that the spec
+    targets; `sites` has the same by path.
+    """
+
+    saved: Saved = field(repr=False)
+    relative_error: float
+    sites: Mapping[str, float] = field(repr=False)
+    path: Path | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the new adapter."""
+        return self.saved.plan
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trained entries."""
+        return self.plan.num_trainable
+
+    def delta(self, path: str) -> Tensor:
+        """What the new adapter adds to one site.  Shape: (out, in)."""
+        return self.saved.delta(path)
+
+    def as_saved(self) -> Saved:
+        """The adapter without a model, as `load`, `export_peft` and all others take it."""
+        return self.saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        path = None if self.path is None else str(self.path)
+        found = {"path": path, "relative_error": self.relative_error, "num_parameters": self.num_parameters}
+        return {**found, "sites": dict(self.sites)}
+
+    def __str__(self) -> str:
+        worst = max(self.sites, key=lambda p: self.sites[p], default="")
+        lines = [
+            str(self.plan),
+            f"relative error {self.relative_error:.3g}, worst at {worst} ({self.sites[worst]:.3g})",
+        ]
+        return "\n".join([*lines, *([f"written to {self.path}"] if self.path else [])])
+
+
+def convert(
+    adapter: Savable | str | Path,
+    spec: Spec,
+    out: str | Path | None = None,
+    *,
+    error: float | None = None,
+    max_parameters: int | None = None,
+    seed: int = 0,
+) -> Converted:
+    """An adapter as the closest one of a spec: min sum_s |D_s - scale N_s|^2, exact where the spec can hold D_s.
+
+    `adapter` is an Adapter, what `import_peft` or `convert` returned, or the path of a native or a PEFT adapter. Ranks
+    are the spec's; or those that leave at most a relative `error` in every group; or the best within `max_parameters`.
+    Saved to `out` where one is given. Raises SiteError where the spec targets what the adapter lacks, SpecError,
+    RankError, FileError.
+    """
+    source = open_adapter(adapter)
+    if out is not None and file_of(out).exists():
+        raise FileError(f"{file_of(out)} exists", hint="choose another output")
+    plan = make_plan(spec, _site_map(source))
+    work = allocated(_Conversion(None, plan, Goal(error, max_parameters), empty(None), seed, source=source))  # type: ignore[arg-type]
+    done = [work.fit(name) for name in work.groups]
+    made = replace(assembled(work, done), base=source.base)
+    rows = {path: row for d in done for path, row in d.record["sites"].items()}
+    total = math.fsum(row["norm"] ** 2 for row in rows.values())
+    lost = math.fsum((row["relative_error"] * row["norm"]) ** 2 for row in rows.values())
+    file = made.save(out) if out is not None and made.plan.groups else None
+    errors = {path: row["relative_error"] for path, row in rows.items()}
+    return Converted(made, math.sqrt(lost / total) if total else 0.0, errors, file)
+
+
+def targets_of(adapter: Savable | str | Path) -> list[str]:
+    """The paths of all sites of an adapter, as the targets of a rule."""
+    return list(open_adapter(adapter).sites)
+
+
+def _site_map(source: Saved) -> SiteMap:
+    """The sites of an adapter, as a model of nothing else."""
+    sites = tuple(placement.site for _, placement in source.sites.values())
+    shapes = {site.tensor: site.shape for site in sites}
+    return SiteMap(sites, name=source.plan.model, parameters=shapes)
+
+
+@dataclass(frozen=True)
+class _Conversion(Work):
+    """The work of an extraction whose deltas are those of an adapter."""
+
+    source: Saved | None = None
+
+    def fetch(self, site: Site) -> Slice:
+        """One site's delta: as its two factors, where its chain is a product."""
+        assert self.source is not None
+        if site.path not in self.source.sites:
+            raise SiteError(f"{site.path} is no site of the adapter", hint="convert keeps sites as they are: no parts")
+        group, _ = self.source.sites[site.path]
+        pair = self.source.chain(site.path).low_rank
+        if pair is None:
+            return Dense(flat(self.source.delta(site.path)).to(self.like))
+        return Product((pair[0] * group.scale).to(self.like), pair[1].to(self.like).contiguous())
+
+    def fixed(self, name: str) -> dict[str, Tensor]:
+        """The nodes that are not fitted, drawn by their laws. Raises SpecError where they come from the weights."""
+        if WEIGHT in self.group(name).laws.values() and self.group(name).rule.frozen:
+            raise SpecError(
+                f"group {name!r} takes nodes from the base's weights, which an adapter does not hold",
+                hint="extract it from the two checkpoints",
+            )
+        return super().fixed(name)
