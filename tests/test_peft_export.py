@@ -472,6 +472,26 @@ def test_another_model_is_refused_with_what_does_not_fit(tmp_path):
         export_peft(saved, tmp_path / "out", model=tiny.gpt2())
 
 
+@pytest.mark.parametrize("shape", [(40, 16), (40, 40)], ids=str)
+def test_a_plan_of_bare_files_needs_the_model_where_it_may_mean_an_embedding(shape, tmp_path):
+    plan = ta.plan(ta.preset("lora", rank=2, targets=["wte"]), {"wte": shape})
+    tensors = {"wte.core_out": tiny.noise(shape[0], 2), "wte.core_in": tiny.noise(2, shape[1], seed=1)}
+    with pytest.raises(ta.AdapterError, match="wte has the name of an embedding"):
+        export_peft(Saved.of(plan, tensors), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_bare_file_calls_a_matrix_is_what_the_model_says(tmp_path):
+    model = nn.ModuleDict({"wte": nn.Embedding(40, 16), "h": nn.Linear(16, 40)})
+    plan = ta.plan(ta.preset("lora", rank=2, targets=["wte", "h"]), {"wte": (40, 16), "h": (40, 16)})
+    tensors = {key: tiny.noise(*factor.shape, seed=k) for k, (key, factor) in enumerate(plan.factors.items())}
+    saved = Saved.of(plan, tensors)
+    export_peft(saved, tmp_path / "out", model=model)
+    change = merged(model, tmp_path / "out")
+    for path in ("wte", "h"):  # both as the file has them: (40, 16)
+        torch.testing.assert_close(change[f"{path}.weight"], saved.delta(path), atol=1e-5, rtol=1e-5)
+
+
 OPTIONS = [
     ({"layout": "flat"}, "no layout 'flat'"),
     ({"dtype": "float64"}, "no dtype 'float64'"),

@@ -23,7 +23,8 @@ WHOLE: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "VERA": (("vera_lambda_b", "vera_lambda_d"),),
 }
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
-_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "shared")
+_HEADS = ("lm_head", "embed_out")
 _REASONS = {
     "lora_magnitude_vector": "DoRA scales the rows of the tuned weight: its delta depends on the base",
     "lora_B.bias": "a bias beside B is no change of a weight",
@@ -117,4 +118,4 @@ def _trained(config: Config, module: str, leaf: str) -> bool:
     """Whether PEFT trains a parameter whole: under modules_to_save, a bias, or a resized embedding."""
     named = any(f".{name}." in f".{module}." for name in config.values.get("modules_to_save") or ())
     bias = leaf == "bias" and (config.values.get("bias") or "none") != "none"
-    return named or bias or (leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS)
+    return named or bias or (leaf == "weight" and module.rpartition(".")[2] in (*EMBEDDINGS, *_HEADS))

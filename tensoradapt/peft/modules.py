@@ -17,6 +17,7 @@ from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
 from tensoradapt.peft.factors import Pair, factors_of
+from tensoradapt.peft.keys import EMBEDDINGS
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.targets import matches
 
@@ -97,6 +98,11 @@ def _modules(group: Group, site: Site, live: Mapping[str, Site] | None) -> list[
             got="an expert of a 3-D parameter" if site.index is not None else f"a {here.kind} delivered by weight",
             expected="a Linear, Conv1D, Embedding or Conv2d module",
             hint="merge the adapter and serve the whole model, or leave the site out of the adapter",
+        )
+    if live is None and here.kind == "linear" and here.path.rpartition(".")[2] in EMBEDDINGS:
+        raise AdapterError(
+            f"{site.path} has the name of an embedding, and the adapter was made without its model",
+            hint="give model=: PEFT stores embeddings otherwise",
         )
     turned = live is not None and here.shape != site.shape and here.shape == site.shape[::-1]  # taken from a file
     shape = site.shape[::-1] if turned else site.shape
