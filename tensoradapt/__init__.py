@@ -5,6 +5,7 @@ from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.run import analyze
 from tensoradapt.attach import attach, load
 from tensoradapt.budget import BudgetTable, SolvedSpec
+from tensoradapt.collection import analyze_adapters
 from tensoradapt.convert import Converted, convert
 from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
 from tensoradapt.extract import Extraction, extract
@@ -38,6 +39,7 @@ __all__ = [
     "SpecError",
     "TensorAdaptError",
     "analyze",
+    "analyze_adapters",
     "attach",
     "budget",
     "convert",

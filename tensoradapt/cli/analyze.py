@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,13 +19,20 @@ from tensoradapt.cli.options import (
     emit,
 )
 from tensoradapt.cli.progress import progress
+from tensoradapt.collection import analyze_adapters
 from tensoradapt.distributed import team_of
 from tensoradapt.errors import SpecError
 
 
 def analyze(
-    base: Annotated[str, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")],
-    tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.")],
+    base: Annotated[
+        str | None, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")
+    ] = None,
+    tuned: Annotated[str | None, typer.Argument(help="The fine-tuned model, likewise.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="An adapter of a set, native or PEFT, in the checkpoints' place."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="A folder for report.json, report.html and report.txt.")
     ] = None,
@@ -45,14 +52,20 @@ def analyze(
     """Measure the rank of a fine-tuning: per weight, across layers and roles, and which format holds it.
 
     Example: tensoradapt analyze base/ tuned/ --out report
+
+    A set of adapters of one model: tensoradapt analyze --adapter one/ --adapter two/ --adapter three/
     """
+    if (base is None or tuned is None) == (not adapter):
+        raise SpecError("give two checkpoints, or adapters", hint="analyze BASE TUNED, or --adapter A --adapter B")
     if out is not None and out.exists() and not out.is_dir():
         raise SpecError(f"--out {out} is a file", expected="a folder")
     with team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:
-        options = {"values": values, "targets": target or (), "candidates": candidates, "rows": rows}
-        report = run_analysis(
-            base, tuned, device=where, nonfinite=nonfinite, seed=seed, team=team, progress=tell, **options
-        )
+        options: dict[str, Any] = {"values": values, "targets": target or (), "candidates": candidates, "seed": seed}
+        options |= {"device": where, "team": team, "progress": tell}
+        if adapter:
+            report = analyze_adapters(adapter, **options)
+        else:
+            report = run_analysis(base, tuned, rows=rows, nonfinite=nonfinite, **options)
         if team.rank == 0:
             _write(report, out, as_json=as_json)
 
