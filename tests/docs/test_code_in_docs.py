@@ -1,6 +1,11 @@
-"""Every Python block of the README and the tutorials runs as it stands, a page's blocks in order in one namespace."""
+"""The code of the README, the guides and the tutorials runs as it stands.
+
+A page's Python blocks run in order in one namespace. The commands of a page in docs run after them, in the same folder;
+the README's stand for the reader's own files.
+"""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,22 +13,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "docs/serving.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)")
 
 RUN = "import sys; page, code = sys.argv[1:]; exec(compile(code, page, 'exec'), {'__name__': '__main__'})"
 
 
-def python_lines(text: str) -> str:
-    """The page with every line blanked that is not Python, so that a traceback shows the page's own line numbers."""
+def lines_of(text: str, wanted: str) -> list[str]:
+    """The page with every line blanked that is not of a language, so that a traceback shows its own line numbers."""
     lines, language = [], None
     for line in text.splitlines():
         fence = FENCE.match(line)
         if fence:
             language = fence[1] if language is None else None
-        lines.append(line if language == "python" and not fence else "")
+        lines.append(line if language == wanted and not fence else "")
     assert language is None, "a code block is not closed"
-    return "\n".join(lines)
+    return lines
+
+
+def python_lines(text: str) -> str:
+    return "\n".join(lines_of(text, "python"))
+
+
+def commands(page: Path) -> list[str]:
+    lines = lines_of(page.read_text("utf-8"), "bash") if page.parent != ROOT else []
+    return [line for line in lines if line.startswith("tensoradapt ")]
 
 
 def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -35,6 +49,10 @@ def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_code_of_a_page_runs(page, tmp_path):
     ran = run_page(page, tmp_path)
     assert ran.returncode == 0, ran.stderr
+    for command in commands(page):
+        arguments = [sys.executable, "-m", *shlex.split(command)]
+        ran = subprocess.run(arguments, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert ran.returncode == 0, f"{command}\n{ran.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
