@@ -15,9 +15,11 @@ from tensoradapt.cli.convert import convert
 from tensoradapt.cli.demo import demo
 from tensoradapt.cli.export import export
 from tensoradapt.cli.extract import extract
+from tensoradapt.cli.merge import merge
 from tensoradapt.cli.plan import plan
 from tensoradapt.cli.plot import plot
 from tensoradapt.cli.presets import presets
+from tensoradapt.cli.verify import verify
 from tensoradapt.errors import TensorAdaptError
 
 INTERRUPTED, AT_FAULT = 130, 2
@@ -36,7 +38,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (presets, plan, budget, analyze, extract, convert, export, plot, demo):
+    for command in (presets, plan, budget, analyze, extract, convert, export, merge, verify, plot, demo):
         app.command()(command)
     return app
 
@@ -56,7 +58,7 @@ def _root(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0 done, 2 the user's input is at fault, 130 interrupted."""
+    """Run a command line; the exit code: 0 done, 1 a tolerance missed, 2 the input is at fault, 130 interrupted."""
     command = typer.main.get_command(application())
     try:
         code = command.main(

@@ -24,7 +24,10 @@ SAME_MODEL = 0.5  # below this share of the smaller side's weights, the two are 
 
 @dataclass(frozen=True)
 class Match:
-    """What two checkpoints have in common, and what not; `refused` says why a tensor of both is no site."""
+    """What two checkpoints have in common, and what not.
+
+    `refused` says why a tensor of both is no site; `names` has the base's name of every tensor of both.
+    """
 
     pairs: tuple[Pair, ...]
     sites: SiteMap
@@ -33,6 +36,7 @@ class Match:
     reshaped: tuple[Reshaped, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: paths of the matched sites, and what was not matched."""
@@ -75,6 +79,7 @@ def match(
         tuple(judged.reshaped),
         judged.refused,
         (*base.notes, *tuned.notes, *notes, *judged.notes),
+        found,
     )
 
 

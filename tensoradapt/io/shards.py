@@ -53,13 +53,23 @@ class Shard:
         begin = self.begin + entry["data_offsets"][0]
         return mapped(self.file, self.stamp, begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
 
+    def stored(self, name: str) -> Tensor:
+        """The bytes of one tensor, whatever its dtype."""
+        first, last = self.header[name]["data_offsets"]
+        return mapped(self.file, self.stamp, self.begin + first, (last - first,), torch.uint8)
+
+    def head(self) -> bytes:
+        """All that stands before the tensors."""
+        with self.file.open("rb") as stream:
+            return stream.read(self.begin)
+
     def fingerprint(self) -> list[Any]:
         """Name, size, time, header and samples: what differs once the file was written again.
 
         The samples tell files whose times were set alike, as images and archives do.
         """
+        found = hashlib.sha256(self.head())
         with self.file.open("rb") as stream:
-            found = hashlib.sha256(stream.read(self.begin))
             for begin in range(self.begin, self.stamp.size, max(1, (self.stamp.size - self.begin) // SAMPLES)):
                 stream.seek(begin)
                 found.update(stream.read(SAMPLE_BYTES))

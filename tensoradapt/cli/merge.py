@@ -1,0 +1,34 @@
+"""`tensoradapt merge`: a model folder with an adapter in its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tensoradapt.cli.options import JsonOption, emit
+from tensoradapt.cli.progress import progress
+from tensoradapt.folders import merge_folder
+from tensoradapt.peft import open_adapter
+
+
+def merge(
+    base: Annotated[str, typer.Argument(help="The base: a folder, a safetensors file, or a cached hub id[@revision].")],
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder or file, or a PEFT folder.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged folder that is there.")] = False,
+    tied: Annotated[
+        bool, typer.Option("--tied", help="Merge into tensors that other modules share: both change.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge an adapter into a model folder: a new folder, shard by shard, one tensor in memory at a time.
+
+    Example: tensoradapt merge base/ adapter --out merged
+    """
+    saved = open_adapter(adapter)
+    with progress("merge") as tell:
+        result = merge_folder(base, saved, out, overwrite=overwrite, tied=tied, progress=tell)
+    emit(json.dumps(result.to_dict()) if as_json else str(result))

@@ -1,0 +1,38 @@
+"""`tensoradapt verify`: an adapter against the two checkpoints that it stands for."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from tensoradapt.cli.options import JsonOption, NonfiniteOption, RowsOption, emit
+from tensoradapt.cli.progress import progress
+from tensoradapt.peft import open_adapter
+from tensoradapt.verify import verify as compare
+
+MISSED = 1  # the exit code of a tolerance that was missed
+
+
+def verify(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder or file, or a PEFT folder.")],
+    base: Annotated[str, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.")],
+    tolerance: Annotated[
+        float | None, typer.Option("--tolerance", help="The relative error that is allowed; exit code 1 above it.")
+    ] = None,
+    rows: RowsOption = "error",
+    nonfinite: NonfiniteOption = "error",
+    as_json: JsonOption = False,
+) -> None:
+    """Compare an adapter's deltas with those of two checkpoints, weight by weight.
+
+    Example: tensoradapt verify adapter base/ tuned/ --tolerance 0.1
+    """
+    saved = open_adapter(adapter)
+    with progress("verify") as tell:
+        found = compare(saved, base, tuned, tolerance=tolerance, rows=rows, nonfinite=nonfinite, progress=tell)
+    emit(json.dumps(found.to_dict()) if as_json else str(found))
+    if not found.passed:
+        raise typer.Exit(MISSED)

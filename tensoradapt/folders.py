@@ -1,0 +1,295 @@
+"""Model folders with an adapter merged into the weights: shard by shard, each laid out as it was.
+
+Invariant: the merged folder has the base's shards, names, shapes and dtypes, and every weight that is not adapted byte
+for byte; a merge that fails leaves nothing behind. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensoradapt.errors import AdapterError, FileError
+from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
+from tensoradapt.io.folder import atomic_folder
+from tensoradapt.io.held import as_bytes
+from tensoradapt.io.names import shift
+from tensoradapt.io.saved import Savable, Saved, as_saved
+from tensoradapt.io.shards import PICKLES, Shard, open_shard, read_index
+from tensoradapt.io.weights import FLOATS, quantised
+from tensoradapt.merging import Rows, add_rows, rows_of, view
+from tensoradapt.sites import Site
+
+WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
+INDEX = ".safetensors.index.json"
+SHOWN = 5  # names in an error or a note
+Progress = Callable[[str, int, int], None]  # a tensor's name, how many are merged, how many there are
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A folder that was written: its sites and tensors with deltas, its bytes, and what to know."""
+
+    path: Path
+    num_sites: int
+    num_tensors: int
+    num_bytes: int
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        counts = {name: getattr(self, name) for name in ("num_sites", "num_tensors", "num_bytes")}
+        return {"path": str(self.path), **counts, "files": list(self.files), "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        merged = f"{self.num_sites} sites merged into {self.num_tensors} tensors"
+        lines = [f"{merged}, {self.num_bytes:,} bytes in {len(self.files)} files", f"written to {self.path}"]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+@dataclass
+class Change:
+    """What becomes of one stored tensor: the deltas of its sites are added, or a trained copy takes its place."""
+
+    entry: Entry
+    sites: list[Site] = field(default_factory=list)
+    trained: Tensor | None = None
+
+    def apply(self, tensor: Tensor, saved: Saved) -> Tensor:
+        """The tensor that is stored instead, rounded once to its dtype. Raises AdapterError where it is not finite."""
+        if self.trained is not None:
+            tensor = self.trained.to(tensor.dtype)
+            if not bool(tensor.isfinite().all()):
+                raise AdapterError(f"{self.entry.name} would not be finite", got=f"a trained copy in {tensor.dtype}")
+        for site in self.sites:
+            add_rows(view(tensor, site), delta_rows(saved, site.path), site.path)
+        return tensor
+
+
+def delta_rows(saved: Saved, path: str, factor: float = 1.0) -> Rows:
+    """A function that adds factor * delta of a site to a block of rows, in float32 at least."""
+    group, _ = saved.sites[path]
+    kept = next(iter(saved.factors(group.name).values()))
+    like = torch.empty(0, dtype=torch.promote_types(kept.dtype, torch.float32))
+    return rows_of(saved.chain(path, like), group.scale * factor)
+
+
+@torch.no_grad()
+def merge_folder(
+    base: Any,
+    adapter: Savable | str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    revision: str | None = None,
+    tied: bool = False,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Write W + delta for every site of an adapter: a base folder, file or hub id, to a new folder.
+
+    Sums are formed in float32 and rounded once to the stored dtype; modules that were trained whole replace the base's;
+    configs and tokenizers are copied. `tied=True` merges into a tensor that modules share which are not adapted.
+    Raises FileError, AdapterError; nothing is left then.
+    """
+    saved, target = as_saved(adapter), Path(out)
+    with open_checkpoint(base, revision) as source:
+        if not source.files:
+            raise FileError(f"{source.name} is no folder", expected="a folder, a file or a cached hub id")
+        changes = _changes(saved, source, tied=tied)
+        _check_apart(source, target)
+        others, left = _others(source)
+        shards = [open_shard(file) for file in source.files]
+        ours = {file.name for file in source.files} | {other.parts[0] for other in others}
+        with atomic_folder(target, ours, overwrite=overwrite) as folder:
+            _check_room(folder, shards)
+            merged = _Merged(saved, changes, progress)
+            for shard in shards:
+                merged.write(shard, folder / shard.file.name)
+            for other in others:
+                (folder / other).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(_folder(source) / other, folder / other)
+            _check_written(folder, source)
+            files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
+    sites = sum(len(change.sites) for change in changes.values())
+    notes = [f"not copied, as the merged weights are not in them: {_listed(left)}"] if left else []
+    return MergeResult(target, sites, len(changes), sum(files.values()), tuple(sorted(files)), tuple(notes))
+
+
+# -- what is to be changed ------------------------------------------------------------------------------------------
+
+
+def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> dict[str, Change]:
+    """What becomes of every stored tensor that an adapter changes. Raises FileError where one does not fit."""
+    sites = [placement.site for _, placement in saved.sites.values()]
+    extras = {path: saved.tensors[f"extra.{path}"] for path in saved.plan.extras}
+    find = finder([site.tensor for site in sites], source.entries)
+    found: dict[str, Change] = {}
+    missing: list[str] = []
+    unfit: list[str] = []
+    for site in sites:
+        name = find(*names_of(site))
+        if name is None or not fits(source.entries[name], site):
+            (missing if name is None else unfit).append(site.path)
+            continue
+        _check_sound(source.entries[name], site, source, tied=tied)
+        found.setdefault(name, Change(source.entries[name])).sites.append(site)
+    for path, tensor in extras.items():
+        name = find(path)
+        if name is None or source.entries[name].shape != tuple(tensor.shape):
+            (missing if name is None else unfit).append(path)
+            continue
+        found[name] = Change(source.entries[name], trained=tensor)
+    _check_found(saved, source, missing, unfit)
+    return found
+
+
+def names_of(site: Site) -> tuple[str, ...]:
+    """What a checkpoint may call the tensor of a site, likeliest first."""
+    return (site.tensor, f"{site.owner}.weight", site.owner, *(f"{alias}.weight" for alias in site.aliases))
+
+
+def finder(names: Sequence[str], entries: Mapping[str, object]) -> Callable[..., str | None]:
+    """A function from such names to the first of them that the entries have, with the prefix of one side or without."""
+    by = shift(names, entries.keys())
+    return lambda *wanted: next((n for name in wanted for n in (by(name), name) if n in entries), None)
+
+
+def fits(entry: Entry, site: Site) -> bool:
+    """Whether a stored tensor has the part that a site means, of its shape."""
+    shape = entry.shape
+    if len(shape) < 2 or (site.index is not None and (len(shape) != 3 or site.index >= shape[0])):
+        return False
+    part = view(torch.empty(shape, device="meta"), site)
+    return part.shape[:2] == site.shape[:2] and part.numel() == site.numel
+
+
+def _check_sound(entry: Entry, site: Site, source: Checkpoint, *, tied: bool) -> None:
+    if entry.dtype not in FLOATS:
+        raise quantised(entry, source.name)
+    others = sorted(set(site.aliases) - set(site.joined))
+    if others and not tied:
+        raise AdapterError(
+            f"{site.path} is tied to {', '.join(others)}: merging would change both",
+            hint="tied=True (--tied) does that; or merge in the model with merge(untie=True) and save it",
+        )
+
+
+def _check_found(saved: Saved, source: Checkpoint, missing: Sequence[str], unfit: Sequence[str]) -> None:
+    total = len(saved.sites) + len(saved.plan.extras)
+    if missing:
+        raise FileError(
+            f"{source.name} lacks {len(missing)} of the {total} weights that {saved.where} changes",
+            got=f"no {_listed(missing)}; it has {_listed(list(source.entries))}",
+            hint="give the base that the adapter is of; where its files name weights otherwise than the model, load "
+            "the model, merge there and save it",
+        )
+    if unfit:
+        raise FileError(
+            f"{len(unfit)} of the {total} weights that {saved.where} changes have another shape in {source.name}",
+            got=_listed(unfit),
+            hint="give the base that the adapter is of",
+        )
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Merged:
+    """Shards that are written, and how many of the changed tensors they held so far."""
+
+    saved: Saved
+    changes: Mapping[str, Change]
+    progress: Progress | None
+    done: int = 0
+
+    def write(self, shard: Shard, target: Path) -> None:
+        """Write a shard under the same header: what is not changed as bytes, tensor by tensor."""
+        with target.open("wb") as out:
+            out.write(shard.head())
+            for name in shard.header:
+                change = self.changes.get(name)
+                if change is None or change.entry.file != shard.file:
+                    out.write(shard.stored(name).numpy().data)
+                else:
+                    out.write(as_bytes(change.apply(shard.read(name), self.saved)).numpy().data)
+                    self._tell(name)
+        shard.stamp.check(shard.file)
+
+    def _tell(self, name: str) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(name, self.done, len(self.changes))
+
+
+def _folder(source: Checkpoint) -> Path:
+    return source.files[0].parent
+
+
+def _is_file(source: Checkpoint) -> bool:
+    """Whether the base is a file by itself, whatever lies beside it."""
+    return Path(source.name).name == source.files[0].name
+
+
+def _check_apart(source: Checkpoint, out: Path) -> None:
+    """Raise FileError where one folder lies in the other, or they are the same."""
+    here, there = _folder(source).resolve(), out.resolve()
+    if here == there or there in here.parents or (here in there.parents and not _is_file(source)):
+        raise FileError(f"{out} and the base {source.name} lie in each other", hint="choose a folder beside it")
+
+
+def _others(source: Checkpoint) -> tuple[list[Path], list[str]]:
+    """The other files of a folder that belong to a model, and the weights among them that are left out."""
+    root = _folder(source)
+    if _is_file(source):
+        return [], []
+    written = {file.name for file in source.files}
+    found = [file for file in _files(root) if str(file.relative_to(root)) not in written]
+    taken = [file.relative_to(root) for file in found if _is_copied(file, written)]
+    return taken, sorted(str(file.relative_to(root)) for file in found if not _is_copied(file, written))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """The regular files under a folder; none that is hidden, nor in a folder that is hidden or linked."""
+    for place, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(place, name)
+            if not name.startswith(".") and file.is_file():
+                yield file
+
+
+def _is_copied(file: Path, written: set[str]) -> bool:
+    """Whether a file holds no weights, nor says where weights lie that are not written."""
+    if file.name.endswith(INDEX):
+        with suppress(FileError):
+            return set(read_index(file).values()) <= written
+    return file.suffix not in WEIGHTS and not file.name.endswith(".index.json")
+
+
+def _check_room(folder: Path, shards: Sequence[Shard]) -> None:
+    """Raise OSError before the work begins where the disk has no room for it."""
+    needed, free = sum(shard.stamp.size for shard in shards), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(28, f"no room: {needed:,} bytes are needed, {free:,} are free")
+
+
+def _check_written(folder: Path, source: Checkpoint) -> None:
+    """Raise FileError where the folder that was written does not open with the base's names, shapes and dtypes."""
+    with open_checkpoint(folder) as found:
+        both = [{e.name: (e.shape, e.dtype) for e in side.entries.values()} for side in (found, source)]
+    if both[0] != both[1]:
+        raise FileError(f"{folder} was not written as it should be", hint="look at the disk")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
