@@ -173,6 +173,20 @@ def test_tied_modules_adapted_together_are_both_exported(tmp_path):
         export_peft(as_saved(adapter), tmp_path / "other")
 
 
+def test_dilated_convolutions_are_said_to_need_peft_s_merge(tmp_path):
+    def dilated():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 6, 3, dilation=2))
+
+    adapter = ta.attach(dilated(), ta.preset("lora", rank=2, targets=["0"]))
+    tiny.shake(adapter)
+    assert "PEFT forgets the dilation of 0 unless it merges" in str(export_peft(adapter, tmp_path / "out"))
+    agree(dilated(), tmp_path / "out", adapter)
+    with pytest.raises(RuntimeError, match="must match"):
+        PeftModel.from_pretrained(dilated(), tmp_path / "out")(tiny.noise(1, 2, 9, 9))
+    assert "dilation" not in str(export_peft(attached("convolutions"), tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])
 def test_heads_are_written_where_they_are_asked_for(task, tmp_path):
     model = tiny.bert_classifier()

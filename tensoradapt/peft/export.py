@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
@@ -32,7 +32,7 @@ from tensoradapt.peft.modules import Module, modules_of
 from tensoradapt.peft.opening import open_adapter
 from tensoradapt.peft.patterns import keyed, target_modules
 from tensoradapt.peft.reopen import errors_of
-from tensoradapt.scan import Model, scan
+from tensoradapt.scan import Model, module_at, scan
 from tensoradapt.sites import SiteMap
 
 LAYOUTS = ("portable", "compact")
@@ -108,7 +108,7 @@ def export_peft(  # noqa: PLR0913
     with atomic_folder(Path(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
         result = replace(_write(temporary, saved, made, options), path=Path(out))
         dropped = () if extras else tuple(saved.plan.extras)
-        result = replace(result, dropped=dropped, notes=_notes(made, zero, dropped))
+        result = replace(result, dropped=dropped, notes=(*_notes(made, zero, dropped), *_dilated(made, model)))
         (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")
     return result
 
@@ -128,6 +128,15 @@ def _notes(made: _Made, zero: Sequence[str], dropped: Sequence[str]) -> tuple[st
         ),
         *(["parameters trained whole are not in the folder: extras=True writes them"] if dropped else []),
     )
+
+
+def _dilated(made: _Made, model: Model | None) -> tuple[str, ...]:
+    """A note of convolutions whose dilation PEFT's own convolution does not have (as of 0.21)."""
+    if not isinstance(model, nn.Module):
+        return ()
+    convolutions = {m.path: module_at(model, m.path) for m in made.factored if m.kind == "conv"}
+    wide = [path for path, module in convolutions.items() if set(module.dilation) != {1}]  # type: ignore[arg-type]
+    return (f"PEFT forgets the dilation of {', '.join(wide)} unless it merges",) if wide else ()
 
 
 def _exact(saved: Saved) -> Saved:
