@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.fit.compress import Compressed, basis_size, compress, narrowed
+from tensoradapt.fit.compress import Compressed, basis_size, compress
 from tensoradapt.fit.curves import Point, limits, squeeze
-from tensoradapt.fit.policy import Given, Policy, Within
+from tensoradapt.fit.policy import Given, Policy, Within, squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import LADDER, Options, fit_compressed
 from tensoradapt.fit.tree import bond_spectra, linked
-from tensoradapt.linalg import SOLO, Stack, Team, find_ranges
+from tensoradapt.linalg import SOLO, Dense, Stack, Team, find_ranges
 
 Grow = Callable[[int | None], Diagram]  # the diagram at a rank for every bond, or at its limits
 SPARE = 0.05  # the share of the allowed squared error that the bases may take
@@ -24,7 +24,7 @@ SPARE = 0.05  # the share of the allowed squared error that the bases may take
 
 @dataclass(frozen=True)
 class Stream:
-    """A stack D[lead.., rows.., cols..] with named axes: `lead` number the slices, `rows` and `cols` are their sides."""
+    """A stack D[lead.., rows.., cols..] with named axes: `lead` number the slices, `rows` and `cols` are the sides."""
 
     stack: Stack
     lead: dict[str, int]
@@ -40,26 +40,41 @@ class Stream:
         full = self.stack.shape
         asked = (full[0] if ranks[0] is None else ranks[0], full[1] if ranks[1] is None else ranks[1])
         found = find_ranges(self.stack, asked, seed=self.seed, team=self.team)
-        core, bases = found.core, {}
-        for dim, (side, basis, rank) in enumerate(zip(sides, (found.out, found.inp), ranks, strict=True), start=1):
-            if side is not None and basis is not None and rank is not None:
-                bases[side] = narrowed(found.core, dim, basis, rank)
-                core = (core.movedim(dim, -1) @ (basis.mT @ bases[side])).movedim(-1, dim)
+        core, named = found.core, zip(sides, (found.out, found.inp), strict=True)
+        bases = {side: basis for side, basis in named if side is not None and basis is not None}
         sizes = {**diagram.sizes, **{axis: basis.shape[1] for axis, basis in bases.items()}}
         order = [*self.lead, *self.rows, *self.cols]
         core = core.reshape([sizes[axis] for axis in order]).permute([order.index(axis) for axis in diagram.open])
-        lost = max(0.0, found.total - float(core.double().square().sum())) if bases else 0.0
+        lost = max(0.0, found.total - squares(core)) if bases else 0.0
         held = Compressed(core.contiguous(), replace(diagram, sizes=sizes), found.total, lost, bases)
         return held if whole else compress(held, seed=self.seed)
+
+    def alone(self, diagram: Diagram) -> Compressed | None:
+        """The one slice of a stack as it is, where it is dense: one SVD of it costs less than bases of both sides."""
+        if self.stack.count > 1 or self.team.size > 1:
+            return None
+        ((_, part),) = self.stack.passes()
+        if not isinstance(part, Dense):
+            return None
+        order = [*self.lead, *self.rows, *self.cols]
+        shaped = part.matrix.reshape([diagram.sizes[axis] for axis in order])
+        return Compressed(shaped.permute([order.index(axis) for axis in diagram.open]), diagram, part.square)
 
 
 def fit_stream(stream: Stream, diagram: Diagram, options: Options) -> Fit:
     """A diagram of given ranks fitted to a stream."""
+    alone = stream.alone(diagram)
+    if alone is not None and linked(diagram) is not None:
+        return fit_compressed(alone, diagram, options)
     return fit_compressed(stream.held(diagram, whole=bool(options.fixed)), diagram, options)
 
 
 def fit_stream_by(stream: Stream, grow: Grow, policy: Callable[[float, Diagram], Policy], options: Options) -> Fit:
     """A fit whose ranks a policy chooses, given the squared norm: bases grow until they hold all that it keeps."""
+    limit = grow(None)
+    alone = stream.alone(limit) if linked(limit) is not None and not options.fixed else None
+    if alone is not None:
+        return fit_compressed(alone, limit, replace(options, policy=policy(alone.total, limit), grow=grow))
     for rank in LADDER:
         small = grow(rank)
         held = stream.held(small, whole=bool(options.fixed))
