@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tensoradapt.cli.app import run
 
-COMMANDS = ("presets", "plan", "budget", "export", "demo")
+COMMANDS = ("presets", "plan", "budget", "export", "plot", "demo")
 
 
 @pytest.fixture

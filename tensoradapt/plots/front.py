@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.labels import extent
 from tensoradapt.plots.page import COLOURS, INCH, INK, POINT
-from tensoradapt.plots.panels import PAGE, key, ruled
+from tensoradapt.plots.panels import PAGE, key, key_columns, ruled
 from tensoradapt.plots.shares import short
-from tensoradapt.plots.words import fitted, percent, plain, some
+from tensoradapt.plots.words import brief_name, fitted, percent, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,9 @@ MARKERS = "os^DvP<>X*h"  # as many as is prime to the number of colours, so that
 HEIGHT = 84.0
 LOG = 8.0  # the ratio of the largest to the smallest number from which an axis is logarithmic
 SMALL = 6.0
-DEEP = 1e-4  # errors are shown down to this share of the largest: below it a candidate is exact but for rounding
+FRONT = "Pareto front"
+CARETDOWN = 7  # matplotlib's marker: a triangle above the point that points down to it
+DEEP = 1e-3  # errors are shown down to this share of the largest, and to the chosen one
 
 
 def plot_front(report: Mapping[str, Any]) -> Figure:
@@ -36,7 +38,7 @@ def plot_front(report: Mapping[str, Any]) -> Figure:
     presets = list(dict.fromkeys(point["preset"] for point in points))
     looks = {name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(presets)}
     labels = {name: fitted(name, 40, 6.5) for name in presets}
-    columns = max(1, int((PAGE - 6) / (max([extent(label, 6.5)[0] for label in labels.values()]) + 10)))
+    columns = key_columns([*labels.values(), FRONT], PAGE)
     height = HEIGHT + 3.4 * -(-(len(presets) + 1) // columns)
     figure = Figure(figsize=(PAGE / INCH, height / INCH), layout="constrained")
     axes = figure.add_subplot()
@@ -44,10 +46,10 @@ def plot_front(report: Mapping[str, Any]) -> Figure:
     axes.plot(*_stairs(front), color=INK, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1, label="front")
     for name in presets:
         _points(axes, [p for p in points if p["preset"] == name], *looks[name], label=labels[name])
-    _scales(axes, points)
+    _scales(axes, points, _floor(points, _chosen(points, report["choice"])))
     axes.set(xlabel="parameters of the adapter", ylabel="relative error of the change, % of its norm")
     ruled(axes)
-    key(figure, _handles(looks, labels), columns)
+    key(figure, _handles(looks, labels))
     figure.draw_without_rendering()
     _names(figure, axes, points, front, report["choice"])
     return figure
@@ -57,17 +59,19 @@ def front_caption(report: Mapping[str, Any]) -> str:
     """What to read off the front: what is on it, and what was chosen."""
     points = _known(report)
     front = [point for point in points if point["front"]]
-    said = [
-        f"{some(len(points), 'candidate')}, one marker per preset. The dashed line joins the {len(front):,} of which no"
-    ]
-    said += ["other is both smaller and better; filled markers lie on it. Lower left is better."]
+    said = [f"{some(len(points), 'candidate')}, a marker per preset; smaller and closer is lower left."]
+    if len(points) > 1:
+        said += [f"Filled, and joined: the {len(front):,} that no other beats in both."]
     chosen = _chosen(points, report["choice"])
     if chosen:
-        said += [f"Chosen: {plain(chosen['label'])}, {chosen['num_parameters']:,} parameters at an error of"]
-        said += [f"{percent(chosen['relative_error'])}."]
+        size = f"{chosen['num_parameters']:,} parameters at an error of {percent(chosen['relative_error'])}"
+        said += [f"Chosen: {brief_name(chosen['label'])}, {size}."]
         worst = chosen["worst_site"]
-        if worst and worst["relative_error"] is not None:
-            said += [f"Its worst weight is {plain(worst['path'])}, at {percent(worst['relative_error'])}."]
+        if worst and worst["relative_error"]:
+            said += [f"Its worst weight is {brief_name(worst['path'])}, at {percent(worst['relative_error'])}."]
+    below = sum(point["relative_error"] < _floor(points, chosen) for point in points)
+    if below:
+        said += [f"Arrows at the lower edge: {some(below, 'candidate')} with smaller errors still."]
     lost = len(report["candidates"]) - len(points)
     return " ".join(said + ([f"{some(lost, 'candidate')} without an error are left out."] if lost else []))
 
@@ -104,8 +108,16 @@ def _points(axes: Axes, points: Sequence[Mapping[str, Any]], colour: str, marker
                   markerfacecolor=face, zorder=3 if on_front else 2, label=label)  # fmt: skip
 
 
-def _scales(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
-    """Logarithmic where the numbers are far apart and none is zero."""
+def _floor(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None) -> float:
+    """The least error of a logarithmic axis; zero where a linear one does."""
+    errors = [point["relative_error"] for point in points]
+    least = min(max(errors) * DEEP, chosen["relative_error"] / 2 if chosen else 1.0)
+    shown = [error for error in errors if error >= least]
+    return least if least > 0 and max(shown) >= LOG * min(shown) else 0.0
+
+
+def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float) -> None:
+    """Logarithmic where the numbers are far apart; errors from the floor on, what is below it marked at the edge."""
     counts, errors = [p["num_parameters"] for p in points], [100 * p["relative_error"] for p in points]
     if min(counts) > 0 and max(counts) >= LOG * min(counts):
         axes.set_xscale("log")
@@ -113,17 +125,21 @@ def _scales(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
         axes.set_xticks(_rounded(low, high, (1, 2, 5) if high < 2000 * low else (1,)))
         axes.set_xlim(low, high)
         axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter(lambda value, _: short(value))
-    if min(errors) > 0 and max(errors) >= LOG * min(errors):
-        axes.set_yscale("log")
-        axes.set_ylim(bottom=max(min(errors) / 1.3, max(errors) * DEEP))
-        low, high = axes.get_ylim()
-        axes.set_yticks(_rounded(low, high, (1, 2, 5)))
-        axes.set_ylim(low, high)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_yticks([], minor=True)
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, 1.08 * max(*counts, 1))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    if not floor:
+        axes.set_ylim(-0.03 * (max(errors) or 100), 1.06 * (max(errors) or 100))
+        return
+    low, high = min(error for error in errors if error >= 100 * floor) / 1.4, max(errors) * 1.4
+    axes.set(yscale="log", ylim=(low, high))
+    axes.set_yticks(_rounded(low, high, (1, 2, 5)))
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks([], minor=True)
+    lower = [point["num_parameters"] for point in points if point["relative_error"] < floor]
+    axes.plot(lower, [0] * len(lower), transform=axes.get_xaxis_transform(), linestyle="none", marker=CARETDOWN,
+              color=INK, markersize=5, clip_on=False, zorder=4, label="below")  # fmt: skip
 
 
 def _rounded(low: float, high: float, steps: Sequence[int]) -> list[float]:
@@ -139,7 +155,7 @@ def _handles(looks: Mapping[str, tuple[str, str]], labels: Mapping[str, str]) ->
         Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4.2, label=labels[name])
         for name, (colour, marker) in looks.items()
     ]
-    return [*handles, Line2D([], [], color=INK, linewidth=0.8, linestyle=(0, (5, 2)), label="Pareto front")]
+    return [*handles, Line2D([], [], color=INK, linewidth=0.8, linestyle=(0, (5, 2)), label=FRONT)]
 
 
 def _names(
@@ -188,14 +204,14 @@ Box = tuple[float, float, float, float]
 def _spot(
     point: tuple[float, float], size: tuple[float, float], taken: Sequence[Box], frame: Box, must: bool
 ) -> Box | None:
-    """The first free place beside a point, below left first: a front leaves room there. None without one, unless it `must` be."""
+    """The first free place beside a point, below left first: a front leaves room there. None, unless it `must` be."""
     (x, y), (width, height) = point, size
-    width *= 1.15 if must else 1.0  # bold
+    width *= 1.2 if must else 1.0  # bold
     gap = 2.2 if must else 1.4
     spots = [
-        (x + dx * far if dx >= 0 else x + dx * far - width, y + dy * far - height / 2)
-        for far in (gap, 2 * gap, 3 * gap)
-        for dx, dy in ((-1, -1), (1, 1), (-1, 0), (1, 0), (-1, 1), (1, -1))
+        (x + dx * far * gap + (dx - 1) * width / 2, y + dy * far * gap - height / 2)
+        for far in ((1, 2, 3, 4, 5, 6) if must else (1, 1.6))
+        for dx, dy in ((-1, -1), (1, 1), (-1, 0), (1, 0), (0, -1), (-1, 1), (1, -1), (0, 1))
     ]
     boxes = [(left, bottom, left + width, bottom + height) for left, bottom in spots]
     inside = [b for b in boxes if b[0] > frame[0] and b[1] > frame[1] and b[2] < frame[2] and b[3] < frame[3]]

@@ -5,6 +5,7 @@ Invariant: a cell shows the rank that the report gives; where it gives none, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,26 +17,30 @@ from tensoradapt.plots.labels import extent
 from tensoradapt.plots.page import INCH, INK
 from tensoradapt.plots.panels import PAGE, blues, letters_on
 from tensoradapt.plots.places import Table, tabulated
-from tensoradapt.plots.words import fitted, has_noise, listed, plain, rule_words, some
+from tensoradapt.plots.words import brief_name, fitted, has_noise, listed, plain, rule_words, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROWS, TALL, WIDE = 40, 4.6, 11.0  # rows at most; a cell's height, and its largest width, in millimetres
-LEFT, BAR, TOP, FOOT = 52.0, 19.0, 6.0, 10.0
+LEFT, BAR, TOP, FOOT, KEY = 52.0, 19.0, 6.0, 10.0, 24.0
 SMALL = 6.0  # points
-TICK = 5.0  # millimetres between the labels of columns
+TICK, ROOM = 5.0, 24.0  # millimetres between the middles of columns' labels: at least, and for long ones
+
+
+Block = tuple[tuple[Any, ...], int, int]  # coordinates, the first column, how many
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The places on the page, in millimetres: what the names take, and the size of the map."""
+    """The sizes on the page, in millimetres: of what the names take, of the map, and of a cell."""
 
     left: float
     width: float
     height: float
     cell: float
+    row: float
 
 
 def plot_ranks(report: Mapping[str, Any], rule: str | None = None) -> Figure:
@@ -45,18 +50,20 @@ def plot_ranks(report: Mapping[str, Any], rule: str | None = None) -> Figure:
     rule = _rule(report, rule)
     table, rows = _rows(report)
     longest = max(extent(plain(row), 6.5)[0] for row in rows)
-    left = min(LEFT, longest + 3)
+    left = min(LEFT, 1.04 * longest + 3.2)
     cell = min(WIDE, (PAGE - left - BAR) / len(table.columns))
-    frame = Frame(left, cell * len(table.columns), max(TALL * len(rows), 24.0), cell)
+    row = max(TALL, min(8.0, KEY / len(rows)))
+    frame = Frame(left, cell * len(table.columns), row * len(rows), cell, row)
+    key = min(max(frame.height, KEY), 2 * KEY)
     top = TOP if len(table.names) > 1 else 2.0
-    size = (max(frame.left + frame.width + BAR, 80.0), frame.height + FOOT + top)
+    size = (max(frame.left + frame.width + BAR, 80.0), max(frame.height + FOOT, key + 2) + top)
     figure = Figure(figsize=(size[0] / INCH, size[1] / INCH))
-    box = (frame.left / size[0], FOOT / size[1], frame.width / size[0], frame.height / size[1])
-    axes = figure.add_axes(box)
+    place = lambda x, width, height: (x / size[0], 1 - (top + height) / size[1], width / size[0], height / size[1])  # noqa: E731
+    axes = figure.add_axes(place(frame.left, frame.width, frame.height))
     _fill(axes, report, table, rows, rule, frame)
-    axes.set_yticks(range(len(rows)), [fitted(row, left - 2, 6.5) for row in rows])
+    axes.set_yticks(range(len(rows)), [fitted(row, (left - 3) / 1.04, 6.5) for row in rows])
     _columns(axes, table, frame)
-    bar = figure.add_axes(((frame.left + frame.width + 3) / size[0], box[1], 3 / size[0], box[3]))
+    bar = figure.add_axes(place(frame.left + frame.width + 3, 3, key))
     _scale(figure, axes, bar, rule)
     return figure
 
@@ -66,23 +73,32 @@ def ranks_caption(report: Mapping[str, Any], rule: str | None = None) -> str:
     rule = _rule(report, rule)
     table, rows = _rows(report)
     ranks = {path: report["sites"][path]["ranks"].get(rule) for path in table.at.values()}
-    known = sorted((rank, path) for path, rank in ranks.items() if rank is not None)
     words = rule_words(rule)
     said = [f"{words[0].upper()}{words[1:]} in every weight's change, by {listed(['role', *table.names])}."]
-    if known:
-        middle = known[(len(known) - 1) // 2][0]
-        said += [f"They run from {known[0][0]:,} to {known[-1][0]:,}, half of them at most {middle:,};"]
-        said += [f"the largest is in {plain(known[-1][1])}."]
+    said += _spread({path: rank for path, rank in ranks.items() if rank is not None})
     still = [path for path in ranks if report["sites"][path]["norm"] == 0]
     if still:
         said += [f"{some(len(still), 'weight')} did not change: {listed(still, 3)}."]
-    if len(known) < len(ranks):
-        said += [f"Hatched: more than the values that were computed ({len(ranks) - len(known):,} of {len(ranks):,})."]
+    unknown = sum(rank is None for rank in ranks.values())
+    if unknown:
+        said += [f"Hatched: more than the values that were computed ({unknown:,} of {len(ranks):,})."]
     if len(table.at) < len(table.rows) * len(table.columns):
         said += ["Crosses: no such weight."]
     if len(rows) < len(table.rows):
         said += [f"The {len(rows)} roles that changed most of {len(table.rows):,} are drawn."]
     return " ".join(said)
+
+
+def _spread(ranks: Mapping[str, int]) -> list[str]:
+    """The least, the middle and the largest rank."""
+    known = sorted((rank, path) for path, rank in ranks.items())
+    if len(known) < 2:
+        return []
+    least, middle, most = (known[k][0] for k in (0, (len(known) - 1) // 2, -1))
+    if least == most:
+        return [f"All that are known are {most:,}."]
+    span = f"They run from {least:,} to {most:,}, half of them are at most {middle:,};"
+    return [f"{span} the largest is in {brief_name(known[-1][1])}."]
 
 
 def _rule(report: Mapping[str, Any], rule: str | None) -> str:
@@ -158,18 +174,28 @@ def _columns(axes: Axes, table: Table, frame: Frame) -> None:
     depth = _finest(table, frame)
     blocks = table.blocks(depth)
     runs = [[b for b in blocks if b[0][:-1] == head] for head in dict.fromkeys(b[0][:-1] for b in blocks)]
-    kept = [block for run in runs for block in run[:: _step(run, frame)]]
+    kept = [block for run in runs for block in _thinned(run, frame)]
     labels = [_said(head[-1] if head else "", frame, count) for head, _, count in kept]
     axes.set_xticks([first + (count - 1) / 2 for _, first, count in kept], labels)
-    finer = f", each with {' and '.join(table.names[depth:])}" if depth < len(table.names) else ""
+    finer = f" (within each: {listed(table.names[depth:])})" if depth < len(table.names) else ""
     axes.set_xlabel((table.names[depth - 1] if depth else "") + finer)
-    if depth < 2:
-        return
-    for head, first, count in table.blocks(1):
-        if first:
-            axes.axvline(first - 0.5, color=INK, linewidth=0.8)
-        name = _said(head[0], frame, count)
-        axes.text(first + (count - 1) / 2, -0.62, name, ha="center", va="bottom", fontsize=6.5)
+    if len(table.names) > 1:
+        for _, first, count in table.blocks(1)[1:]:
+            axes.axvline(first - 0.5, color=INK, linewidth=0.8 if count * frame.cell > 8 else 0.4)
+    if depth > 1:
+        _above(axes, table, frame)
+
+
+def _above(axes: Axes, table: Table, frame: Frame) -> None:
+    """The outermost coordinate of every run of columns, above it; with its name where that has room."""
+    blocks = table.blocks(1)
+    said = ["–" if head[0] is None else plain(head[0]) for head, _, _ in blocks]
+    full = [f"{table.names[0]} {text}" for text in said]
+    rooms = [count * frame.cell - 1 for _, _, count in blocks]
+    fits = all(extent(text, 6.5)[0] < room for text, room in zip(full, rooms, strict=True))
+    for text, room, (_, first, count) in zip(full if fits else said, rooms, blocks, strict=True):
+        height = -0.5 - 0.6 / frame.row
+        axes.text(first + (count - 1) / 2, height, fitted(text, room, 6.5), ha="center", va="bottom", fontsize=6.5)
 
 
 def _finest(table: Table, frame: Frame) -> int:
@@ -181,15 +207,19 @@ def _finest(table: Table, frame: Frame) -> int:
     return min(1, len(table.names))
 
 
-def _step(run: Sequence[tuple[Any, int, int]], frame: Frame) -> int:
-    """Every how many-th label of a run has room."""
+def _thinned(run: Sequence[Block], frame: Frame) -> list[Block]:
+    """The blocks of a run whose labels have room, the first and every n-th after it."""
     widest = max(extent(plain(head[-1] if head else ""), 6.5)[0] for head, _, _ in run)
-    return max(1, int(-(-min(max(TICK, widest + 1.5), 24.0) // (run[0][2] * frame.cell))))
+    room = min(max(TICK, widest + 1.5), ROOM)
+    step = max(1, math.ceil(room / (run[0][2] * frame.cell) - 1e-9))
+    end = run[-1][1] + run[-1][2]
+    fits = lambda block: (end - block[1] - block[2] / 2) * frame.cell > room / 2 - 0.6  # noqa: E731
+    return [block for k, block in enumerate(run[::step]) if not k or fits(block)]
 
 
 def _said(value: Any, frame: Frame, count: int) -> str:
     """A coordinate's value in the room of `count` columns, or in that of a label that was left alone."""
-    return fitted("–" if value is None else value, max(22.0, count * frame.cell - 1), 6.5)
+    return fitted("–" if value is None else value, max(ROOM - 2, count * frame.cell - 1), 6.5)
 
 
 def _scale(figure: Figure, axes: Axes, bar: Axes, rule: str) -> None:

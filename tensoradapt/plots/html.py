@@ -75,10 +75,10 @@ def _text(value: object) -> str:
 def _summary(report: Report) -> list[str]:
     """What was compared and the answer, in sentences."""
     sites, choice = report["sites"], report["choice"]
-    kind = "adapters" if report["kind"] == "adapters" else "checkpoints"
     changed = sum(site["norm"] > 0 for site in sites.values())
-    said = [f"Two {kind}" if kind == "checkpoints" else "Adapters", f"were compared: {some(len(sites), 'weight')} in"]
-    said += [f"{some(len(report['groups']), 'group')}, of which {changed:,} changed."]
+    said = ["Two checkpoints were compared" if report["kind"] == "checkpoints" else "Adapters were compared"]
+    said += [f"in {some(len(sites), 'weight')} and {some(len(report['groups']), 'group')} of them."]
+    said += ["All of them changed." if changed == len(sites) else f"{changed:,} of them changed."] if sites else []
     lines = ["<section class='summary'><h2>Summary</h2>", f"<p>{' '.join(said)}</p>"]
     if choice:
         chosen = next(c for c in report["candidates"] if c["label"] == choice["label"])
@@ -222,18 +222,34 @@ def _rank(site: Mapping[str, Any], rule: str) -> str:
 def _comparisons(comparisons: Mapping[str, Any]) -> list[str]:
     """Formats at one error, and at one budget."""
     at_error = [
-        (percent(found["relative_error"]), _text(row["label"]), figures(row["num_parameters"]))
-        for found in comparisons["at_error"]
-        for row in found["rows"]
+        (
+            f"error at most {percent(found['relative_error'])}",
+            [(r["label"], f"{r['num_parameters']:,}") for r in found["rows"]],
+        )
+        for found in comparisons.get("at_error", ())
     ]
     at_budget = [
-        (f"{found['max_parameters']:,}", _text(row["label"]), percent(row["relative_error"]))
-        for found in comparisons["at_budget"]
-        for row in found["rows"]
+        (
+            f"at most {some(found['max_parameters'], 'parameter')}",
+            [(r["label"], percent(r["relative_error"])) for r in found["rows"]],
+        )
+        for found in comparisons.get("at_budget", ())
     ]
-    lines = _table("The same error", ("error, at most", "format", "parameters"), at_error, 2) if at_error else []
-    heads = ("parameters, at most", "format", "relative error")
-    return lines + (_table("The same budget", heads, at_budget, 2) if at_budget else [])
+    lines = _compared("Formats at the same error", "parameters", at_error)
+    return lines + _compared("Formats within the same budget", "relative error", at_budget)
+
+
+def _compared(title: str, what: str, parts: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> list[str]:
+    """A table in parts, each with a line of its own above it."""
+    if not any(rows for _, rows in parts):
+        return []
+    lines = [f"<section><h2>{title}</h2><table class='parts'><thead><tr><th scope='col'>format</th>"]
+    lines += [f"<th scope='col' class='n'>{what}</th></tr></thead>"]
+    for head, rows in parts:
+        lines += [f"<tbody><tr><th colspan='2' scope='rowgroup'>{head}</th></tr>"]
+        lines += [f"<tr><td>{_text(label)}</td><td class=n>{number}</td></tr>" for label, number in rows]
+        lines += [*([] if rows else ["<tr><td colspan='2' class='none'>none</td></tr>"]), "</tbody>"]
+    return [*lines, "</table></section>"]
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:

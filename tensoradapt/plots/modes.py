@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.page import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, SKY, VERMILION
 from tensoradapt.plots.panels import MOST, PAGE, falling, grid, key, largest_groups, name_axes, ruled, thinned
-from tensoradapt.plots.words import figures, fitted, percent, plain
+from tensoradapt.plots.words import brief_name, figures, fitted, percent, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +25,9 @@ LOOKS: Mapping[str, Look] = {
     "role": (PURPLE, "D", (0, (1, 1.2))),
     "task": (ORANGE, "v", "-"),
     "expert": (SKY, "P", (0, (4, 1.2, 1, 1.2))),
+    "site": (INK, "X", "-"),
 }
-REST: Sequence[Look] = ((INK, "X", "-"), (GREY, "<", (0, (4, 1.5))), (INK, ">", (0, (1, 1.2))))
+REST: Sequence[Look] = ((GREY, "<", (0, (4, 1.5))), (INK, ">", (0, (1, 1.2))))
 
 
 def plot_modes(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> Figure:
@@ -47,8 +48,8 @@ def plot_modes(report: Mapping[str, Any], groups: Sequence[str] | None = None) -
     falling(panels[0], max(map(len, spectra)), [value for values in spectra for value in values], edges)
     for panel in panels:
         ruled(panel)
-    name_axes(figure, "index of the singular value", "singular value of the unfolding (units of the weights)")
-    key(figure, _handles(looks, any(edges)), 6)
+    name_axes(figure, "index of the singular value", "singular value\n(units of the weights)")
+    key(figure, _handles(looks, any(edges)))
     return figure
 
 
@@ -61,8 +62,9 @@ def modes_caption(report: Mapping[str, Any], groups: Sequence[str] | None = None
     ]
     for name in names[:3]:
         said += _read(name, report["groups"][name])
-    if any(edge for name in names for edge in report["groups"][name]["noise_edges"].values()):
-        said += ["Short strokes beside the right edge: the edge of the rounding noise along the axis of that look."]
+    noisy = any(edge for name in names for edge in report["groups"][name]["noise_edges"].values())
+    if noisy:
+        said += ["Strokes beside a panel: where the rounding noise of that axis ends."]
     parts = [report["groups"][name]["captured"] for name in names]
     least = min((share for share in parts if share is not None), default=1.0)
     if least < 0.9995:
@@ -75,8 +77,8 @@ def modes_caption(report: Mapping[str, Any], groups: Sequence[str] | None = None
 def _read(name: str, group: Mapping[str, Any]) -> list[str]:
     """One group's multilinear rank in words."""
     if group["norm"] == 0:
-        return [f"{plain(name)} did not change."]
-    rules = group["multilinear_rank"]
+        return [f"{brief_name(name)} did not change."]
+    rules, label = group["multilinear_rank"], brief_name(name)
     noisy = any(group["noise_edges"].values())
     rule = "noise" if noisy and "noise" in rules else next((r for r in ("energy_0.95", *rules) if r in rules), None)
     if rule is None:
@@ -91,7 +93,7 @@ def _read(name: str, group: Mapping[str, Any]) -> list[str]:
         if rule == "noise"
         else f"to hold {percent(float(rule.removeprefix('energy_')))} of the energy"
     )
-    return [f"{plain(name)}: {', '.join(ranks)} {'are ' if rule == 'noise' else 'suffice '}{what}."]
+    return [f"{label}: {', '.join(ranks)} {'are ' if rule == 'noise' else 'suffice '}{what}."]
 
 
 def _looks(groups: Sequence[Mapping[str, Any]]) -> dict[str, Look]:
@@ -115,17 +117,24 @@ def _draw(axes: Axes, group: Mapping[str, Any], looks: Mapping[str, Look]) -> No
             kept = thinned(len(values))
             every = [k for k in range(len(kept)) if kept[k] < 4 or k % 4 == 0]
             axes.plot([k + 1 for k in kept], [values[k] for k in kept], color=colour, linestyle=dashes, linewidth=1.0,
-                      marker=marker, markersize=2.6, markevery=every, label=axis)  # fmt: skip
+                      markevery=every, label=axis, **_marked(axis, marker))  # fmt: skip
             drawn = True
     if not drawn:
-        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
+        axes.text(0.5, 0.85, "no change", transform=axes.transAxes, ha="center", va="center")
+
+
+def _marked(axis: str, marker: str) -> dict[str, Any]:
+    """A marker; that of `out` is large and empty, as its line lies on that of `in` where there is one weight."""
+    return {"marker": marker} | (
+        {"markersize": 4.4, "markerfacecolor": "none"} if axis == "out" else {"markersize": 2.6}
+    )
 
 
 def _handles(looks: Mapping[str, Look], noisy: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, marker=marker, linestyle=dashes, linewidth=1.0, markersize=3, label=plain(axis))
+        Line2D([], [], color=colour, linestyle=dashes, linewidth=1.0, label=plain(axis), **_marked(axis, marker))
         for axis, (colour, marker, dashes) in looks.items()
     ]
-    return handles + ([Line2D([], [], color=INK, linewidth=0.9, label="at the right edge: noise")] if noisy else [])
+    return handles + ([Line2D([], [], color=INK, linewidth=0.9, label="beside a panel: noise")] if noisy else [])

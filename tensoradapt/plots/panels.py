@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import SpecError
+from tensoradapt.plots.labels import extent
 from tensoradapt.plots.page import INCH
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 PAGE = 170.0  # two printed columns with the space between them, in millimetres
 ACROSS, HEIGHT = 3, 44.0
+KEY, HANDLE = 6.5, 10.0  # the letters of a key in points, and what an entry needs beside its label
 MOST = 12  # panels of one figure
 DECADES, BELOW = 1e5, 20.0  # how far below the largest value, and below the noise, a logarithmic axis reaches
 FINE = 200  # the longest axis of indices with ticks at 2 and 5
@@ -45,12 +48,12 @@ def name_axes(figure: Figure, xlabel: str, ylabel: str) -> None:
     figure.supylabel(ylabel, fontsize=7)
 
 
-def key(figure: Figure, handles: Sequence[Any], columns: int) -> None:
-    """The key of a whole figure, above its panels."""
+def key(figure: Figure, handles: Sequence[Any]) -> None:
+    """The key of a whole figure, above its panels, in as few rows as its width allows."""
     figure.legend(
         handles=list(handles),
         loc="outside upper left",
-        ncols=columns,
+        ncols=key_columns([handle.get_label() for handle in handles], figure.get_figwidth() * INCH),
         frameon=False,
         handlelength=2.4,
         columnspacing=1.4,
@@ -60,12 +63,23 @@ def key(figure: Figure, handles: Sequence[Any], columns: int) -> None:
     )
 
 
+def key_columns(labels: Sequence[str], width: float) -> int:
+    """The largest number of columns in which the entries of a key fit side by side."""
+    wide = [1.04 * extent(label, KEY)[0] + HANDLE for label in labels]
+    for columns in range(len(labels), 1, -1):
+        size, more = divmod(len(labels), columns)
+        ends = [k * size + min(k, more) for k in range(columns + 1)]  # as numpy's array_split, and matplotlib's legend
+        if sum(max(wide[a:b]) for a, b in pairwise(ends)) < width - 2:
+            return columns
+    return 1
+
+
 def falling(axes: Axes, longest: int, values: Sequence[float], floors: Sequence[float]) -> None:
     """Both axes logarithmic, for values that fall: five decades at most, floors in sight."""
     top = max((value for value in (*values, *floors) if value > 0), default=1.0)
     floor = min((edge for edge in floors if edge > 0), default=0.0)
     least = min((value for value in (*values, *floors) if value > 0), default=top / 10)
-    low, high = max(least, top / DECADES, min(floor, top) / BELOW) / 1.5, top * 1.8
+    low, high = max(least, top / DECADES, min(floor, top) / BELOW) / 1.5, top * 2.5
     axes.set(xscale="log", yscale="log", xlim=(0.9, max(2, longest) * 1.12), ylim=(low, high))
     steps = (1, 2, 5) if longest <= FINE else (1,)
     ticks = [step * 10**n for n in range(7) for step in steps if step * 10**n <= max(2, longest)]

@@ -50,12 +50,12 @@ def tabulated(sites: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _varying(sites: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    """The coordinates other than the role that tell sites apart, the outermost first."""
+    """The coordinates other than the role that have several values, the outermost first."""
     values: dict[str, dict[Any, None]] = {}
     for site in sites.values():
         for name in {*OUTER, *site["coordinates"]} - {"role"}:
             values.setdefault(name, {})[site["coordinates"].get(name)] = None
-    found = sorted(name for name, seen in values.items() if len(seen) > 1)
+    found = sorted(name for name, seen in values.items() if len(set(seen) - {None}) > 1)
     return tuple(sorted(found, key=lambda name: OUTER.index(name) if name in OUTER else len(OUTER)))
 
 

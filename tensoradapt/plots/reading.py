@@ -76,9 +76,9 @@ class Similarity(Part):
 class SharedEnergy(Part):
     """The energy held by one subspace for all sites, and by one for each."""
 
-    rank: list[int]
-    shared: list[float | None]
-    private: list[float | None]
+    rank: list[int] = []
+    shared: list[float | None] = []
+    private: list[float | None] = []
 
 
 class Group(Part):
@@ -142,8 +142,8 @@ class AtBudget(Part):
 class Comparisons(Part):
     """Formats beside each other."""
 
-    at_error: list[AtError]
-    at_budget: list[AtBudget]
+    at_error: list[AtError] = []
+    at_budget: list[AtBudget] = []
 
 
 class Report(Part):

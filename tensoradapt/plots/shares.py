@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.labels import extent
 from tensoradapt.plots.page import COLOURS, GREY, INCH
-from tensoradapt.plots.words import listed, percent, plain
+from tensoradapt.plots.words import brief_name, listed, percent, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,15 +59,16 @@ def parameters_caption(report: Mapping[str, Any]) -> str:
     shown = _drawn(report)
     said = ["Where the parameters go: the candidates of the front and the chosen one, cut by group."]
     chosen = next((c for c in shown if report["choice"] and c["label"] == report["choice"]["label"]), None)
-    if chosen and chosen["by_group"] and chosen["num_parameters"]:
+    if chosen and len(chosen["by_group"]) > 1 and chosen["num_parameters"]:
         largest = sorted(chosen["by_group"].items(), key=lambda pair: -pair[1])
-        spent = [f"{plain(name)} ({percent(count / chosen['num_parameters'])})" for name, count in largest]
-        said += [f"Of the {chosen['num_parameters']:,} of the chosen one most go to {listed(spent, 2)}."]
+        spent = [f"{brief_name(name)} ({percent(count / chosen['num_parameters'])})" for name, count in largest]
+        said += [f"The chosen one spends its {chosen['num_parameters']:,} on {listed(spent, 3)}."]
     groups = {name for c in shown for name in c["by_group"]}
     if len(groups) > PARTS:
         said += [f"The {PARTS - 1} largest of {len(groups)} groups are drawn apart."]
-    if len(shown) < sum(c["front"] for c in report["candidates"]):
-        said += [f"{len(shown)} of the candidates are drawn."]
+    front = sum(c["front"] for c in report["candidates"])
+    if len(shown) < front:
+        said += [f"{len(shown)} of the front's {front} are drawn."]
     return " ".join(said)
 
 

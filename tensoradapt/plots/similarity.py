@@ -14,7 +14,7 @@ from tensoradapt.errors import SpecError
 from tensoradapt.plots.page import BLUE, INCH, VERMILION
 from tensoradapt.plots.panels import PAGE, blues, largest_groups, letters_on, ruled
 from tensoradapt.plots.places import tabulated
-from tensoradapt.plots.words import figures, fitted, percent, plain
+from tensoradapt.plots.words import brief_name, figures, fitted, percent, plain, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def plot_similarity(report: Mapping[str, Any], groups: Sequence[str] | None = No
         group = report["groups"][name]
         for side, axes in zip(SIDES, row, strict=False):
             _map(axes, group["similarity"].get(side), side, report["sites"])
-        row[0].set_title(f"{fitted(name, 60, 7)}\n{row[0].get_title(loc='left')}", loc="left", pad=3)
+        row[0].set_title(f"{fitted(name, 44, 7)}\n{row[0].get_title(loc='left')}", loc="left", pad=3)
         _curves(row[2], group.get("shared_energy"))
     mesh = next(c for row in rows for axes in row[:2] for c in axes.collections)
     bar = figure.colorbar(
@@ -52,30 +52,28 @@ def plot_similarity(report: Mapping[str, Any], groups: Sequence[str] | None = No
 def similarity_caption(report: Mapping[str, Any], groups: Sequence[str] | None = None) -> str:
     """What to read off the maps: which sites share directions, and more than chance would have it."""
     names = _shown(report, groups)
-    said = [
-        "How alike the leading subspaces of a group's weights are, columns in the order of the rows: dark off the "
-        "diagonal means shared directions."
-    ]
+    said = ["How alike the leading subspaces of a group's weights are, columns in the order of the rows: dark off the"]
+    said += ["diagonal means shared directions."]
     for name in names[:2]:
         group = report["groups"][name]
-        said += [_pair(name, side, group) for side in SIDES if group["similarity"].get(side)]
-        said += _sharing(name, group.get("shared_energy"))
+        pairs = [_pair(side, group, report["sites"]) for side in SIDES if group["similarity"].get(side)]
+        parts = [*filter(None, pairs), *_sharing(group)]
+        said += [f"{brief_name(name)}: {'; '.join(parts)}."] if parts else []
     if len(names) < len(report["groups"]) and not groups:
-        said += [f"{len(names)} of {len(report['groups']):,} groups are drawn, those that changed most."]
-    return " ".join(filter(None, said))
+        said += [f"{len(names)} of {some(len(report['groups']), 'group')} are drawn."]
+    return " ".join(said)
 
 
 def _shown(report: Mapping[str, Any], groups: Sequence[str] | None) -> list[str]:
-    """The groups that have a map, the largest first."""
+    """The groups that have a map, the largest first. Raises SpecError where there are none."""
     names = largest_groups(report, groups, len(report["groups"]))
-    found = [n for n in names if any(s["labels"] for s in report["groups"][n]["similarity"].values())]
+    found = [n for n in names if any(len(s["labels"]) > 1 for s in report["groups"][n]["similarity"].values())]
     if not found:
-        raise SpecError("the report has no similarities to draw", hint="a group of several weights has them")
-    several = [n for n in found if any(len(s["labels"]) > 1 for s in report["groups"][n]["similarity"].values())]
-    return found if groups else (several or found)[:MOST]
+        raise SpecError("the report has no group of several weights to compare")
+    return found if groups else found[:MOST]
 
 
-def _pair(name: str, side: str, group: Mapping[str, Any]) -> str:
+def _pair(side: str, group: Mapping[str, Any], sites: Mapping[str, Any]) -> str:
     """The two most similar weights, beside what unrelated subspaces would show."""
     found = group["similarity"][side]
     pairs = [
@@ -84,22 +82,24 @@ def _pair(name: str, side: str, group: Mapping[str, Any]) -> str:
     if not pairs:
         return ""
     value, i, j = max(pairs)
+    labels, names = named(found["labels"], sites)
     size = group["sizes"].get(side)
-    chance = f"; unrelated subspaces of rank {found['rank']} would show {found['rank'] / size:.2g}" if size else ""
-    labels = f"{plain(found['labels'][j])} and {plain(found['labels'][i])}"
-    return f"{plain(name)}, {side}: at most {value:.2g}, between {labels}{chance}."
+    chance = f" (unrelated ones: {found['rank'] / size:.2g})" if size else ""
+    a, b = (f"({labels[k]})" if "," in names else brief_name(labels[k]) for k in (j, i))
+    return f"most alike along {side} are {f'{names} {a} and {b}'.strip()}, at {value:.2g}{chance}"
 
 
-def _sharing(name: str, energy: Mapping[str, Any] | None) -> list[str]:
+def _sharing(group: Mapping[str, Any]) -> list[str]:
     """What one subspace for all holds, at the middle of the ranks."""
-    if not energy or not energy["rank"]:
+    energy = group.get("shared_energy")
+    if not energy or not energy.get("rank") or not group["norm"]:
         return []
     k = len(energy["rank"]) // 2
     shared, private = energy["shared"][k], energy["private"][k]
     if shared is None or private is None:
         return []
-    return [f"At rank {energy['rank'][k]}, subspaces shared by all weights hold {percent(shared)} of the energy, "
-            f"each weight's own {percent(private)}."]  # fmt: skip
+    own = f"each weight's own {percent(private)}"
+    return [f"at rank {energy['rank'][k]} one pair of subspaces for all holds {percent(shared)} of the energy, {own}"]
 
 
 def _map(axes: Axes, found: Mapping[str, Any] | None, side: str, sites: Mapping[str, Any]) -> None:
@@ -108,7 +108,7 @@ def _map(axes: Axes, found: Mapping[str, Any] | None, side: str, sites: Mapping[
         axes.set_axis_off()
         axes.text(0.5, 0.5, f"no {side}", transform=axes.transAxes, ha="center", va="center")
         return
-    labels = named(found["labels"], sites)
+    labels, names = named(found["labels"], sites)
     values = np.array([[np.nan if v is None else v for v in row] for row in found["matrix"]], dtype=float)
     edges = np.arange(len(labels) + 1) - 0.5
     axes.set(facecolor="#EEEEEE", aspect="equal")
@@ -118,7 +118,8 @@ def _map(axes: Axes, found: Mapping[str, Any] | None, side: str, sites: Mapping[
     kept = range(0, len(labels), step)
     short = [fitted(labels[k], 19, 6) for k in kept]
     axes.set_yticks(list(kept), short, fontsize=6)
-    axes.set_xticks(list(kept), [])
+    axes.set_ylabel(names if side == "out" else "")
+    axes.set_xticks([])
     axes.tick_params(length=1.5, width=0.4, pad=1)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{side}, rank {found['rank']}", loc="left", pad=3)
@@ -129,17 +130,18 @@ def _map(axes: Axes, found: Mapping[str, Any] | None, side: str, sites: Mapping[
             axes.text(j, i, said, ha="center", va="center", fontsize=6, color=ink)
 
 
-def named(labels: Sequence[str], sites: Mapping[str, Any]) -> list[str]:
-    """Labels that are paths as the coordinates in which they differ, layer before role; others made brief."""
+def named(labels: Sequence[str], sites: Mapping[str, Any]) -> tuple[list[str], str]:
+    """Labels that are paths as the coordinates in which they differ, and the names of these; others made brief."""
     if not all(label in sites for label in labels):
-        return brief(labels)
+        return brief(labels), ""
     table = tabulated({label: sites[label] for label in labels})
     cells = {path: cell for cell, path in table.at.items()}
     roles = dict(zip(table.rows, brief(table.rows) if len(table.rows) > 1 else [""], strict=True))
     found = [
-        " ".join(filter(None, (*(str(v) for v in cells[p][1] if v is not None), roles[cells[p][0]]))) for p in labels
+        ", ".join(filter(None, (*(str(v) for v in cells[p][1] if v is not None), roles[cells[p][0]]))) for p in labels
     ]
-    return [text or plain(label) for text, label in zip(found, labels, strict=True)]
+    names = ", ".join((*table.names, *(["role"] if len(table.rows) > 1 else [])))
+    return [text or plain(label) for text, label in zip(found, labels, strict=True)], names
 
 
 def brief(labels: Sequence[str]) -> list[str]:
@@ -155,7 +157,7 @@ def brief(labels: Sequence[str]) -> list[str]:
 
 def _curves(axes: Axes, energy: Mapping[str, Any] | None) -> None:
     """The share of the energy that one subspace for all holds, and that own ones hold, against the rank."""
-    if not energy or not energy["rank"]:
+    if not energy or not energy.get("rank"):
         axes.set_axis_off()
         return
     for name, colour, marker, dashes in (("private", BLUE, "o", "-"), ("shared", VERMILION, "s", (0, (4, 1.5)))):

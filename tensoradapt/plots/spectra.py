@@ -12,7 +12,7 @@ from tensoradapt.errors import SpecError
 from tensoradapt.plots.page import INK, VERMILION
 from tensoradapt.plots.panels import MOST, PAGE, falling, grid, key, name_axes, ruled, shades, thinned
 from tensoradapt.plots.places import Table, tabulated
-from tensoradapt.plots.words import at_most, fitted, has_noise, plain, rule_words, some
+from tensoradapt.plots.words import at_most, brief_name, fitted, has_noise, plain, rule_words, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Sites = Mapping[str, Mapping[str, Any]]
 NOISE, DASHED = "#ECECEC", (0, (4, 1.6))
+MANY = 24  # lines of a panel from which they are thin
+CLEAR = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8}
 
 
 def plot_spectra(report: Mapping[str, Any], roles: Sequence[str] | None = None) -> Figure:
@@ -39,45 +41,50 @@ def plot_spectra(report: Mapping[str, Any], roles: Sequence[str] | None = None) 
     falling(panels[0], max(len(site["singular_values"]) for site in drawn), values, floors)
     for panel in panels:
         ruled(panel)
-    name_axes(figure, "index of the singular value", "singular value (units of the weights)")
-    key(figure, _handles(table, shade, any(floors)), 5)
+    name_axes(figure, "index of the singular value", "singular value\n(units of the weights)")
+    key(figure, _handles(table, shade, any(floors)))
     return figure
 
 
 def spectra_caption(report: Mapping[str, Any], roles: Sequence[str] | None = None) -> str:
     """What to read off the spectra: how many values stand out of the noise, in how many weights."""
-    sites = report["sites"]
+    sites, noisy = report["sites"], has_noise(report)
     table = tabulated(sites)
     shown = _shown(sites, table, roles)
-    by = " and ".join(table.names) or "weight"
-    said = [f"Singular values of every weight's change: a panel per role, a line per {by}, dark for the first."]
-    if has_noise(report):
-        said += ["Grey is what rounding to the stored dtype alone would leave: a line that is in it carries nothing."]
-    said += [_counted(sites, "noise" if has_noise(report) else "energy_0.95", has_noise(report))]
+    lines = f", a line per {' and '.join(table.names)}, dark for the first" if table.names else ""
+    said = [f"Singular values of every weight's change: a panel per role{lines}."]
+    if noisy:
+        said += ["What lies in the grey, rounding to the stored dtype alone would leave: it carries nothing."]
+    said += [_counted(sites, "noise" if noisy else "energy_0.95", noisy)]
     scaled = sum(site["noise"]["scaled"] for site in sites.values())
-    if scaled and has_noise(report):
+    if scaled and noisy:
         said += [
-            f"In {some(scaled, 'weight')} the noise is uneven, and was counted after rows and columns were scaled."
+            f"In {some(scaled, 'weight')} the noise is uneven: values were counted after scaling rows and columns,"
         ]
+        said += ["and the edge drawn is that of the mean."]
     if len(shown) < len(table.rows):
         said += [f"The {len(shown)} roles that changed most of {len(table.rows)} are drawn."]
     cut = sum(not site["complete"] for site in sites.values())
     if cut:
         said += [f"Only the leading values were computed of {cut:,} of {some(len(sites), 'weight')}."]
-    return " ".join(said)
+    return " ".join(filter(None, said))
 
 
 def _counted(sites: Sites, rule: str, noisy: bool) -> str:
-    ranks = [site["ranks"].get(rule) for site in sites.values()]
-    found = at_most(ranks)
+    """The rank that most weights stay within, and the largest."""
+    ranks = {path: site["ranks"][rule] for path, site in sites.items() if site["ranks"].get(rule) is not None}
+    found = at_most(list(ranks.values()))
     if found is None:
-        return "" if noisy else "The weights are stored without rounding noise."
-    of = f"{found[1]:,} of {some(len(ranks), 'weight')}"
-    largest = max((site["ranks"][rule], path) for path, site in sites.items() if site["ranks"].get(rule) is not None)
-    top = f"the most is {largest[0]:,}, in {plain(largest[1])}."
-    if noisy:
-        return f"{of} have at most {some(found[0], 'singular value')} above the rounding noise; {top}"
-    return f"There is no rounding noise in these dtypes. In {of} the {rule_words(rule)} is at most {found[0]:,}; {top}"
+        return "" if noisy else "These dtypes have no rounding noise."
+    top = max(ranks, key=lambda path: ranks[path])
+    of = f"{found[1]:,} of {some(len(sites), 'weight')}"
+    most = f"; the most is {ranks[top]:,}, in {brief_name(top)}." if ranks[top] > found[0] else "."
+    if not noisy:
+        return f"These dtypes have no rounding noise. In {of} the {rule_words(rule)} is at most {found[0]:,}{most}"
+    if not ranks[top]:
+        return f"In {of} nothing stands out of the rounding noise."
+    have = "has" if len(sites) == 1 else "have"
+    return f"{of} {have} at most {some(found[0], 'singular value')} above the rounding noise{most}"
 
 
 def _shown(sites: Sites, table: Table, wanted: Sequence[str] | None) -> list[str]:
@@ -107,9 +114,9 @@ def _draw(axes: Axes, sites: Mapping[Any, Mapping[str, Any]], colours: Mapping[A
         if any(values):
             kept = thinned(len(values))
             xs, ys = [k + 1 for k in kept], [values[k] for k in kept]
-            axes.plot(xs, ys, color=colours[path], linewidth=0.8, label=path, zorder=2)
+            axes.plot(xs, ys, color=colours[path], linewidth=0.8 if len(sites) <= MANY else 0.4, label=path, zorder=2)
     if not any(any(site["singular_values"]) for site in sites.values()):
-        axes.text(0.5, 0.5, "no change", transform=axes.transAxes, ha="center", va="center")
+        axes.text(0.5, 0.85, "no change", transform=axes.transAxes, ha="center", va="center")
         return
     ranks = [site["ranks"].get("noise") for site in sites.values()] if edges else []
     known = sorted(rank for rank in ranks if rank is not None)
@@ -117,7 +124,14 @@ def _draw(axes: Axes, sites: Mapping[Any, Mapping[str, Any]], colours: Mapping[A
         span = f"{known[0]:,}" if known[0] == known[-1] else f"{known[0]:,} to {known[-1]:,}"
         more = ", or more than computed" if len(known) < len(ranks) else ""
         axes.text(
-            0.97, 0.96, f"{span} above the noise{more}", transform=axes.transAxes, ha="right", va="top", fontsize=6
+            0.97,
+            0.96,
+            f"{span} above the noise{more}",
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize=6,
+            bbox=CLEAR,
         )
 
 
@@ -125,8 +139,9 @@ def _handles(table: Table, colours: Mapping[Any, Any], noisy: bool) -> list[Any]
     """The first, the middle and the last line, and the noise."""
     from matplotlib.lines import Line2D
 
-    last = len(table.columns) - 1
-    shown = [table.columns[k] for k in sorted({0, last // 2, last})] if table.names else []
+    numbered = [column for column in table.columns if None not in column] or table.columns
+    last = len(numbered) - 1
+    shown = [numbered[k] for k in sorted({0, last // 2, last})] if table.names else []
     handles = [Line2D([], [], color=colours[c], linewidth=1.2, label=_named(table, c)) for c in shown]
     if noisy:
         label = "edge of the rounding noise (lowest, highest)"

@@ -5,12 +5,13 @@ Invariant: a name from a file is shown as it is, but for characters that no page
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensoradapt.plots.labels import extent
 
-CUT = "…"
+CUT, LONGEST = "…", 200
 KINDS = {"checkpoints": "change", "adapters": "delta"}
 RULES = {
     "noise": "singular values above the rounding noise",
@@ -27,21 +28,24 @@ def plain(name: object) -> str:
 def fitted(name: object, width: float, size: float) -> str:
     """A name that is at most `width` millimetres wide in letters of `size` points: the middle makes room."""
     text = plain(name)
-    kept = min(len(text), 400)
-    short = text
-    while extent(short, size)[0] > width and kept > 2:
-        kept -= 1
-        tail = kept // 2 + kept // 8
-        short = text[: kept - tail] + CUT + text[len(text) - tail :]
-    return short
+    if len(text) <= LONGEST and extent(text, size)[0] <= width:
+        return text
+    kept = bisect_right(range(min(len(text), LONGEST)), width, key=lambda n: extent(_cut(text, n), size)[0])
+    return _cut(text, max(2, kept - 1))
+
+
+def _cut(text: str, kept: int) -> str:
+    """The two ends of a text, more of the last."""
+    tail = kept // 2 + kept // 8
+    return text[: kept - tail] + CUT + text[len(text) - tail :]
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent, to three figures: `12.3 %`."""
+    """A share in per cent, to three figures: `12.3%`."""
     if share is None:
         return "unknown"
     value = 100 * share
-    return f"{value:.3g} %" if abs(value) < 999.5 else f"{value:,.0f} %"
+    return f"{value:.3g}%" if abs(value) < 999.5 else f"{value:,.0f}%"
 
 
 def figures(number: float | None, digits: int = 3) -> str:
@@ -54,9 +58,15 @@ def some(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def brief_name(name: object, letters: int = 64) -> str:
+    """A name for a sentence: of a long one the two ends."""
+    text = plain(name)
+    return text if len(text) <= letters else f"{text[: letters // 2 - 1]}{CUT}{text[-letters // 2 :]}"
+
+
 def listed(names: Sequence[object], limit: int = 5) -> str:
     """`a, b and 3 more`."""
-    shown = [plain(name) for name in names[:limit]]
+    shown = [brief_name(name) for name in names[:limit]]
     if len(names) > limit:
         return f"{', '.join(shown)} and {len(names) - limit:,} more"
     return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
