@@ -20,6 +20,7 @@ from tensoradapt.cli.app import run
 from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.folders import merge_folder
 from tensoradapt.io.saved import Saved, as_saved
+from tensoradapt.io.shards import Shard
 
 QV = ["query", "value"]
 
@@ -45,7 +46,7 @@ CASES = {
     "experts": (tiny.gpt_oss, ta.preset("lotr", rank=2, targets=["gate_up_proj"])),
     "both ends of a tie": (tiny.gpt2, ta.preset("lora", rank=2, targets=["wte", "lm_head"])),
     "trained modules": (tiny.bert_classifier, ta.preset("lora", rank=2, targets=QV, train=["classifier"])),
-    "half precision factors": (tiny.llama, ta.preset("lora", rank=2, targets=["q_proj"], dtype="bfloat16")),
+    "half precision factors": (tiny.llama, ta.preset("lotr", rank=2, targets=["q_proj"], dtype="bfloat16")),
 }
 
 
@@ -202,8 +203,29 @@ def test_what_else_is_in_a_folder(tmp_path):
     assert {"1_Pooling/config.json", "modeling.py", "merges.txt", "config.json", "tokenizer.json"} <= out
     assert not any("stale" in (tmp_path / "out" / name).read_text("latin1") for name in out)
     assert not {".git", "loop", "pipe"} & {name.split("/")[0] for name in out}
-    assert set(result.files) == out
+    assert set(result.files) == out and "b.safetensors.index.json" not in out
     assert "pytorch_model.bin" in result.notes[0] and "other.safetensors" in str(result)
+
+
+def test_a_second_copy_that_the_index_does_not_name_stays_as_it_is(tmp_path):
+    folder, adapter, _ = prepared("lora", tmp_path)
+    where = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(name for name in where if "query.weight" in name)
+    other = next(file for file in where.values() if file != where[name])
+    stale = torch.full((16, 16), 7.0)
+    save_file(load_file(folder / other) | {name: stale}, folder / other)
+    before = load_file(folder / where[name])[name]
+    merge_folder(folder, adapter, tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / other)[name], stale)
+    assert not torch.equal(load_file(tmp_path / "out" / where[name])[name], before)
+
+
+def test_what_was_written_is_opened_again(tmp_path, monkeypatch):
+    """A folder that is not laid out as its base does not get its name."""
+    folder, adapter, _ = prepared("lora", tmp_path, size="1GB")
+    head = Shard.head
+    monkeypatch.setattr(Shard, "head", lambda shard: head(shard).replace(b"query", b"quary"))
+    refused(tmp_path, "was not written as it should be", folder, adapter)
 
 
 def test_a_revision_of_the_cache_with_links_to_blobs(tmp_path):
@@ -314,14 +336,18 @@ def test_a_base_in_memory(tmp_path):
     refused(tmp_path, "is no folder", model, adapter)
 
 
-def test_a_base_that_changes_meanwhile(tmp_path):
-    folder, adapter, _ = prepared("lora", tmp_path, size="1GB")
+@pytest.mark.parametrize("left", [0, 3], ids=["after its last tensor", "before others"])
+def test_a_base_that_changes_meanwhile(left, tmp_path):
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(left + 1)))
+    (tmp_path / "base").mkdir()
+    save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
+    adapter = ta.attach(model, ta.preset("lora", rank=1, targets=["0"]))
 
     def change(*_):
-        os.utime(folder / "model.safetensors", ns=(1, 1))
+        os.utime(tmp_path / "base" / "model.safetensors", ns=(1, 1))
 
     with pytest.raises(FileError, match="was changed since it was opened"):
-        merge_folder(folder, adapter, tmp_path / "out", progress=change)
+        merge_folder(tmp_path / "base", adapter, tmp_path / "out", progress=change)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 

@@ -188,6 +188,18 @@ def test_tied_ends_are_one(tmp_path):
     assert verify(adapter, tmp_path / "base", tmp_path / "tuned").relative_error < 1e-5
 
 
+def test_an_end_of_a_tie_that_the_adapter_knows_nothing_of(tmp_path):
+    """An adapter made from shapes alone adapts lm_head; the files have it as the embedding."""
+    model = tiny.gpt2()
+    model.save_pretrained(tmp_path / "base")
+    saved = saved_for({"lm_head.weight": torch.empty(tiny.WORDS, 16)}, ["lm_head"])
+    with torch.no_grad():
+        model.lm_head.weight += saved.delta("lm_head")
+    model.save_pretrained(tmp_path / "tuned")
+    found = verify(saved, tmp_path / "base", tmp_path / "tuned")
+    assert found.relative_error < 1e-5 and found.changed == {}
+
+
 def test_extracted_adapters_are_verified(tmp_path):
     """The error that an extraction reports is the one that is found."""
     base = {name: tensor for name, tensor in tables(0).items()}
