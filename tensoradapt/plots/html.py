@@ -69,6 +69,11 @@ def _text(value: object) -> str:
     return escape(plain(value), quote=True)
 
 
+def _path(path: str) -> str:
+    """A path that may break into lines after its dots."""
+    return _text(path).replace(".", ".<wbr>")
+
+
 # ------------------------------------------------------------------------------------------------ words
 
 
@@ -177,7 +182,7 @@ def _candidates(report: Report) -> list[str]:
             _text(c["label"])
             + (" <span class='tag'>chosen</span>" if choice and c["label"] == choice["label"] else ""),
             "front" if c["front"] else "",
-            _text(c["worst_site"]["path"]) if c["worst_site"] else "",
+            _path(c["worst_site"]["path"]) if c["worst_site"] else "",
             percent(c["worst_site"]["relative_error"]) if c["worst_site"] else "",
             f"{c['num_parameters']:,}",
             percent(c["relative_error"]),
@@ -192,7 +197,7 @@ def _sites(report: Report) -> list[str]:
     rule = "noise" if has_noise(report) else "energy_0.95"
     rows = [
         (
-            _text(path),
+            _path(path),
             " × ".join(map(str, site["shape"])),
             percent(site["relative_change"]) if site["relative_change"] is not None else "–",
             figures(site["spectral_norm"]),

@@ -2,7 +2,7 @@
 // Tables sort by a click on a column's head; folded tables are unfolded for printing. The page reads without this.
 const sortKey = (cell) => {
   const text = cell.textContent.trim();
-  const number = parseFloat(text.replace(/[,>\s]/g, ""));
+  const number = parseFloat(text.replace(/[,<>\s]/g, ""));
   return Number.isNaN(number) || !cell.classList.contains("n") ? text.toLowerCase() : number;
 };
 for (const table of document.querySelectorAll("table.sortable")) {

@@ -45,6 +45,8 @@ def percent(share: float | None) -> str:
     if share is None:
         return "unknown"
     value = 100 * share
+    if 0 < value < 1e-4:
+        return "<0.0001%"
     return f"{value:.3g}%" if abs(value) < 999.5 else f"{value:,.0f}%"
 
 
