@@ -10,12 +10,14 @@ from tensoradapt.convert import Converted, convert
 from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
 from tensoradapt.extract import Extraction, extract
 from tensoradapt.fit import Fit, fit
+from tensoradapt.folders import MergeResult, merge_folder
 from tensoradapt.io.saved import Saved
-from tensoradapt.peft import export_peft, import_peft
+from tensoradapt.peft import Exported, export_peft, import_peft, open_adapter
 from tensoradapt.plan import Plan
 from tensoradapt.presets import PRESETS, preset
 from tensoradapt.scan import budget, plan, solve_rank
 from tensoradapt.spec import Rule, Spec
+from tensoradapt.verify import Verification, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,9 +26,11 @@ __all__ = [
     "AdapterError",
     "BudgetTable",
     "Converted",
+    "Exported",
     "Extraction",
     "FileError",
     "Fit",
+    "MergeResult",
     "Plan",
     "RankError",
     "Report",
@@ -38,6 +42,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "TensorAdaptError",
+    "Verification",
     "analyze",
     "analyze_adapters",
     "attach",
@@ -48,7 +53,10 @@ __all__ = [
     "fit",
     "import_peft",
     "load",
+    "merge_folder",
+    "open_adapter",
     "plan",
     "preset",
     "solve_rank",
+    "verify",
 ]
