@@ -25,10 +25,12 @@ from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Shape
 from tensoradapt.lower import dense
+from tensoradapt.spec import Rule, Spec
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 REFERENCE = 8  # the largest LoRA rank that the others are compared with
 CP_SWEEPS = 12
+RESOLVED = 1e-3  # relative errors below this are differences of sums of float32 squares: all the same
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ class Trial:
 
     num_parameters: int
     lost: Tensor
+
+
+@dataclass(frozen=True)
+class Tried:
+    """How every format does on one stack: by (format, rank)."""
+
+    name: str
+    paths: tuple[str, ...]
+    axes: tuple[str, ...]
+    norms: Tensor
+    trials: Mapping[tuple[str, int], Trial]
 
 
 @dataclass(frozen=True)
@@ -149,46 +162,81 @@ def _ttm(stack: Stacked, rank: int) -> Trial | None:
     return Trial(diagram.num_parameters, left)
 
 
-FAMILIES: dict[str, tuple[str, Callable[[Stacked, int], Trial | None]]] = {
-    "lora": ("LoRA", _lora),
-    "lotr": ("LoTR", _lotr),
-    "tucker": ("Tucker", lambda s, r: _network("tucker", s.axes, s, r)),
-    "fact_tt": ("TT", lambda s, r: _network("tt", ("out", "task", "layer", "role", "expert", "site", "in"), s, r)),
-    "cp": ("CP", lambda s, r: _network("cp", s.axes, s, r)),
-    "ttm": ("TT-matrix", _ttm),
+@dataclass(frozen=True)
+class Family:
+    """A format: its name, what it makes of a stack at a rank, and the fields of the rule that means it."""
+
+    label: str
+    trial: Callable[[Stacked, int], Trial | None]
+    rule: Callable[[tuple[str, ...]], Mapping[str, Any]]
+
+
+TRAIN = ("in", "task", "layer", "role", "expert", "site", "out")  # MetaTT's order of axes
+SIDES = ("out", "in")
+
+
+def _train(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(a for a in TRAIN if a in axes)
+
+
+def _lotr_rule(axes: tuple[str, ...]) -> dict[str, Any]:
+    return {"format": "tucker", "axes": (*(("site",) if len(axes) > 2 else ()), *SIDES), "compress": SIDES}
+
+
+FAMILIES: dict[str, Family] = {
+    "lora": Family("LoRA", _lora, lambda axes: {"preset": "lora"}),
+    "lotr": Family("LoTR", _lotr, lambda axes: {**_lotr_rule(axes), "zero": "core"}),
+    "tucker": Family(
+        *("Tucker", lambda s, r: _network("tucker", s.axes, s, r)),
+        lambda axes: {"format": "tucker", "axes": axes, "zero": "core"},
+    ),
+    "tt": Family(
+        *("TT", lambda s, r: _network("tt", TRAIN, s, r)),
+        lambda axes: {"format": "tt", "axes": _train(axes), "zero": "core_in"},
+    ),
+    "cp": Family(
+        *("CP", lambda s, r: _network("cp", s.axes, s, r)),
+        lambda axes: {"format": "cp", "axes": axes, "zero": "factor_out"},
+    ),
+    "ttm": Family(
+        *("TT-matrix", _ttm),
+        lambda axes: {
+            **{"format": "ttm", "axes": ("site", *SIDES), "folds": dict.fromkeys(SIDES, "auto:3"), "zero": "core_0"}
+        },
+    ),
 }
 
 
-def compared(stacks: Sequence[Stacked], typical: int | None = None, ranks: Sequence[int] = RANKS) -> Choice:
-    """Every family at every rank over all stacks, the front of error against parameters, and the winner with why.
+def tried(stack: Stacked, ranks: Sequence[int] = RANKS) -> Tried:
+    """Every format on one stack, at every rank."""
+    made = {(key, rank): family.trial(stack, rank) for key, family in FAMILIES.items() for rank in ranks}
+    trials = {at: trial for at, trial in made.items() if trial is not None}
+    return Tried(stack.name, stack.paths, stack.axes, stack.norms, trials)
+
+
+def compared(stacks: Sequence[Tried], typical: int | None = None) -> Choice:
+    """Every format at every rank over all stacks, the front of error against parameters, and the winner with why.
 
     The others are compared with LoRA of the `typical` rank of a site, at most 8.
     """
-    if not stacks or not sum(float(s.norms.sum()) for s in stacks):
-        return Choice(())
-    found = [c for key, row in FAMILIES.items() for c in _family(key, row, stacks, ranks)]
-    marked = tuple(replace(c, front=_undominated(c, found)) for c in found)
+    found = [c for key in FAMILIES for c in _candidates(key, stacks)]
+    marked = tuple(replace(c, front=not any(_better(other, c) for other in found)) for c in found)
     reference = min(REFERENCE, typical or REFERENCE)
-    return Choice(marked, _winner(marked, reference), _comparisons(marked, reference))
+    return Choice(marked, _winner(marked, reference, stacks), _comparisons(marked, reference))
 
 
-def _family(
-    key: str, row: tuple[str, Callable[[Stacked, int], Trial | None]], stacks: Sequence[Stacked], ranks: Sequence[int]
-) -> Iterator[Candidate]:
-    label, trial = row
+def _candidates(key: str, stacks: Sequence[Tried]) -> Iterator[Candidate]:
+    """A format at the ranks that all stacks were tried at, up to where more rank adds nothing."""
     before = -1
-    for rank in ranks:
-        trials = [trial(stack, rank) for stack in stacks]
-        if any(t is None for t in trials):
-            return
-        made = _candidate(f"{label} r={rank}", key, rank, stacks, [t for t in trials if t is not None])
+    for rank in sorted(set.intersection(*({r for k, r in s.trials if k == key} for s in stacks))):
+        made = _candidate(key, rank, stacks, [s.trials[key, rank] for s in stacks])
         if made.num_parameters == before:
             return
         before = made.num_parameters
         yield made
 
 
-def _candidate(label: str, key: str, rank: int, stacks: Sequence[Stacked], trials: Sequence[Trial]) -> Candidate:
+def _candidate(key: str, rank: int, stacks: Sequence[Tried], trials: Sequence[Trial]) -> Candidate:
     total = math.fsum(float(s.norms.sum()) for s in stacks)
     lost = math.fsum(float(t.lost.sum()) for t in trials)
     errors = {
@@ -199,37 +247,52 @@ def _candidate(label: str, key: str, rank: int, stacks: Sequence[Stacked], trial
     worst = max(errors, key=lambda p: errors[p])
     by_group = {s.name: t.num_parameters for s, t in zip(stacks, trials, strict=True)}
     return Candidate(
-        *(label, key, rank, sum(by_group.values()), math.sqrt(lost / total)),
+        *(f"{FAMILIES[key].label} r={rank}", key, rank, sum(by_group.values()), math.sqrt(lost / total)),
         {"path": worst, "relative_error": errors[worst]},
         by_group,
     )
 
 
-def _undominated(one: Candidate, found: Sequence[Candidate]) -> bool:
-    better = lambda c: c.num_parameters <= one.num_parameters and c.relative_error <= one.relative_error  # noqa: E731
-    return not any(better(c) and c != one for c in found)
+def _better(one: Candidate, other: Candidate) -> bool:
+    """Whether one is no larger and no worse, and one of the two truly; errors below RESOLVED are all the same."""
+    errors = [max(RESOLVED, c.relative_error) for c in (one, other)]
+    no_worse = one.num_parameters <= other.num_parameters and errors[0] <= errors[1]
+    return no_worse and (one.num_parameters < other.num_parameters or errors[0] < errors[1])
 
 
-def _winner(found: Sequence[Candidate], rank: int) -> dict[str, Any] | None:
-    """The cheapest candidate that is no worse than LoRA of the reference rank, and by how much."""
+def _winner(found: Sequence[Candidate], rank: int, stacks: Sequence[Tried]) -> dict[str, Any] | None:
+    """The cheapest candidate that is no worse than LoRA of the reference rank, by how much, and its spec."""
     loras = [c for c in found if c.preset == "lora"]
     if not loras:
         return None
     reference = next((c for c in loras if c.rank >= rank), loras[-1])
-    good = [c for c in found if c.relative_error <= reference.relative_error * (1 + 1e-6)]
-    best = min(good, key=lambda c: (c.num_parameters, c.relative_error))
+    best = min(
+        (c for c in found if _as_close(c, reference.relative_error)), key=lambda c: (c.num_parameters, c.relative_error)
+    )
     said = f"{reference.label} leaves a relative error of {reference.relative_error:.3g}"
     said += f" with {reference.num_parameters:,} parameters"
+    spec = Spec(rules=tuple(_rule(best, stack) for stack in stacks)).to_dict()
     if best == reference:
-        cheaper = "no other candidate is as close with fewer"
-        return {"label": best.label, "reason": f"{said}: {cheaper}; sharing between layers does not pay here."}
+        cheaper = "no other candidate is as close with fewer; sharing between layers does not pay here"
+        return {"label": best.label, "reason": f"{said}: {cheaper}.", "spec": spec}
     times = reference.num_parameters / max(1, best.num_parameters)
     does = f"{best.label} is as close ({best.relative_error:.3g}) with {best.num_parameters:,}, {times:.2g} times fewer"
-    return {"label": best.label, "reason": f"{said}; {does}."}
+    return {"label": best.label, "reason": f"{said}; {does}.", "spec": spec}
+
+
+def _rule(best: Candidate, stack: Tried) -> Rule:
+    """What the candidate is on one stack, as a user would write it."""
+    return Rule(
+        **{"name": stack.name, "targets": stack.paths, "rank": best.rank, **FAMILIES[best.preset].rule(stack.axes)}
+    )
+
+
+def _as_close(one: Candidate, error: float) -> bool:
+    return one.relative_error <= max(RESOLVED, error * (1 + 1e-6))
 
 
 def _comparisons(found: Sequence[Candidate], rank: int) -> dict[str, Any]:
-    """The cheapest of every family at equal error, and the closest at equal budget."""
+    """The cheapest of every format at equal error, and the closest at equal budget."""
     loras = [c for c in found if c.preset == "lora"]
     near = next((c.rank for c in loras if c.rank >= rank), 1)
     errors = [c.relative_error for c in loras if c.rank in (1, near, 4 * near)]
@@ -241,7 +304,7 @@ def _comparisons(found: Sequence[Candidate], rank: int) -> dict[str, Any]:
 
 def _cheapest(found: Sequence[Candidate], error: float) -> Iterator[dict[str, Any]]:
     for key in FAMILIES:
-        good = [c for c in found if c.preset == key and c.relative_error <= error * (1 + 1e-6)]
+        good = [c for c in found if c.preset == key and _as_close(c, error)]
         if good:
             best = min(good, key=lambda c: c.num_parameters)
             yield {"label": best.label, "num_parameters": best.num_parameters}

@@ -3,32 +3,46 @@
 A weight w stored in a dtype with p significant bits is off by up to half a unit in its last place,
 ulp(w) = 2^(floor(log2 |w|) - p + 1); uniformly distributed that is a variance of ulp^2 / 12. A difference of two stored
 weights carries that of both: sigma^2 = mean(ulp_base^2 + ulp_tuned^2) / 12. Singular values of such noise end at about
-sigma (sqrt(m) + sqrt(n)). Invariant: float32 and float64 count as exact.
+sigma (sqrt(m) + sqrt(n)). Invariant: float32 and float64 count as exact; what float32 does round is told apart, as
+`single`, for changes so small that it shows.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# dtype -> the bits of its sign-less exponent, significant bits less one, and its smallest normal number
-_HALVES = {torch.bfloat16: (0x7F80, 7, 2.0**-126), torch.float16: (0x7C00, 10, 2.0**-14)}
+# dtype -> its integers, the bits of its exponent, significant bits less one, and its smallest normal number
+_STORED = {
+    torch.bfloat16: (torch.int16, 0x7F80, 7, 2.0**-126),
+    torch.float16: (torch.int16, 0x7C00, 10, 2.0**-14),
+    torch.float32: (torch.int32, 0x7F800000, 23, 2.0**-126),
+}
 BLOCK = 1 << 20
 UNEVEN = 2.0  # from this ratio of the largest to the mean variance of rows or columns on, they are scaled first
 TRACY_WIDOM = 2.02  # its 99 % quantile
-FLOOR = 1e-3  # the share of the mean variance that a row or column is given at least
+FLOOR = 1e-3  # the share of the median variance that a row or column is given at least
+TURNS = 3
+_HALVES = (torch.bfloat16, torch.float16)
+EPS = torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The variance of the rounding noise of one delta, by row and by column.  Shapes: (m), (n), float64."""
+    """The variance of the rounding noise of one delta, by row and by column.  Shapes: (m), (n), float64.
+
+    `single` is the variance that sides stored in float32 add, which is left out of all else. `balance` holds, where the
+    noise is uneven, r (m) and c (n) such that var[i, j] / (r[i] c[j]) is about one over every row and column.
+    """
 
     rows: Tensor
     cols: Tensor
+    single: float = 0.0
+    balance: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def variance(self) -> float:
@@ -46,16 +60,24 @@ class Noise:
         return edge(self.sigma, len(self.rows), len(self.cols))
 
     @property
+    def whole(self) -> Noise:
+        """The noise with that of float32 in it."""
+        return replace(self, rows=self.rows + self.single, cols=self.cols + self.single, single=0.0)
+
+    @property
     def uneven(self) -> bool:
         """Whether some rows or columns are so much noisier that the edge must be sought after scaling them."""
         return self.variance > 0 and max(float(self.rows.max()), float(self.cols.max())) > UNEVEN * self.variance
 
+    def floor(self, first: float) -> float:
+        """What a singular value must rise above, where the largest is `first`: all rounding, that of float32 too."""
+        return max(self.whole.edge, first * max(len(self.rows), len(self.cols)) * EPS)
+
     def scaled(self, delta: Tensor) -> Tensor:
-        """The delta with the noise of every row and column brought to one, D[i, j] sqrt(mean / (rows[i] cols[j]))."""
-        least = FLOOR * self.variance
-        rows, cols = (side.clamp(min=least).to(delta.device) for side in (self.rows, self.cols))
-        left = (math.sqrt(self.variance) / rows.sqrt()).to(delta.dtype)
-        return delta * left[:, None] * (1 / cols.sqrt()).to(delta.dtype)
+        """The delta with the noise of every row and column brought to one, D[i, j] / sqrt(r[i] c[j])."""
+        rows, cols = self.balance or (self.rows, self.cols / self.variance)
+        left, right = ((1 / side.sqrt()).to(delta) for side in (rows, cols))
+        return delta * left[:, None] * right
 
 
 def edge(sigma: float, rows: int, cols: int) -> float:
@@ -63,30 +85,69 @@ def edge(sigma: float, rows: int, cols: int) -> float:
 
     Source: Marchenko and Pastur 1967 for the edge, Johnstone 2001 for the fluctuation (Tracy-Widom of order 1).
     """
+    return uneven_edge(sigma, sigma, sigma, rows, cols)
+
+
+def uneven_edge(row: float, col: float, sigma: float, rows: int, cols: int) -> float:
+    """The edge of noise of root mean square `row` in its noisiest row, `col` in its noisiest column, `sigma` overall.
+
+    max_i sqrt(sum_j var[i, j]) + max_j sqrt(sum_i var[i, j]), equal to `edge` where the noise is even.
+    Source: arXiv:1408.6185.
+    """
     if not rows or not cols:
         return 0.0
     width = (1 / math.sqrt(rows) + 1 / math.sqrt(cols)) ** (1 / 3) / 2
-    return sigma * (math.sqrt(rows) + math.sqrt(cols) + TRACY_WIDOM * width)
+    return row * math.sqrt(cols) + col * math.sqrt(rows) + sigma * TRACY_WIDOM * width
 
 
 def noise_of(base: Tensor, tuned: Tensor) -> Noise:
-    """The rounding noise of tuned - base, from both stored dtypes.  Shape: (m, n, ..), flattened to (m, n)."""
-    rows = torch.zeros(base.shape[0], dtype=torch.float64)
-    cols = torch.zeros(base[0].numel() if len(base) else 0, dtype=torch.float64)
-    height = max(1, BLOCK // max(1, cols.numel()))
-    for side in (base, tuned):
-        if side.dtype not in _HALVES:
-            continue
+    """The rounding noise of tuned - base, from both stored dtypes.  Shape: (m, n, ..), flattened to (m, n).
+
+    Where one side has fewer rows or columns, the other alone is noisy beyond them.
+    """
+    sides = [side.flatten(1) for side in (base, tuned)]
+    shape = max(side.shape[0] for side in sides), max(side.shape[1] for side in sides)
+    halves = [side for side in sides if side.dtype in _HALVES]
+    rows, cols = _means(halves, shape)
+    single, _ = _means([side for side in sides if side.dtype == torch.float32], shape)
+    found = Noise(rows, cols, float(single.mean()) if len(single) else 0.0)
+    return replace(found, balance=_balance(halves, rows, shape)) if found.uneven else found
+
+
+def _balance(sides: list[Tensor], rows: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Sinkhorn's iteration on the variances, by turns c[j] = mean_i var[i, j] / r[i], r[i] = mean_j var[i, j] / c[j]"""
+    r, c = _bounded(rows), torch.ones(shape[1], dtype=torch.float64)
+    for _ in range(TURNS):
+        c = _bounded(_means(sides, shape, r, torch.ones_like(c))[1])
+        r = _bounded(_means(sides, shape, torch.ones_like(r), c)[0])
+    return r, c
+
+
+def _bounded(side: Tensor) -> Tensor:
+    """Variances of which none is next to nothing: rows of zeros are not blown up."""
+    return side.clamp(min=FLOOR * float(side[side > 0].median())) if bool((side > 0).any()) else torch.ones_like(side)
+
+
+def _means(
+    sides: list[Tensor], shape: tuple[int, int], r: Tensor | None = None, c: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The means of var[i, j] / (r[i] c[j]) over every row, and over every column; some rows at a time."""
+    rows, cols = torch.zeros(shape[0], dtype=torch.float64), torch.zeros(shape[1], dtype=torch.float64)
+    for side in (side for side in sides if side.numel()):
+        height = max(1, BLOCK // side.shape[1])
         for start in range(0, len(side), height):
-            squares = _ulp_squares(side[start : start + height]).flatten(1)
-            rows[start : start + len(squares)] += squares.sum(1).double().cpu() / (12 * max(1, cols.numel()))
-            cols += squares.sum(0).double().cpu() / (12 * max(1, len(side)))
-    return Noise(rows, cols)
+            squares = _ulp_squares(side[start : start + height])
+            stop = start + len(squares)
+            squares = squares if r is None else squares / r[start:stop, None].to(squares)
+            squares = squares if c is None else squares / c[: side.shape[1]].to(squares)
+            rows[start:stop] += squares.sum(1).double().cpu() / (12 * shape[1])
+            cols[: side.shape[1]] += squares.sum(0).double().cpu() / (12 * shape[0])
+    return rows, cols
 
 
 def _ulp_squares(values: Tensor) -> Tensor:
     """The square of a unit in the last place of every entry, in float32."""
-    mask, bits, smallest = _HALVES[values.dtype]
-    power = (values.contiguous().view(torch.int16) & mask).view(values.dtype).float()  # 2^floor(log2 |w|)
+    integers, mask, bits, smallest = _STORED[values.dtype]
+    power = (values.contiguous().view(integers) & mask).view(values.dtype).float()  # 2^floor(log2 |w|)
     power = torch.where(values == 0, torch.zeros_like(power), power.clamp(min=smallest))
-    return power.square() * 4.0**-bits
+    return (power * 2.0**-bits).square()

@@ -80,7 +80,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.base} -> {self.tuned}: {len(self.sites)} weights, changed by {self.relative_change:.3g}"]
-        lines += [*_table(_site_rows(self.sites)), ""] if self.sites else ["no weight differs"]
+        lines += [*_table(_site_rows(self.sites)), ""] if self.sites else []
+        lines += [] if any(row.norm for row in self.sites.values()) else ["no weight differs", ""]
         lines += _table(_group_rows(self.groups)) if self.groups else []
         lines += ["", *_table(_candidate_rows(self.candidates))] if self.candidates else []
         lines += ["", f"{self.choice['label']}: {self.choice['reason']}"] if self.choice else []
@@ -115,7 +116,8 @@ def _site_rows(sites: Mapping[str, SiteReport]) -> list[tuple[str, ...]]:
         ranks = [_rank(row.ranks[key]) for key in ("noise", "energy_0.9", "energy_0.95", "energy_0.99")]
         shape = "x".join(map(str, row.shape))
         tail = (f"{row.effective_rank:.1f}", f"{row.stable_rank:.2f}")
-        rows.append((path, shape, f"{row.norm:.3g}", f"{row.relative_change:.2%}", *ranks, *tail))
+        change = "" if row.relative_change is None else f"{row.relative_change:.2%}"
+        rows.append((path, shape, f"{row.norm:.3g}", change, *ranks, *tail))
     return [head, *rows]
 
 

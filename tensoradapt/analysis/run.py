@@ -6,7 +6,7 @@ Invariant: one delta is in memory at a time, and one stack's core.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,21 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensoradapt.analysis.candidates import RANKS, Choice, Stacked, compared
+from tensoradapt.analysis.candidates import RANKS, Choice, Stacked, Tried, compared, tried
+from tensoradapt.analysis.floors import floors_of
 from tensoradapt.analysis.noise import Noise, noise_of
 from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.slices import Slices, empty
-from tensoradapt.analysis.source import open_source
+from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.analysis.spectra import SiteReport, Source, site_report
 from tensoradapt.analysis.stacks import BASIS, StackReport, stack_report, stacks_of
-from tensoradapt.errors import SpecError
+from tensoradapt.errors import RankError
 from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.linalg import SOLO, Dense, Slice, Team
 from tensoradapt.sites import Site, SiteMap
-from tensoradapt.targets import matches
+from tensoradapt.spec import Rule
+from tensoradapt.targets import select
 
 MEMORY = 1 << 28  # bytes of a stack that is kept whole instead of in shared bases
 Progress = Callable[[str, int, int], None]
@@ -47,14 +49,8 @@ class DeltaSource:
     def sites(self) -> tuple[Site, ...]:
         """The sites that the targets match, all of them where there are none."""
         found = self.deltas.sites
-        if not self.targets:
-            return found
-        chosen = tuple(s for s in found if any(matches(t, s.path) for t in self.targets))
-        if not chosen:
-            raise SpecError(
-                "the targets match no weight", got=list(self.targets), expected=", ".join(s.path for s in found[:8])
-            )
-        return chosen
+        rule: dict[str, Any] = {"targets": self.targets}
+        return tuple(select(found, Rule(**rule))) if self.targets else found
 
     def slice(self, site: Site) -> Slice:
         """One delta, its kernel flattened into `in`."""
@@ -79,11 +75,19 @@ def analyze(base: Any, tuned: Any, *, device: str | None = None, **options: Any)
     `seed`, `memory` (bytes of a stack that is kept whole), `team`, `progress`, and those of reading: `rows`,
     `nonfinite`, `base_revision`, `tuned_revision`. Raises FileError.
     """
+    known(options, (*OPTIONS, *READING))
     own = {key: options.pop(key) for key in OPTIONS if key in options}
+    where, values = empty(device), own.get("values")
+    if values is not None and (type(values) is not int or values < 1):
+        raise RankError("values is a number of singular values", got=values, expected="a positive number, or None")
     with open_source(base, tuned, **options) as deltas:
-        source = DeltaSource(deltas, empty(device), tuple(own.pop("targets", ())))
+        source = DeltaSource(deltas, where, _several(own.pop("targets", None)))
         match = {**deltas.match.to_dict(), "matched": len(deltas.match.pairs)}
         return report_of(source, deltas.match.sites, ("checkpoints", deltas.base.name, deltas.tuned.name), match, **own)
+
+
+def _several(targets: str | Iterable[str] | None) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else tuple(targets or ())
 
 
 def report_of(
@@ -103,8 +107,10 @@ def report_of(
     work = _Stacks(
         source, model, sites, getattr(source, "like", empty(None)), seed, options.get("memory", MEMORY), team
     )
-    groups, stacks = work.all(progress)
-    chosen = compared(stacks, _typical(sites)) if options.get("candidates", True) else Choice(())
+    groups, trials = work.all(progress, candidates=options.get("candidates", True))
+    chosen = compared(trials, _typical(sites)) if trials else Choice(())
+    if names[0] == "adapters" and chosen.choice:  # a set's sites are no model's
+        chosen = replace(chosen, choice={key: value for key, value in chosen.choice.items() if key != "spec"})
     settings = {"values": values, "seed": seed, "basis": BASIS, "candidate_ranks": list(RANKS)}
     named = {path: replace(row, group=work.group_of[path]) for path, row in sites.items()}
     return Report(*names, settings, match, named, groups, chosen.candidates, chosen.choice, chosen.comparisons)
@@ -149,30 +155,30 @@ class _Stacks:
         """The stack of every site."""
         return {path: group.name for group in self.groups for path in group.paths}
 
-    def all(self, progress: Progress) -> tuple[dict[str, StackReport], list[Stacked]]:
-        """The reports of all stacks, and what candidates need of those within the layers."""
+    def all(self, progress: Progress, *, candidates: bool) -> tuple[dict[str, StackReport], list[Tried]]:
+        """The reports of all stacks, and how the candidates do on those within the layers (on all, without layers)."""
         reports: dict[str, StackReport] = {}
-        stacks: list[Stacked] = []
+        trials: list[Tried] = []
+        layered = any("layer" in site.coordinates for site in self.source.sites)
         for number, group in enumerate(self.groups):
             held = self._held(group)
-            sigma = self._sigma(group)
-            reports[group.name] = stack_report(group, held, sigma)
-            if any("layer" in p.site.coordinates for p in group.placements) or len(self.groups) == 1:
-                stacks.append(self._stacked(group, held))
+            floors = floors_of(group, self.source.noise, self._team(group))
+            reports[group.name] = stack_report(group, held, floors)
+            counts = held.total > 0 and (not layered or "layer" in group.placements[0].site.coordinates)
+            if candidates and counts:
+                trials.append(tried(self._stacked(group, held)))
             progress(group.name, number + 1, len(self.groups))
-        return reports, stacks
+        return reports, trials
 
     def _held(self, group: Group) -> Compressed:
         """The stack whole, or in shared bases where it is large."""
-        team = self.team if len(group.placements) >= 2 * self.team.size else SOLO
-        stream = Slices(group, self.source.slice, self.like, team).stream(self.seed)
+        stream = Slices(group, self.source.slice, self.like, self._team(group)).stream(self.seed)
         size = math.prod(group.diagram.sizes[a] for a in group.diagram.open) * self.like.element_size()
         return stream.held(resized(group, BASIS), whole=size <= self.memory)
 
-    def _sigma(self, group: Group) -> float:
-        """The noise of an entry, a root mean square over the stack."""
-        rows = [self.sites[path].noise["sigma"] ** 2 for path in group.paths]
-        return math.sqrt(sum(rows) / len(rows))
+    def _team(self, group: Group) -> Team:
+        """Who reads a stack's sites: the team together, or each member all of a small one."""
+        return self.team if len(group.placements) >= 2 * self.team.size else SOLO
 
     def _stacked(self, group: Group, held: Compressed) -> Stacked:
         axes = group.diagram.open

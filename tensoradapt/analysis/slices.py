@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tensoradapt.errors import SpecError
 from tensoradapt.fit.stream import Stream, axes_of, count_of
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import SOLO, Dense, Product, Slice, Stack, Team
@@ -56,19 +57,17 @@ class Slices:
     def _pass(self) -> Iterator[tuple[int, Slice]]:
         for placement in self.mine:
             found = self.slice(placement)
-            first = _position(self.group, placement)
-            if placement.slots == (1, 1):
-                yield first, found
-            else:
-                yield from ((first + k, part) for k, part in enumerate(_slotted(found, placement.slots)))
+            parts = [found] if placement.slots == (1, 1) else _slotted(found, placement.slots)
+            yield from zip(positions_of(self.group, placement), parts, strict=True)
 
 
-def _position(group: Group, placement: Placement) -> int:
-    """A site's place on the flattened coordinate axes (of its first slot)."""
-    position = 0
+def positions_of(group: Group, placement: Placement) -> range:
+    """A site's place on the flattened coordinate axes; of a site in slots the place of every slot."""
+    position, step, count = 0, 1, placement.slots[0] * placement.slots[1]
     for axis in group.diagram.coordinates:
         position = position * group.diagram.sizes[axis] + placement.index[axis]
-    return position
+        step = 1 if axis in ("slot", "site") else step * group.diagram.sizes[axis]
+    return range(position, position + count * step, step)
 
 
 def _slotted(found: Slice, slots: tuple[int, int]) -> Iterator[Slice]:
@@ -91,5 +90,9 @@ def flat(delta: Tensor) -> Tensor:
 
 
 def empty(device: str | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What deltas are like: a dtype and a device."""
-    return torch.zeros((), dtype=dtype, device=device or "cpu")
+    """What deltas are like: a dtype and a device. Raises SpecError on a device that is not there."""
+    try:
+        return torch.zeros((), dtype=dtype, device=device or "cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch is not of one mind about it
+        reason = next(iter(str(error).splitlines()), "")
+        raise SpecError(f"device {device!r} cannot be used", got=reason, expected="cpu, cuda, cuda:1, mps") from None

@@ -5,14 +5,27 @@ Invariant: a config adds layouts, kinds and heads; without one, or without trans
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
-from tensoradapt.errors import FileError
+from tensoradapt.errors import FileError, SpecError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
 from tensoradapt.io.pairs import Deltas, open_deltas
 from tensoradapt.scan import scan
 from tensoradapt.sites import SiteMap
+
+READING = ("rows", "nonfinite", "prefix", "model", "base_revision", "tuned_revision")
+
+
+def known(given: Iterable[str], options: Sequence[str]) -> None:
+    """Raise SpecError on an option that does not exist, naming those that do."""
+    for name in given:
+        if name not in options:
+            close = get_close_matches(name, options, n=1)
+            hint = f"did you mean {close[0]}?" if close else None
+            raise SpecError(f"there is no option {name!r}", expected=", ".join(options), hint=hint)
 
 
 def open_source(

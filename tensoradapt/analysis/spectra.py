@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tensoradapt.analysis.noise import Noise, edge
+from tensoradapt.analysis.noise import EPS, Noise, edge
 from tensoradapt.analysis.ranks import effective_rank, participation_ratio, ranks_of
 from tensoradapt.linalg import Product, Slice, singular_values, square, truncated_svd
 from tensoradapt.sites import Site
@@ -41,14 +41,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site's numbers. Norms and singular values are in the weight's units; `residual` is what `singular_values`
-    leaves out; `complete` says that they are all there. A rank of None is above the number of values computed."""
+    """One site's numbers, norms and singular values in the weight's units.
+
+    `residual` is what `singular_values` leaves out; `complete` says that they are all there. A rank of None is above
+    the number of values computed; so is a `relative_change` of None above any number: the base is zero, or unknown.
+    """
 
     shape: tuple[int, int]
     coordinates: Mapping[str, int | str]
     dtypes: tuple[str, str]
     norm: float
-    relative_change: float
+    relative_change: float | None
     spectral_norm: float
     singular_values: tuple[float, ...]
     complete: bool
@@ -79,7 +82,7 @@ def site_report(source: Source, site: Site, values: int | None = None, seed: int
         coordinates=dict(site.coordinates),
         dtypes=described["dtypes"],
         norm=math.sqrt(total),
-        relative_change=math.sqrt(total) / described["base_norm"] if described["base_norm"] else 0.0,
+        relative_change=math.sqrt(total) / described["base_norm"] if described["base_norm"] else None,
         spectral_norm=first,
         singular_values=tuple(s.tolist()),
         complete=len(s) >= limit,
@@ -112,14 +115,16 @@ def noise_rank(found: Slice, s: Tensor, noise: Noise, values: int | None, seed: 
 
     Where rows or columns are unevenly noisy, those of the delta after its noise has been brought to one everywhere.
     """
-    first = float(s[0]) if len(s) else 0.0
-    floor = first * max(found.shape) * torch.finfo(torch.float32).eps
-    if noise.uneven and first > 0:
-        scaled, _ = _values(_Scaled(found, noise), values, seed)
-        above = int((scaled > edge(1.0, *found.shape)).sum())
-        return None if above == len(scaled) < min(found.shape) else above
-    above = int((s > max(noise.edge, floor)).sum())
-    return None if above == len(s) < min(found.shape) else above
+    first, limit = (float(s[0]) if len(s) else 0.0), min(found.shape)
+    if first == 0.0:
+        return 0
+    if noise.uneven:
+        s, _ = _values(_Scaled(found, noise), values, seed)
+        floor = max(edge(1.0, *found.shape), float(s[0]) * max(found.shape) * EPS)
+    else:
+        floor = noise.floor(first)
+    above = int((s > floor).sum())
+    return None if above == len(s) < limit else above
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensoradapt.analysis.noise import edge
+from tensoradapt.analysis.floors import Floors, short_of
 from tensoradapt.analysis.ranks import energy_rank
 from tensoradapt.errors import TensorAdaptError
 from tensoradapt.fit.compress import Compressed
@@ -100,15 +100,14 @@ def _named(new: list[Group], old: list[Group]) -> list[Group]:
 _REST = ("rule", "diagram", "placements", "labels", "scale", "laws", "store")
 
 
-def stack_report(group: Group, held: Compressed, sigma: float) -> StackReport:
+def stack_report(group: Group, held: Compressed, floors: Floors) -> StackReport:
     """Mode spectra, TT cuts, similarity of subspaces and shared energy of one stack, from its core."""
     axes, full = group.diagram.open, group.diagram.sizes
     core = held.core.permute([held.diagram.open.index(a) for a in axes])
     lead = len(axes) - 2
     modes = {axis: _listed(_unfolded(core, (k,))) for k, axis in enumerate(axes)}
     cuts = {" ".join(axes[:k]): _listed(_unfolded(core, tuple(range(k)))) for k in range(1, len(axes))}
-    whole = math.prod(full[a] for a in axes)
-    edges = {axis: edge(sigma, full[axis], whole // full[axis]) for axis in axes}
+    ends = {axis: floors.whole.edge((axis,)) for axis in axes}
     slices = core.reshape(-1, *core.shape[lead:])
     return StackReport(
         axes=axes,
@@ -118,9 +117,9 @@ def stack_report(group: Group, held: Compressed, sigma: float) -> StackReport:
         norm=math.sqrt(held.total),
         captured=1 - held.lost / held.total if held.total else 1.0,
         mode_spectra=modes,
-        noise_edges=edges,
+        noise_edges={axis: floors.edge((axis,)) for axis in axes},
         tt_spectra=cuts,
-        multilinear_rank=_multilinear(modes, edges, held.total),
+        multilinear_rank=_multilinear(modes, ends, {a: full[a] for a in axes}, held.total),
         similarity=_similarity(slices, [p.site.path for p in group.placements]),
         shared_energy=_shared(slices, held.total),
     )
@@ -135,9 +134,11 @@ def _listed(matrix: Tensor) -> list[float]:
     return [float(v) for v in singular_values(matrix)[:LISTED]]
 
 
-def _multilinear(modes: Mapping[str, list[float]], edges: Mapping[str, float], total: float) -> dict[str, Any]:
+def _multilinear(
+    modes: Mapping[str, list[float]], edges: Mapping[str, float], sizes: Mapping[str, int], total: float
+) -> dict[str, Any]:
     noise = {
-        axis: sum(v > max(edges[axis], (s[0] if s else 0.0) * 1e-6) for v in s) if total else 0
+        axis: sum(v > max(edges[axis], s[0] * short_of(sizes, (axis,))) for v in s) if total else 0
         for axis, s in modes.items()
     }
     shares = (0.9, 0.95, 0.99)
