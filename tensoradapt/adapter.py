@@ -49,12 +49,11 @@ class Adapter(nn.Module):
         self._scale, self._enabled = 1.0, True
         self._lines: dict[str, tuple[Group, Site, Line]] = {}
         self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
-        self._sources = {
-            g.name: [
-                (n, *key.rpartition(".")[::2], g.diagram.shape(n), key in _banked(plan)) for n, key in g.store.items()
-            ]
-            for g in plan.groups
-        }
+        self._sources = _sources(plan)
+
+    def replan(self, plan: Plan, lines: Mapping[str, tuple[Group, Site, Line]]) -> None:
+        """Take a plan of the same sites, and the lines made from it; its tensors are the caller's to put."""
+        self.plan, self._sources, self._lines = plan, _sources(plan), dict(lines)
 
     # -- what it holds ------------------------------------------------------------------------------------------
 
@@ -295,6 +294,15 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows of the adapter."""
         return f"{self.name!r}, {self.plan.num_sites} sites, {self.plan.num_trainable:,} trainable"
+
+
+def _sources(plan: Plan) -> dict[str, list[tuple[str, str, str, tuple[int, ...], bool]]]:
+    """Where every group's tensors stand: node, bank, name, shape, and whether it is cut from a larger one."""
+    banked = _banked(plan)
+    return {
+        g.name: [(n, *key.rpartition(".")[::2], g.diagram.shape(n), key in banked) for n, key in g.store.items()]
+        for g in plan.groups
+    }
 
 
 def _banked(plan: Plan) -> set[str]:

@@ -142,12 +142,7 @@ def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter
     """The adapter with the line of every site, and empty factors on the devices of their weights."""
     adapter = Adapter(plan, name, model)
     live = {(site.owner, site.index): site for site in found.sites}
-    for group in plan.groups:
-        for placement in group.placements:
-            now = replace(placement, site=_live(placement.site, live))
-            adapter._lines[now.site.path] = (group, now.site, line(group, now))
-            for path in now.site.joined:
-                adapter._lines[path] = _joined(group, now, live[path, None])
+    adapter.replan(plan, lines_of(plan, live))
     _check_extras(model, plan)
     for path, (_, site, _) in adapter._lines.items():
         if site.delivery == "weight":
@@ -157,6 +152,18 @@ def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter
     _make_tensors(model, plan, adapter)
     adapter.train(model.training)
     return adapter
+
+
+def lines_of(plan: Plan, live: Mapping[tuple[str, int | None], Site]) -> dict[str, tuple[Group, Site, Line]]:
+    """The group, the live site and the line of every path that a plan adapts; `live` holds sites by owner and index."""
+    lines = {}
+    for group in plan.groups:
+        for placement in group.placements:
+            now = replace(placement, site=_live(placement.site, live))
+            lines[now.site.path] = (group, now.site, line(group, now))
+            for path in now.site.joined:
+                lines[path] = _joined(group, now, live[path, None])
+    return lines
 
 
 def _make_tensors(model: nn.Module, plan: Plan, adapter: Adapter) -> None:

@@ -17,7 +17,8 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.gauge.tree import Factors, Network, fold, measured, precise, unfold
 
 SWEEPS = 30
-RIDGE = 1e-12  # of Gram matrices with a unit diagonal, in float64
+CUTOFF = 1e-12  # of the eigenvalues of a Gram matrix in float64
+RIDGE = 4e-15  # on the unit diagonal of one: components that repeat each other cost next to nothing
 
 
 def is_cp(diagram: Diagram) -> bool:
@@ -170,5 +171,24 @@ def _fitted(whole: Columns, kept: Columns) -> Columns:
             others = [n for n in held if n != node]
             inner = _times(held[n].mT @ held[n] for n in others)
             outer = _times(whole.held[n].mT @ held[n] for n in others)
-            held[node] = whole.held[node] @ outer @ torch.linalg.pinv(inner, rtol=RIDGE, hermitian=True)
+            held[node] = whole.held[node] @ outer @ torch.linalg.pinv(inner, rtol=CUTOFF, hermitian=True)
     return replace(kept, held=held)
+
+
+def matching(old: Columns, new: Columns) -> tuple[Tensor, dict[str, Tensor]]:
+    """For every new component the old one that is most alike, and what its gradients are multiplied by, by node.
+
+    That is prod_(j!=k) s_j where the column of node j became s_j times itself.  Shape of either: (batch.., r).
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    cosines = [
+        (old.held[node].mT @ new.held[node]).abs()
+        / (norm[..., :, None] * new.norms[node][..., None, :]).clamp(min=tiny)
+        for node, norm in old.norms.items()
+    ]
+    index = torch.stack(cosines).sum(0).argmax(-2)
+    grown = {}
+    for node, column in old.taken(index).held.items():
+        size = column.square().sum(-2)
+        grown[node] = torch.where(size > 0, (column * new.held[node]).sum(-2) / size.clamp(min=tiny), 1.0)
+    return index, {node: _times(s for other, s in grown.items() if other != node) for node in grown}

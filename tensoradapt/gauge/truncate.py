@@ -19,6 +19,11 @@ from tensoradapt.gauge.cp import Columns, eliminated, is_cp, shrunk
 from tensoradapt.gauge.tree import Factors, Network, measured, require_tree
 
 
+def truncatable(diagram: Diagram) -> bool:
+    """Whether a diagram is a tree or a CP."""
+    return is_cp(diagram) or diagram.is_tree
+
+
 def require_truncatable(diagram: Diagram) -> None:
     """Raise SpecError, with the reason, on networks that are neither trees nor CP."""
     if not is_cp(diagram):

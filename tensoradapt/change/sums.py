@@ -1,0 +1,109 @@
+"""Sums of adapters: bonds in blocks, then rounded.
+
+Invariant: before rounding, every delta is the weighted sum of the adapters' deltas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensoradapt.change.install import Turn, in_saved
+from tensoradapt.change.operations import truncate
+from tensoradapt.change.ranks import Ranks
+from tensoradapt.change.result import Change
+from tensoradapt.change.targets import Source, changed, held_by, named, require_free
+from tensoradapt.errors import AdapterError
+from tensoradapt.gauge import Network, added, truncatable
+from tensoradapt.grouping import Group
+from tensoradapt.io.saved import Saved, as_saved
+
+
+def combine(
+    adapters: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    *,
+    rank: Ranks | None = None,
+    error: float | None = None,
+) -> Change:
+    """The weighted sum of adapters of one plan, whatever their ranks: delta = sum_k weights_k delta_k, then rounded.
+
+    Without `rank` and `error` only what rounding to the factors' dtype hides is cut. Weights (1 each) may be negative.
+    The result has no model: `load(change.adapter, model)` attaches it. Raises AdapterError on adapters of different
+    plans, SpecError on networks that have no sum or no truncation, frozen nodes and differences.
+    """
+    terms = [as_saved(adapter) for adapter in adapters]
+    given = [1.0] * len(terms) if weights is None else [float(weight) for weight in weights]
+    if not terms or len(given) != len(terms) or not all(map(math.isfinite, given)):
+        raise AdapterError(
+            "a sum needs adapters, and a finite weight for each", got=f"{len(terms)} adapters, weights {given}"
+        )
+    for term in terms[1:]:
+        _check_same(terms[0], term)
+    turns = [_summed([held_by(term)[k] for term in terms], given) for k in range(len(terms[0].plan.groups))]
+    groups = tuple(turn.group for turn in turns)
+    whole = in_saved(replace(terms[0], plan=replace(terms[0].plan, groups=groups), path=None), turns)
+    if rank is None and error is None:
+        if not all(map(truncatable, (turn.after.diagram for turn in turns))):
+            return changed(whole, [], None)
+        error = float(torch.finfo(next(iter(turns[0].after.factors.values())).dtype).eps)
+    return truncate(whole, rank=rank, error=error)
+
+
+def _summed(terms: Sequence[tuple[Group, Network]], weights: Sequence[float]) -> Turn:
+    """One group's sum, with the scale of the first term that has one; the others' go into the weights."""
+    group, before = terms[0]
+    require_free(group, "add up")
+    scale = next((g.scale for g, _ in terms if g.scale), 1.0)
+    first = before.factors
+    networks = [Network(n.diagram, {node: t.to(first[node]) for node, t in n.factors.items()}) for _, n in terms]
+    with named(group):
+        made = added(networks, [w * g.scale / scale for w, (g, _) in zip(weights, terms, strict=True)])
+    return Turn(replace(group, scale=scale), before, made, made)
+
+
+def _check_same(one: Saved, two: Saved) -> None:
+    """Raise AdapterError, with the first difference, on adapters whose plans differ in more than ranks and scales."""
+    for what, left, right in (*_differences(one, two), ("extra parameters", _extras(one), _extras(two))):
+        if left != right:
+            raise AdapterError(
+                f"adapters of different plans have no sum: they differ in {what}",
+                got=right,
+                expected=left,
+                hint="convert one to the other's spec first",
+            )
+
+
+def _differences(one: Saved, two: Saved) -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = [("groups", sorted(one.groups), sorted(two.groups))]
+    for name in one.groups:
+        if name in two.groups:
+            left, right = one.groups[name], two.groups[name]
+            found.append((f"the sites of group {name!r}", _sites(left), _sites(right)))
+            found.append((f"the network of group {name!r}", _shape(left), _shape(right)))
+    return found
+
+
+def _sites(group: Group) -> list[str]:
+    return [f"{p.site.path} at {dict(p.index)}" for p in group.placements]
+
+
+def _shape(group: Group) -> str:
+    """A group's network without its ranks."""
+    diagram = group.diagram
+    return str(replace(diagram, sizes={i: 0 if i in diagram.bonds else n for i, n in diagram.sizes.items()}))
+
+
+def _extras(saved: Saved) -> dict[str, list[float]]:
+    """What identifies the parameters that are trained whole: copies that differ have no sum."""
+    extras = {key: tensor for key, tensor in saved.tensors.items() if key.startswith("extra.")}
+    return {key: _fingerprint(tensor) for key, tensor in extras.items()}
+
+
+def _fingerprint(tensor: Tensor) -> list[float]:
+    return [float(value) for value in (tensor.double().sum(), tensor.double().square().sum())]

@@ -1,0 +1,96 @@
+"""What is changed: an attached adapter in place, or a new one without a model; and whether its groups can be.
+
+Invariant: a merged adapter, and factors that are not a group's own to choose, are refused before anything is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.change.error import relative_error
+from tensoradapt.change.install import Turn, in_place, in_saved
+from tensoradapt.change.result import Change
+from tensoradapt.errors import AdapterError, SpecError, TensorAdaptError
+from tensoradapt.gauge import Network
+from tensoradapt.grouping import Group
+from tensoradapt.io.saved import Savable, Saved, as_saved
+
+Source = Adapter | Savable | str | Path
+
+
+def opened(source: Source, optimizer: Any) -> Adapter | Saved:
+    """The adapter to be changed in place, or one without a model. Raises AdapterError on a merged one."""
+    if isinstance(source, Adapter):
+        if source.merged:
+            raise AdapterError(
+                f"adapter {source.name!r} is merged into the weights, which would keep the old deltas",
+                hint="unmerge() first",
+            )
+        return source
+    if optimizer is not None:
+        raise AdapterError("an optimiser can follow an attached adapter only", hint="leave optimizer out")
+    return as_saved(source)
+
+
+def held_by(target: Adapter | Saved) -> list[tuple[Group, Network]]:
+    """Every group with its network."""
+    return [(group, network_of(target, group)) for group in target.plan.groups]
+
+
+def network_of(target: Adapter | Saved, group: Group) -> Network:
+    """The diagram of a group and its factors, detached."""
+    return Network(group.diagram, {node: tensor.detach() for node, tensor in target.factors(group.name).items()})
+
+
+def put(target: Adapter | Saved, turns: Sequence[Turn], optimizer: Any) -> Adapter | Saved:
+    """Change the adapter in place and return it, or return the new one."""
+    if isinstance(target, Adapter):
+        in_place(target, turns, optimizer)
+        return target
+    return in_saved(target, turns)
+
+
+def changed(target: Adapter | Saved, turns: Sequence[Turn], optimizer: Any) -> Change:
+    """Put networks in their places, and say what that changed."""
+    before = {turn.group.name: turn.group.rank for turn in turns}
+    after = {turn.group.name: {bond: turn.after.diagram.sizes[bond] for bond in turn.group.rank} for turn in turns}
+    error = relative_error(turns)
+    return Change(put(target, turns, optimizer), error, before, after)
+
+
+def require_free(group: Group, what: str) -> None:
+    """Raise SpecError where a group's factors are not its own to choose: frozen nodes, differences, banks of slices."""
+    if group.rule.frozen:
+        raise SpecError(
+            f"{what} group {group.name!r}: its nodes {', '.join(group.rule.frozen)} are frozen, and must stay as drawn",
+            hint="merge the adapter, or leave it as it is",
+        )
+    if group.rule.start == "difference":
+        raise SpecError(
+            f"{what} group {group.name!r}: its delta is a difference from a frozen copy of the factors, which has to "
+            "have their shapes and gauge",
+            hint="wider ranks are possible; for smaller ones convert the adapter to a format with start: zero",
+        )
+    require_own(group, what)
+
+
+def require_own(group: Group, what: str) -> None:
+    """Raise SpecError where other groups use slices of the same factors."""
+    if group.rule.shapes == "slices":
+        raise SpecError(
+            f"{what} group {group.name!r}: its factors are slices of a bank that other groups use too",
+            hint="use shapes: separate",
+        )
+
+
+@contextmanager
+def named(group: Group) -> Iterator[None]:
+    """Errors about a network say which group's it is."""
+    try:
+        yield
+    except TensorAdaptError as error:
+        raise type(error)(f"group {group.name!r}: {error}") from None
