@@ -18,6 +18,7 @@ from torch import Tensor
 from tensoradapt.errors import FileError
 from tensoradapt.extract.goals import Goal
 from tensoradapt.extract.journal import Journal, opened
+from tensoradapt.extract.pool import each
 from tensoradapt.extract.work import Done, Work, allocated, prepared
 from tensoradapt.io.native import file_of, write
 from tensoradapt.io.saved import Saved
@@ -125,13 +126,23 @@ def _check_output(file: Path, work: Work, overwrite: bool) -> None:
 
 
 def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
-    for number, name in enumerate(work.groups):
-        if work.is_mine(name) and journal.read(name) is None:
-            done = work.fit(name)
-            if done.writes:
-                journal.write(name, done.tensors, done.record)
-        if progress is not None:
-            progress(name, number + 1, len(work.groups))
+    """Fit what is not done yet: groups of one delta some at a time, the others one after the other."""
+    left = [name for name in work.groups if work.is_mine(name) and journal.read(name) is None]
+    alone = [name for name in left if work.like.device.type == "cpu" and len(work.group(name).placements) == 1]
+    count, tell = len(work.groups) - len(left), progress or (lambda *_: None)
+
+    def fit(name: str) -> None:
+        done = work.fit(name)
+        if done.writes:
+            journal.write(name, done.tensors, done.record)
+
+    for name in each(alone, fit):
+        count += 1
+        tell(name, count, len(work.groups))
+    for name in (name for name in left if name not in alone):
+        fit(name)
+        count += 1
+        tell(name, count, len(work.groups))
 
 
 def _part(work: Work, journal: Journal, name: str) -> Done:
