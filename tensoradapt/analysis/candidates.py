@@ -267,7 +267,8 @@ def _winner(found: Sequence[Candidate], rank: int, stacks: Sequence[Tried]) -> d
         return None
     reference = next((c for c in loras if c.rank >= rank), loras[-1])
     best = min(
-        (c for c in found if _as_close(c, reference.relative_error)), key=lambda c: (c.num_parameters, c.relative_error)
+        (c for c in found if _as_close(c, reference.relative_error)),
+        key=lambda c: (c.num_parameters, round(c.relative_error, 3)),
     )
     said = f"{reference.label} leaves a relative error of {reference.relative_error:.3g}"
     said += f" with {reference.num_parameters:,} parameters"

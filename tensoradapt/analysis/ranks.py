@@ -63,11 +63,11 @@ def _edge_over_median(shape: tuple[int, int]) -> float:
 def median_of_noise(beta: float) -> float:
     """The median of the Marchenko-Pastur law of ratio beta and unit variance."""
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
-    x = torch.linspace(low, high, 4001, dtype=torch.float64)
-    middle = (x[1:] + x[:-1]) / 2
-    density = ((high - middle) * (middle - low)).clamp(min=0).sqrt() / middle.clamp(min=1e-12)
-    mass = density.cumsum(0) / density.sum()
-    return float(middle[int(torch.searchsorted(mass, torch.tensor(0.5, dtype=torch.float64)))])
+    t = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    middle = (t[1:] + t[:-1]) / 2
+    x = low + (high - low) * middle**2  # finer where the density of a square matrix is infinite
+    mass = (((high - x) * (x - low)).clamp(min=0).sqrt() / x * middle).cumsum(0)
+    return float(x[int(torch.searchsorted(mass, mass[-1] / 2))])
 
 
 def _tail_median(s: Tensor, total: float, shape: tuple[int, int]) -> float:

@@ -147,11 +147,15 @@ def _multilinear(
 
 
 def _similarity(slices: Tensor, labels: list[str]) -> dict[str, Any]:
-    """The mean squared cosine of the principal angles between every two sites' leading subspaces, by side."""
+    """The mean squared cosine of the principal angles between every two sites' leading subspaces, by side.
+
+    None where a delta is zero and has no subspace.
+    """
     rank = max(1, min(SIMILAR, min(slices.shape[1:]) // 4))
     found = truncated_svd(slices, rank)
+    zero = (found.s[:, 0] == 0).tolist()
     return {
-        axis: {"rank": rank, "labels": labels, "matrix": _cosines(basis).tolist()}
+        axis: {"rank": rank, "labels": labels, "matrix": _defined(_cosines(basis).tolist(), zero)}
         for axis, basis in (("out", found.u), ("in", found.v))
     }
 
@@ -161,6 +165,10 @@ def _cosines(basis: Tensor) -> Tensor:
     flat = basis.permute(1, 0, 2).reshape(size, count * rank)
     squares = (flat.mT @ flat).square().reshape(count, rank, count, rank)
     return (squares.sum((1, 3)) / rank).clamp(0, 1).double()
+
+
+def _defined(matrix: list[list[float]], zero: list[bool]) -> list[list[float | None]]:
+    return [[None if zero[k] or zero[j] else value for j, value in enumerate(row)] for k, row in enumerate(matrix)]
 
 
 def _shared(slices: Tensor, total: float) -> dict[str, Any]:
