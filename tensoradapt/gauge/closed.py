@@ -1,0 +1,97 @@
+"""Closed forms of the shortest direction (J^T J + delta)^-1 J^T g: two factors, and a core between two factors.
+
+Where the gradients are those of a function of the tensor, damping moves no direction out of the range of J^T, so that
+every gauge direction is orthogonal to the solution: B^T dB = dA A^T for two factors, and for a core
+U^T dU = sum_l dG_l G_l^T, V^T dV = sum_l dG_l^T G_l. These equations close the system.
+Invariant: singular values that are zero give zeros, as the pseudo-inverse does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pseudo_inverse_lora(b: Tensor, a: Tensor, grad_b: Tensor, grad_a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The shortest (dB, dA) for the delta B A, from the gradients of B and A.
+
+    With N = B^T B and M = A A^T: (N X + X M + delta X) = grad_A A^T, dB = (grad_B - B X) (M + delta)^-1,
+    dA = (N + delta)^-1 (grad_A - X A).  Shapes: b (.., m, r), a (.., r, n), delta (..). Source: arXiv:2407.18242.
+    """
+    n, p = _eigen(b.mT @ b)
+    m, q = _eigen(a @ a.mT)
+    shift = delta[..., None]
+    middle = p @ (_inverse(n[..., :, None] + m[..., None, :] + shift[..., None]) * (p.mT @ grad_a @ a.mT @ q)) @ q.mT
+    db = (grad_b - b @ middle) @ _power(q, _inverse(m + shift))
+    da = _power(p, _inverse(n + shift)) @ (grad_a - middle @ a)
+    return db, da
+
+
+def pseudo_inverse_lotr(
+    u: Tensor, core: Tensor, v: Tensor, grad_u: Tensor, grad_core: Tensor, grad_v: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shortest (dU, dG, dV) for the deltas U G_l V^T of all l, from the gradients of U, G and V.
+
+    In the eigenbases of U^T U (values n) and V^T V (values m), with w = 1 / (n m + delta):
+    dG_l = w * (grad_G_l - X G_l m - n G_l Y^T), X = sum_l dG_l G_l^T = U^T dU, Y = sum_l dG_l^T G_l = V^T dV, a system
+    of p^2 + q^2 unknowns; then dU = (grad_U - U sum_l (dG_l m + G_l Y^T) G_l^T) (S_U + delta)^-1 with
+    S_U = sum_l G_l m G_l^T, and dV alike.  Shapes: u (.., o, p), core (.., l, p, q), v (.., i, q), delta (..).
+    """
+    n, pu = _eigen(u.mT @ u)
+    m, pv = _eigen(v.mT @ v)
+    u, v, grad_u, grad_v = u @ pu, v @ pv, grad_u @ pu, grad_v @ pv
+    core, grad_core = (pu.mT[..., None, :, :] @ g @ pv[..., None, :, :] for g in (core, grad_core))
+    w = _inverse(n[..., :, None] * m[..., None, :] + delta[..., None, None])
+    x, y = _gauge(core, grad_core, n, m, w)
+    bent = x[..., None, :, :] @ core * m[..., None, None, :] + n[..., None, :, None] * (core @ y.mT[..., None, :, :])
+    dg = w[..., None, :, :] * (grad_core - bent)
+    left = ((dg * m[..., None, None, :] + core @ y.mT[..., None, :, :]) @ core.mT).sum(-3)
+    right = ((dg * n[..., None, :, None] + x[..., None, :, :] @ core).mT @ core).sum(-3)
+    s_u = (core * m[..., None, None, :] @ core.mT).sum(-3)
+    s_v = ((core * n[..., None, :, None]).mT @ core).sum(-3)
+    du = (grad_u - u @ left) @ _damped_inverse(s_u, delta)
+    dv = (grad_v - v @ right) @ _damped_inverse(s_v, delta)
+    return du @ pu.mT, pu[..., None, :, :] @ dg @ pv.mT[..., None, :, :], dv @ pv.mT
+
+
+def _gauge(core: Tensor, grad_core: Tensor, n: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """X and Y: their linear system written out and solved."""
+    p, q = core.shape[-2:]
+    pairs = torch.einsum("...lac,...lbd->...acbd", core, core)
+    by_x = torch.einsum("...c,...ic,...kcjc->...ikj", m, w, pairs)
+    by_y = torch.einsum("...i,...ic,...ieid->...ced", n, w, pairs)
+    crossed = torch.einsum("...ic,...idjc->...ijcd", w, pairs)
+    eye_p, eye_q = torch.eye(p).to(core), torch.eye(q).to(core)
+    xx = torch.einsum("...ikj,ih->...ijhk", by_x, eye_p) + torch.einsum("ih,jk->ijhk", eye_p, eye_p)
+    yy = torch.einsum("...ced,cf->...cdfe", by_y, eye_q) + torch.einsum("cf,de->cdfe", eye_q, eye_q)
+    xy = n[..., :, None, None, None] * crossed
+    yx = torch.einsum("...c,...ikcd->...cdik", m, crossed)
+    lead = core.shape[:-3]
+    rows = (
+        torch.cat([xx.reshape(*lead, p * p, p * p), xy.reshape(*lead, p * p, q * q)], -1),
+        torch.cat([yx.reshape(*lead, q * q, p * p), yy.reshape(*lead, q * q, q * q)], -1),
+    )
+    bent = w[..., None, :, :] * grad_core
+    targets = (bent @ core.mT).sum(-3).flatten(-2), (bent.mT @ core).sum(-3).flatten(-2)
+    solved = torch.linalg.solve(torch.cat(rows, -2), torch.cat(targets, -1))
+    return solved[..., : p * p].reshape(*lead, p, p), solved[..., p * p :].reshape(*lead, q, q)
+
+
+def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of a Gram matrix, in float64; what is rounding alone is zero."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    floor = values[..., -1:] * values.shape[-1] * torch.finfo(gram.dtype).eps
+    return torch.where(values > floor, values, 0.0).to(gram.dtype), vectors.to(gram.dtype)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / torch.where(values > 0, values, 1.0), 0.0)
+
+
+def _power(vectors: Tensor, values: Tensor) -> Tensor:
+    return vectors * values[..., None, :] @ vectors.mT
+
+
+def _damped_inverse(gram: Tensor, delta: Tensor) -> Tensor:
+    values, vectors = _eigen(gram)
+    return _power(vectors, _inverse(values + delta[..., None]))

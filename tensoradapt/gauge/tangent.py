@@ -1,0 +1,200 @@
+"""Tangent geometry: from the gradients of factors to the gradient of the tensor, projected onto the tangent space.
+
+A network is a multilinear map T(theta) with Jacobian J. Autograd's factor gradients are J^T g, with g the gradient of
+the tensor, which nobody forms. The direction d = (J^T J)^+ J^T g = J^+ g is the shortest one whose effect J d on the
+tensor is the projection J J^+ g of g: LoRA-Pro for every format (arXiv:2407.18242). With damping it is
+(J^T J + delta)^-1 J^T g, delta = damping * tr(J^T J) / entries: relative to the network's own size, and the same for
+all of its nodes, so that a node whose neighbours are still near zero takes no huge step.
+Invariant: all functions but `implied` work in the factors' space, and keep no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tensoradapt.diagram import Diagram
+from tensoradapt.gauge.closed import pseudo_inverse_lora, pseudo_inverse_lotr
+from tensoradapt.gauge.spectra import overlap
+from tensoradapt.gauge.tree import Factors, Names, fold, middle, product, unfold
+from tensoradapt.lower import dense
+
+LARGEST = 40  # the rank above which the closed form's dense system costs more than conjugate gradients
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction in the factors' space, the relative residual of its normal equations, and the iterations it took."""
+
+    factors: dict[str, Tensor]
+    residual: float
+    iterations: int
+
+
+def implied(diagram: Diagram, factors: Factors, directions: Factors) -> Tensor:
+    """The change of the dense tensor along a direction, to first order: J d = sum_u T(theta with d_u in u's place).
+
+    Shape: the sizes of `diagram.open`. This forms the tensor: it is for tests and small networks.
+    """
+    terms = [dense(diagram, {**factors, node: directions[node]}) for node in diagram.nodes]
+    return sum(terms[1:], terms[0])
+
+
+def normal(diagram: Diagram, factors: Factors) -> Callable[[Factors], dict[str, Tensor]]:
+    """J^T J as a function of directions, without J: contracted in the factors' space, made once for many directions.
+
+    With c(u, v) = <T(u), T(v)>, grad_u c at u = theta is J^T T(v), whose Jacobian in v is J^T J: symmetric, so that one
+    more backward pass applies it.
+    """
+    bra, ket = ({n: factors[n].detach().requires_grad_() for n in diagram.nodes} for _ in range(2))
+    with torch.enable_grad():
+        image = torch.autograd.grad(overlap(diagram, bra, ket), list(bra.values()), create_graph=True)
+
+    def apply(directions: Factors) -> dict[str, Tensor]:
+        moves = [directions[node] for node in diagram.nodes]
+        found = torch.autograd.grad(image, list(ket.values()), moves, retain_graph=True)
+        return dict(zip(diagram.nodes, found, strict=True))
+
+    return apply
+
+
+def damping_of(diagram: Diagram, factors: Factors, damping: float) -> Tensor:
+    """The shift damping * tr(J^T J) / entries, for every value of the batch.  Shape: the sizes of `diagram.batch`."""
+    batch = diagram.batch
+    sizes = [diagram.sizes[axis] for axis in batch]
+    like = factors[next(iter(diagram.nodes))]
+    if not damping:
+        return like.new_zeros(sizes)
+    entries = diagram.num_parameters / math.prod(sizes)
+    return torch.stack([_trace(diagram, factors, node) for node in diagram.nodes]).sum(0) * (damping / entries)
+
+
+def _trace(diagram: Diagram, factors: Factors, node: str) -> Tensor:
+    """The trace of a node's block of J^T J: the squared norm of all else, its bonds to the node held fixed."""
+    indices, bonds = diagram.nodes[node], diagram.bonds
+    others = [n for n in diagram.nodes if n != node]
+    private = [i for i in indices if not any(i in diagram.nodes[n] for n in others)]
+
+    def ket(names: Names) -> Names:
+        return tuple(f"{i} ket" if i in bonds and i not in indices else i for i in names)
+
+    operands = [(factors[n].detach(), diagram.nodes[n]) for n in others]
+    operands += [(factors[n].detach(), ket(diagram.nodes[n])) for n in others]
+    size = math.prod(diagram.sizes[i] for i in private)
+    return product(operands, diagram.batch) * size if others else factors[node].new_tensor(float(size))
+
+
+def pseudo_inverse(
+    diagram: Diagram, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0
+) -> Direction:
+    """The direction J^+ g (or its damped form) from the gradients of the factors: in closed form where there is one.
+
+    The delta is `scale` times the network, and `grads` are the gradients of the loss in the factors. Two nodes (LoRA)
+    and lines of three (LoTR, trains of three cores) up to rank 40 have closed forms; the rest is solved by
+    `pseudo_inverse_cg`.  Shapes: those of the factors.
+    """
+    closed = _closed_form(diagram)
+    if closed is None:
+        return pseudo_inverse_cg(diagram, factors, grads, damping, scale=scale)
+    held = {node: factors[node].detach() for node in diagram.nodes}
+    delta = damping_of(diagram, held, damping)
+    found = closed(diagram, held, {node: grads[node].detach() for node in diagram.nodes}, delta)
+    return Direction({node: tensor / scale**2 for node, tensor in found.items()}, 0.0, 0)
+
+
+_Closed = Callable[[Diagram, Factors, Factors, Tensor], dict[str, Tensor]]
+
+
+def _closed_form(diagram: Diagram) -> _Closed | None:
+    if not diagram.is_tree or len(diagram.bonds) not in (1, 2):
+        return None
+    if len(diagram.bonds) == 1:
+        return _two_nodes
+    return _three_nodes if max(diagram.sizes[bond] for bond in diagram.bonds) <= LARGEST else None
+
+
+def _two_nodes(diagram: Diagram, factors: Factors, grads: Factors, delta: Tensor) -> dict[str, Tensor]:
+    (bond,) = diagram.bonds
+    outer, inner = diagram.nodes
+    b, a, gb, ga = (
+        unfold(held[node], diagram.nodes[node], diagram.batch, bond)
+        for held in (factors, grads)
+        for node in (outer, inner)
+    )
+    db, da = pseudo_inverse_lora(b, a.mT, gb, ga.mT, delta)
+    made = {outer: db, inner: da.mT}
+    return {n: fold(t, factors[n], diagram.nodes[n], diagram.batch, bond) for n, t in made.items()}
+
+
+def _three_nodes(diagram: Diagram, factors: Factors, grads: Factors, delta: Tensor) -> dict[str, Tensor]:
+    core = middle(diagram)
+    ends = {bond: next(n for n in nodes if n != core) for bond, nodes in diagram.bonds.items()}
+    (one, left), (two, right) = ends.items()
+    batch, indices = diagram.batch, diagram.nodes[core]
+    order = (*batch, *(i for i in indices if i not in (*batch, one, two)), one, two)
+    sizes = [diagram.sizes[i] for i in order]
+
+    def matrices(held: Factors) -> tuple[Tensor, Tensor, Tensor]:
+        cores = held[core].permute([indices.index(i) for i in order])
+        cores = cores.reshape(*sizes[: len(batch)], -1, *sizes[-2:])
+        u, v = (unfold(held[n], diagram.nodes[n], batch, b) for b, n in ends.items())
+        return u, cores, v
+
+    du, dg, dv = pseudo_inverse_lotr(*matrices(factors), *matrices(grads), delta)
+    return {
+        left: fold(du, factors[left], diagram.nodes[left], batch, one),
+        core: dg.reshape(sizes).permute([order.index(i) for i in indices]),
+        right: fold(dv, factors[right], diagram.nodes[right], batch, two),
+    }
+
+
+def pseudo_inverse_cg(
+    diagram: Diagram,
+    factors: Factors,
+    grads: Factors,
+    damping: float = 0.0,
+    tolerance: float = 1e-12,
+    max_iterations: int = 1000,
+    *,
+    scale: float = 1.0,
+) -> Direction:
+    """The same for any network, by conjugate gradients on J^T J + delta from zero, which gives the shortest solution.
+
+    Until the residual is `tolerance` of the gradient. Rounding sets a floor: eps * cond(J)^2.
+    """
+    held = {node: factors[node].detach() for node in diagram.nodes}
+    delta = damping_of(diagram, held, damping)
+    shifts = {node: _spread(diagram, node, delta) for node in diagram.nodes}
+
+    operator = normal(diagram, held)
+    left = {node: grads[node].detach().clone() for node in diagram.nodes}
+    found = {node: torch.zeros_like(tensor) for node, tensor in held.items()}
+    along, size = dict(left), _dot(left, left)
+    start, done = size, 0
+    while size > tolerance**2 * start and done < max_iterations:
+        image = {node: seen + shifts[node] * along[node] for node, seen in operator(along).items()}
+        curve = _dot(along, image)
+        if curve <= 0:  # what is left is rounding, or no gradient of a function of the tensor
+            break
+        found = {n: found[n] + (size / curve) * along[n] for n in found}
+        left = {n: left[n] - (size / curve) * image[n] for n in left}
+        size, before = _dot(left, left), size
+        along = {n: left[n] + (size / before) * along[n] for n in left}
+        done += 1
+    residual = math.sqrt(size / start) if start else 0.0
+    return Direction({node: tensor / scale**2 for node, tensor in found.items()}, residual, done)
+
+
+def _dot(one: Factors, two: Factors) -> float:
+    return float(sum((one[node] * two[node]).sum() for node in one))
+
+
+def _spread(diagram: Diagram, node: str, delta: Tensor) -> Tensor:
+    """Values for each batch, broadcast over a node's other indices."""
+    indices, batch = diagram.nodes[node], diagram.batch
+    ordered = delta.permute([batch.index(i) for i in indices if i in batch])
+    return ordered.reshape([diagram.sizes[i] if i in batch else 1 for i in indices])
