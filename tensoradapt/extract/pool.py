@@ -1,6 +1,6 @@
 """A pool of threads for groups of one delta each: one matrix per core, instead of all cores on one matrix.
 
-The small factorisations of a truncated SVD do not use a second core as the products do; a matrix per core keeps all busy
+Small factorisations do not use a second core as products do; a matrix per core keeps all busy,
 and makes the result independent of their number. Invariant: every task computes with one thread.
 """
 
