@@ -6,7 +6,6 @@ its sides; the error stated is that of the factors as they are stored.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from tensoradapt.analysis.slices import empty, flat
+from tensoradapt.diagram import Diagram
 from tensoradapt.errors import FileError, SiteError, SpecError
 from tensoradapt.extract.goals import Goal
+from tensoradapt.extract.measure import overall
 from tensoradapt.extract.run import assembled
 from tensoradapt.extract.work import Work, allocated
 from tensoradapt.init import WEIGHT
@@ -99,11 +100,9 @@ def convert(
     done = [work.fit(name) for name in work.groups]
     made = replace(assembled(work, done), base=source.base)
     rows = {path: row for d in done for path, row in d.record["sites"].items()}
-    total = math.fsum(row["norm"] ** 2 for row in rows.values())
-    lost = math.fsum((row["relative_error"] * row["norm"]) ** 2 for row in rows.values())
     file = made.save(out) if out is not None and made.plan.groups else None
-    errors = {path: row["relative_error"] for path, row in rows.items()}
-    return Converted(made, math.sqrt(lost / total) if total else 0.0, errors, file)
+    errors = {path: row["relative_error"] or 0.0 for path, row in rows.items()}
+    return Converted(made, overall(rows.values())[1], errors, file)
 
 
 def targets_of(adapter: Savable | str | Path) -> list[str]:
@@ -135,11 +134,11 @@ class _Conversion(Work):
             return Dense(flat(self.source.delta(site.path)).to(self.like))
         return Product((pair[0] * group.scale).to(self.like), pair[1].to(self.like).contiguous())
 
-    def fixed(self, name: str) -> dict[str, Tensor]:
+    def fixed(self, name: str, diagram: Diagram) -> dict[str, Tensor]:
         """The nodes that are not fitted, drawn by their laws. Raises SpecError where they come from the weights."""
         if WEIGHT in self.group(name).laws.values() and self.group(name).rule.frozen:
             raise SpecError(
                 f"group {name!r} takes nodes from the base's weights, which an adapter does not hold",
                 hint="extract it from the two checkpoints",
             )
-        return super().fixed(name)
+        return super().fixed(name, diagram)

@@ -18,6 +18,7 @@ from tensoradapt.analysis.candidates import RANKS, Choice, Stacked, Tried, compa
 from tensoradapt.analysis.floors import floors_of
 from tensoradapt.analysis.noise import Noise, noise_of
 from tensoradapt.analysis.report import Report
+from tensoradapt.analysis.sharing import alike, together
 from tensoradapt.analysis.slices import Slices, empty
 from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.analysis.spectra import SiteReport, Source, site_report
@@ -80,7 +81,7 @@ def analyze(base: Any, tuned: Any, *, device: str | None = None, **options: Any)
     where, values = empty(device), own.get("values")
     if values is not None and (type(values) is not int or values < 1):
         raise RankError("values is a number of singular values", got=values, expected="a positive number, or None")
-    with open_source(base, tuned, **options) as deltas:
+    with alike(own.get("team", SOLO), lambda: open_source(base, tuned, **options)) as deltas:
         source = DeltaSource(deltas, where, _several(own.pop("targets", None)))
         match = {**deltas.match.to_dict(), "matched": len(deltas.match.pairs)}
         return report_of(source, deltas.match.sites, ("checkpoints", deltas.base.name, deltas.tuned.name), match, **own)
@@ -124,12 +125,16 @@ def _typical(sites: dict[str, SiteReport]) -> int | None:
 
 def _sites(source: Source, team: Team, how: tuple[int | None, int], progress: Progress) -> dict[str, SiteReport]:
     """Every site's numbers, each member of a team a share of them."""
-    found: dict[str, SiteReport] = {}
-    for number, site in enumerate(source.sites):
-        if number % team.size == team.rank:
-            found[site.path] = site_report(source, site, *how)
-        progress(site.path, number + 1, len(source.sites))
-    gathered = {path: row for part in team.gather(found) for path, row in part.items()}
+
+    def mine() -> dict[str, SiteReport]:
+        found: dict[str, SiteReport] = {}
+        for number, site in enumerate(source.sites):
+            if number % team.size == team.rank:
+                found[site.path] = site_report(source, site, *how)
+            progress(site.path, number + 1, len(source.sites))
+        return found
+
+    gathered = {path: row for part in together(team, mine) for path, row in part.items()}
     return {site.path: gathered[site.path] for site in source.sites}
 
 

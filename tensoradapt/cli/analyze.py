@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,8 @@ from tensoradapt.cli.options import (
 from tensoradapt.cli.progress import progress
 from tensoradapt.collection import analyze_adapters
 from tensoradapt.distributed import team_of
-from tensoradapt.errors import SpecError
+from tensoradapt.errors import FileError, SpecError
+from tensoradapt.io.atomic import atomic, unwritten
 
 
 def analyze(
@@ -57,8 +59,8 @@ def analyze(
     """
     if (base is None or tuned is None) == (not adapter):
         raise SpecError("give two checkpoints, or adapters", hint="analyze BASE TUNED, or --adapter A --adapter B")
-    if out is not None and out.exists() and not out.is_dir():
-        raise SpecError(f"--out {out} is a file", expected="a folder")
+    if out is not None:
+        _check(out)
     with team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:
         options: dict[str, Any] = {"values": values, "targets": target or (), "candidates": candidates, "seed": seed}
         options |= {"device": where, "team": team, "progress": tell}
@@ -70,11 +72,24 @@ def analyze(
             _write(report, out, as_json=as_json)
 
 
+def _check(out: Path) -> None:
+    """Raise SpecError or FileError where no report can be written: before the work, not after it."""
+    try:
+        nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.lexists(folder))
+    except OSError as error:
+        raise unwritten(out, error) from None
+    if not nearest.is_dir():
+        raise SpecError(f"--out {out}: {nearest} is a file", expected="a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FileError(f"{out} cannot be written", got=f"{nearest} is read-only", hint="choose another folder")
+
+
 def _write(report: Report, out: Path | None, *, as_json: bool) -> None:
     if out is not None:
         report.to_json(out / "report.json")
         report.to_html(out / "report.html")
-        (out / "report.txt").write_text(f"{report}\n", "utf-8")
+        with atomic(out / "report.txt") as temporary:
+            temporary.write_text(f"{report}\n", "utf-8")
     emit(report.to_json() if as_json else str(report))
     if out is not None and not as_json:
         emit(f"written to {out / 'report.html'}, report.json and report.txt beside it")

@@ -39,10 +39,15 @@ def extract(
     spec: SpecOption = None,
     set_: SetOption = None,
     error: Annotated[
-        str | None, typer.Option("--error", help="The relative error that ranks are chosen for, such as 0.1; or noise.")
+        str | None,
+        typer.Option(
+            "--error",
+            help="Ranks chosen for a relative error of every group, such as 0.1 (the spec's are no ceiling then); "
+            "or noise: all that rises above the rounding of the stored dtypes.",
+        ),
     ] = None,
     max_parameters: Annotated[
-        int | None, typer.Option("--max-parameters", help="A budget for all groups together; ranks are chosen for it.")
+        int | None, typer.Option("--max-parameters", help="Ranks chosen for a budget of all groups together.")
     ] = None,
     device: DeviceOption = None,
     rows: RowsOption = "error",
@@ -55,12 +60,15 @@ def extract(
     """Extract an adapter of any format from two checkpoints, with the error of every weight.
 
     Example: tensoradapt extract base/ tuned/ --preset lotr --rank 16 --target query --target value --out adapter
+
+    Interrupted work goes on where it stopped when the same command is given again. On several GPUs or processes:
+    torchrun --nproc-per-node 4 -m tensoradapt extract ...
     """
     made = make_spec(preset, rank, target, spec, set_)
     goal: dict[str, Any] = {"error": _error(error), "max_parameters": max_parameters}
     reading: dict[str, Any] = {"rows": rows, "nonfinite": nonfinite, "seed": seed}
     if dry_run:
-        seen = preview(base, tuned, made, **goal, **reading)
+        seen = preview(base, tuned, made, out, device=device, overwrite=overwrite, **goal, **reading)
         emit(json.dumps(seen.to_dict()) if as_json else str(seen))
         return
     with team_of(device) as (team, where), progress("extract", quiet=team.rank > 0) as tell:

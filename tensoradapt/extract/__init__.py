@@ -1,6 +1,7 @@
 """Extraction: checkpoints + spec -> fitted, saved adapter."""
 
 from tensoradapt.extract.preview import Preview, preview
-from tensoradapt.extract.run import Extraction, extract
+from tensoradapt.extract.result import Extraction
+from tensoradapt.extract.run import extract
 
 __all__ = ["Extraction", "Preview", "extract", "preview"]

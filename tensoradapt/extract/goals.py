@@ -5,16 +5,16 @@ Invariant: a group's fit depends on its own deltas, the goal and the seed, and o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tensoradapt.analysis.noise import edge
+from tensoradapt.analysis.floors import Floors, short_of
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError
 from tensoradapt.fit.curves import Point
-from tensoradapt.fit.policy import Above, Policy, relative
+from tensoradapt.fit.policy import Policy, relative
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import LADDER, Options
 from tensoradapt.fit.stream import Stream, curve_of, fit_stream, fit_stream_by
@@ -22,6 +22,8 @@ from tensoradapt.fit.tree import linked
 from tensoradapt.grouping import Group, resized
 
 NOISE = "noise"
+NUMBER = "give error= as a number, or leave it out"
+Fixed = Callable[[Diagram], dict[str, Tensor]]  # the nodes that are not fitted, for a diagram's ranks
 UNBOUNDED = 1 << 30
 
 
@@ -64,68 +66,118 @@ def grown(group: Group, rank: int | None) -> Diagram:
 
 
 def fit_group(
-    group: Group, stream: Stream, goal: Goal, *, sigma: float = 0.0, fixed: Mapping[str, Tensor] | None = None
+    group: Group, stream: Stream, goal: Goal, *, floors: Floors | None = None, fixed: Fixed | None = None
 ) -> Fit:
-    """A group's factors under a goal; `sigma` is the noise of an entry, `fixed` holds nodes that are not fitted."""
-    options = Options(fixed=fixed or None, grow=lambda rank: grown(group, rank), seed=stream.seed)
-    options = replace(options, format=group.rule.format)
+    """A group's factors under a goal; `floors` are its noise's, `fixed` gives the nodes that are not fitted.
+
+    A spec's ranks are no ceiling where the goal chooses them. Raises RankError where nothing shows the ranks.
+    """
+    options = Options(grow=lambda rank: grown(group, rank), seed=stream.seed, format=group.rule.format)
     if goal.error is None:
-        return fit_stream(stream, group.diagram, options)
+        return fit_stream(stream, group.diagram, _holding(options, fixed, group.diagram))
     if goal.error == NOISE:
-        return fit_stream_by(stream, lambda rank: grown(group, rank), lambda _, d: above(d, sigma), options)
+        if fixed is not None or floors is None:
+            raise RankError(
+                f"the noise floor shows no rank of group {group.name!r}: it has frozen factors", hint=NUMBER
+            )
+        return fit_stream_by(stream, lambda rank: grown(group, rank), lambda _, d: risen(d, floors), options)
     error = float(goal.error)
+    if fixed is not None:
+        return _climbed(group, stream, error, options, fixed)
     return fit_stream_by(stream, lambda rank: grown(group, rank), lambda total, d: _within(error, total, d), options)
+
+
+def _holding(options: Options, fixed: Fixed | None, diagram: Diagram) -> Options:
+    return options if fixed is None else replace(options, fixed=fixed(diagram))
 
 
 def _within(error: float, total: float, diagram: Diagram) -> Policy:
     return relative(error, total, len((linked(diagram) or diagram).bonds))
 
 
-def above(diagram: Diagram, sigma: float) -> Above:
-    """The policy that keeps what rises above the noise of every bond's unfolding."""
+def _climbed(group: Group, stream: Stream, error: float, options: Options, fixed: Fixed) -> Fit:
+    """The smallest rank of the ladder whose fit around the fixed nodes, drawn anew for each, is within the error."""
+    fit: Fit | None = None
+    for diagram in ladder(group):
+        fit = fit_stream(stream, diagram, _holding(options, fixed, diagram))
+        if fit.relative_error <= error:
+            return fit
+    assert fit is not None
+    return replace(fit, converged=False)
+
+
+def ladder(group: Group) -> Iterator[Diagram]:
+    """The group's diagram at growing ranks, as long as they make it larger."""
+    before: Diagram | None = None
+    for rank in LADDER:
+        diagram = grown(group, rank)
+        if before is not None and diagram.sizes == before.sizes:
+            return
+        yield diagram
+        before = diagram
+
+
+@dataclass(frozen=True)
+class Risen:
+    """The policy that keeps what rises above the noise of a bond's unfolding, and above the rounding of its sums."""
+
+    edges: Mapping[str, float]
+    shares: Mapping[str, float]
+
+    def most(self, bond: str) -> int | None:
+        """None: the tensor alone limits it."""
+        return None
+
+    def keep(self, bond: str, s: Tensor, beyond: Tensor | float) -> int:
+        """The number of values above the edge, the most of a batch."""
+        if not s.numel() or bond not in self.edges:
+            return 0
+        floor = (s[..., :1] * self.shares[bond]).clamp(min=self.edges[bond])
+        return int((s > floor).sum(-1).max())
+
+    def nothing(self, spectra: Mapping[str, Tensor]) -> bool:
+        """Whether at some bond nothing rises: all of a tensor is noise then."""
+        return any(self.keep(bond, s, 0.0) == 0 for bond, s in spectra.items() if bond in self.edges)
+
+
+def risen(diagram: Diagram, floors: Floors) -> Risen:
+    """The policy of the noise floor for a tree. Raises RankError on another network."""
     whole = linked(diagram)
     if whole is None:
-        raise RankError("the noise floor is a rule for trees", got=str(diagram), hint="give error= as a number")
-    return Above({bond: edge(sigma, *_sides(whole, bond)) for bond in whole.bonds})
+        raise RankError("the noise floor is a rule for trees", got=str(diagram), hint=NUMBER)
+    sides = {bond: _side(whole, bond) for bond in diagram.bonds}
+    batch = whole.batch
+    sizes = {axis: whole.sizes[axis] for axis in whole.open if axis not in batch}
+    edges = {bond: floors.edge(rows, batch) for bond, rows in sides.items()}
+    return Risen(edges, {bond: short_of(sizes, rows) for bond, rows in sides.items()})
 
 
-def _sides(whole: Diagram, bond: str) -> tuple[int, int]:
-    """The sizes of what lies on the two sides of a bond."""
+def _side(whole: Diagram, bond: str) -> list[str]:
+    """The axes on one side of a bond."""
     side = {whole.bonds[bond][0]}
     for _ in whole.nodes:
         side |= {n for b, pair in whole.bonds.items() if b != bond and side & set(pair) for n in pair}
-    rows = cols = 1
-    for axis in (a for a in whole.open if a not in whole.batch):
-        if any(axis in whole.nodes[n] for n in side):
-            rows *= whole.sizes[axis]
-        else:
-            cols *= whole.sizes[axis]
-    return rows, cols
+    return [a for a in whole.open if a not in whole.batch and any(a in whole.nodes[n] for n in side)]
 
 
-def group_curve(group: Group, stream: Stream, most: int, fixed: Mapping[str, Tensor] | None) -> list[Point]:
-    """What the group loses at which number of parameters: by the spectra of a tree, by fits of any other network.
+def group_curve(group: Group, stream: Stream, most: int, fixed: Fixed | None) -> list[Point]:
+    """What the group loses at which number of trained parameters: by a tree's spectra, by fits of any other network.
 
     The first point costs all that is useful within `most` parameters; the last, no rank at all, keeps nothing.
     """
-    smallest = grown(group, 1)
-    frozen = sum(smallest.numel(n) for n in smallest.nodes if n not in group.trainable)
-    if linked(smallest) is not None and not fixed:
-        points = curve_of(stream, lambda rank: grown(group, rank), most)
-    else:
-        points = list(reversed(list(_fitted(group, stream, most, fixed))))
-    return [replace(p, num_parameters=p.num_parameters - frozen) for p in points]
+    if linked(grown(group, 1)) is not None and fixed is None:
+        return curve_of(stream, lambda rank: grown(group, rank), most)
+    return list(reversed(list(_fitted(group, stream, most, fixed))))
 
 
-def _fitted(group: Group, stream: Stream, most: int, fixed: Mapping[str, Tensor] | None) -> list[Point]:
-    found: list[Point] = []
-    for rank in LADDER:
-        diagram = grown(group, rank)
-        if (found and diagram.num_parameters > most) or (found and found[-1].ranks == _ranks(diagram)):
-            break
-        fit = fit_stream(stream, diagram, Options(fixed=fixed or None, seed=stream.seed, format=group.rule.format))
-        found.append(Point(_ranks(diagram), diagram.num_parameters, fit.relative_error**2 * fit.total))
-    return found
+def _fitted(group: Group, stream: Stream, most: int, fixed: Fixed | None) -> Iterator[Point]:
+    options = Options(seed=stream.seed, format=group.rule.format)
+    for number, diagram in enumerate(ladder(group)):
+        count = sum(diagram.numel(node) for node in group.trainable)
+        if number and count > most:
+            return
+        fit = fit_stream(stream, diagram, _holding(options, fixed, diagram))
+        yield Point(_ranks(diagram), count, fit.relative_error**2 * fit.total)
 
 
 def _ranks(diagram: Diagram) -> dict[str, int]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tensoradapt.analysis.sharing import together
 from tensoradapt.errors import FileError
-from tensoradapt.io.atomic import atomic
+from tensoradapt.io.atomic import atomic, unwritten
 from tensoradapt.io.native import checksum
+from tensoradapt.linalg import SOLO, Team
 
 if sys.platform == "win32":  # two processes with one output are not noticed there
 
@@ -38,7 +40,7 @@ else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-VERSION = "1"
+VERSION, WORK = "1", "work.json"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Journal:
     def write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Store a finished group: its factors, and what is known of them."""
         whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        sums = {key: checksum(tensor) for key, tensor in whole.items()}
-        metadata = {"name": name, "record": json.dumps(record), "crc32": json.dumps(sums)}
+        metadata = {"name": name, "record": json.dumps(record)}
+        metadata["crc32"] = json.dumps(_sums(whole, metadata["record"]))
         with atomic(self.part(name)) as temporary:
             try:
                 save_file(whole, temporary, metadata=metadata)
@@ -68,8 +70,8 @@ class Journal:
             with safe_open(self.part(name), framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-            sums = json.loads(metadata["crc32"])
-            whole = metadata["name"] == name and sums == {key: checksum(tensor) for key, tensor in tensors.items()}
+            sums = _sums(tensors, metadata["record"])
+            whole = metadata["name"] == name and json.loads(metadata["crc32"]) == sums
             return (tensors, json.loads(metadata["record"])) if whole else None
         except (SafetensorError, OSError, KeyError, ValueError):
             return None
@@ -78,58 +80,81 @@ class Journal:
         """Take the folder away: the work is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    @property
+    def begun(self) -> bool:
+        """Whether any part is there."""
+        return any(self.folder.glob("*.safetensors"))
+
+
+def _sums(tensors: Mapping[str, Tensor], record: str) -> dict[str, int]:
+    """The checksums of all that a part holds."""
+    return {"": zlib.crc32(record.encode()), **{key: checksum(tensor) for key, tensor in tensors.items()}}
+
 
 @contextmanager
-def opened(out: Path, work: Mapping[str, Any], *, leader: bool = True) -> Iterator[Journal]:
-    """The journal of an output, locked. `work` says what the work is of: all that its result depends on.
+def opened(folder: Path, out: Path, work: Mapping[str, Any], team: Team = SOLO) -> Iterator[Journal]:
+    """The journal of an output in its folder, locked by the first of a team.
 
-    Raises FileError where a journal of other work is there, or another process works on the same output.
+    `work` says what the work is of: all that its result depends on. Where an error ends the work before its first part,
+    the folder goes too. Raises FileError where a journal of other work is there, or another process works on the same
+    output.
     """
-    folder = out.with_name(f"{out.name}.partial")
+    journal, stack = Journal(folder), ExitStack()
+    with stack:
+        together(team, lambda: _locked(folder, out, work, stack) if team.rank == 0 else None)
+        try:
+            yield journal
+        except BaseException:
+            if team.rank == 0 and not journal.begun:
+                journal.remove()
+            raise
+
+
+def _locked(folder: Path, out: Path, work: Mapping[str, Any], stack: ExitStack) -> None:
+    """Make the folder, hold its lock until the stack is left, and claim it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ("lock" if leader else f"lock-{os.getpid()}")).open("w")
+        lock = stack.enter_context((folder / "lock").open("w"))
     except OSError as error:
-        raise FileError(
-            f"{folder} cannot be written", got=error.strerror or str(error), hint="choose another output"
-        ) from None
-    with lock:
-        _lock(lock, out)
-        if leader:
-            _claim(folder, work)
-        yield Journal(folder)
-
-
-def _lock(file: Any, out: Path) -> None:
+        raise unwritten(folder, error) from None
+    busy = FileError(f"another process is writing {out}", hint="wait for it, or choose another output")
     try:
-        _exclusive(file)
+        _exclusive(lock)
     except OSError:
-        raise FileError(f"another process is writing {out}", hint="wait for it, or choose another output") from None
+        raise busy from None
+    if not (folder / "lock").exists():  # its last owner was done, and took the folder away, while we came
+        raise busy
+    _claim(folder, work)
 
 
 def _claim(folder: Path, work: Mapping[str, Any]) -> None:
     """Write down what the work is of, or compare it with what stands there."""
-    file = folder / "work.json"
-    text = json.dumps({"version": VERSION, **work}, indent=1, sort_keys=True)
-    try:
-        before = json.loads(file.read_text("utf-8")) if file.exists() else None
-    except (OSError, ValueError):
-        before = None
+    file = folder / WORK
+    text = json.dumps({"journal": VERSION, **work}, indent=1, sort_keys=True)
+    before, now = _read(file), json.loads(text)
     if before is None:
         for part in folder.glob("*.safetensors"):  # parts of which nobody knows what they are
             part.unlink()
-        with atomic(file) as temporary:
-            temporary.write_text(text, "utf-8")
-        return
-    now = json.loads(text)
-    changed = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if changed:
+    changed = sorted(key for key in {*(before or {}), *now} if (before or now).get(key) != now.get(key))
+    if changed and Journal(folder).begun:
         raise FileError(
             f"{folder} holds interrupted work of another {' and '.join(changed)}",
             got=", ".join(f"{key}: {_short(now.get(key))}" for key in changed),
-            expected=", ".join(f"{key}: {_short(before.get(key))}" for key in changed),
+            expected=", ".join(f"{key}: {_short((before or {}).get(key))}" for key in changed),
             hint=f"give the same inputs and options to go on with it, or remove {folder}",
         )
+    if before is None or changed:
+        with atomic(file) as temporary:
+            temporary.write_text(text, "utf-8")
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """What a journal's work is of; None where it does not say."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return dict(found) if hasattr(found, "keys") else None
 
 
 def _short(value: Any) -> str:

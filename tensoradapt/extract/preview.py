@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tensoradapt.analysis.slices import CACHE
+from tensoradapt.analysis.source import READING, known
 from tensoradapt.extract.goals import Goal
+from tensoradapt.extract.output import Output
+from tensoradapt.extract.run import OPTIONS
 from tensoradapt.extract.work import prepared
 from tensoradapt.fit.compress import basis_size
 from tensoradapt.grouping import Group
@@ -29,6 +33,7 @@ class Preview:
     plan: Plan
     memory_bytes: int
     largest_group: str
+    chooses: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -36,25 +41,37 @@ class Preview:
 
     def __str__(self) -> str:
         memory = f"about {self.memory_bytes / 2**20:,.0f} MiB beyond the mapped files, for group {self.largest_group}"
-        return f"{self.plan}\nmemory: {memory}"
+        free = "\nnote: the ranks are the spec's; the deltas will choose others" if self.chooses else ""
+        return f"{self.plan}\nmemory: {memory}{free}"
 
 
 def preview(
     base: Any,
     tuned: Any,
     spec: Spec,
+    out: str | Path | None = None,
     *,
     error: float | str | None = None,
     max_parameters: int | None = None,
-    seed: int = 0,
-    **source: Any,
+    device: str | None = None,
+    **options: Any,
 ) -> Preview:
-    """The plan of an extraction and the memory it will need. Raises what the extraction would raise at its door."""
-    work = prepared(base, tuned, spec, Goal(error, max_parameters), (None, seed), SOLO, source)
+    """The plan of an extraction and the memory it will need. Raises what the extraction would raise at its door.
+
+    `out` is looked at where it is given. Ranks that an error or a budget chooses are not known yet: the plan has the
+    spec's. Options are those of `extract`.
+    """
+    known(options, (*OPTIONS, *READING))
+    reading = {key: value for key, value in options.items() if key in READING}
+    goal, output = Goal(error, max_parameters), None if out is None else Output.of(out)
+    work = prepared(base, tuned, spec, goal, (device, options.get("seed", 0)), SOLO, reading)
     with work.deltas:
+        if output is not None:
+            files = (*work.deltas.base.files, *work.deltas.tuned.files)
+            output.check(files, overwrite=options.get("overwrite", False))
         needs = {group.name: memory_of(group) for group in work.plan.groups}
         largest = max(needs, key=lambda name: needs[name])
-        return Preview(work.plan, needs[largest] + 2 * work.plan.num_bytes, largest)
+        return Preview(work.plan, needs[largest] + 2 * work.plan.num_bytes, largest, goal.chooses)
 
 
 def memory_of(group: Group) -> int:

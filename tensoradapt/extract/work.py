@@ -9,34 +9,34 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensoradapt.analysis.noise import noise_of
+from tensoradapt.analysis.floors import Floors, floors_of
+from tensoradapt.analysis.noise import Noise, noise_of
+from tensoradapt.analysis.sharing import together
 from tensoradapt.analysis.slices import Slices, empty, flat
 from tensoradapt.analysis.source import open_source
 from tensoradapt.diagram import Diagram
-from tensoradapt.errors import SpecError
+from tensoradapt.errors import RankError, SpecError
 from tensoradapt.extract.allocate import allocate
-from tensoradapt.extract.goals import NOISE, Goal, fit_group, group_curve
+from tensoradapt.extract.goals import NOISE, Fixed, Goal, fit_group, group_curve, risen
+from tensoradapt.extract.measure import compared, overall, site_row
 from tensoradapt.fit.curves import Point
-from tensoradapt.fit.policy import squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import SOLO, Dense, Product, Slice, Team
-from tensoradapt.lower import lower
-from tensoradapt.placing import Placement
+from tensoradapt.linalg import SOLO, Dense, Slice, Team
 from tensoradapt.plan import Plan, make_plan
+from tensoradapt.rows import Factor, factor_of
 from tensoradapt.sites import Site
 from tensoradapt.spec import Spec
-
-STRIP = 1 << 22  # entries of a delta that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ class Done:
 
     def row(self, work: Work) -> dict[str, Any]:
         """The group's row in the report."""
-        sites = self.record["sites"].values()
-        total = math.fsum(row["norm"] ** 2 for row in sites)
-        lost = math.fsum((row["relative_error"] * row["norm"]) ** 2 for row in sites)
-        diagram = self.diagram
-        trained = [n for n in diagram.nodes if n in work.group(self.name).trainable] if self.tensors else []
+        norm, error = overall(self.record["sites"].values())
+        diagram, kept = self.diagram, bool(self.tensors)
+        trained = [n for n in diagram.nodes if n in work.group(self.name).trainable] if kept else []
         return {
-            "sites": len(sites),
-            "rank": {b: diagram.sizes[b] for b in diagram.bonds} if self.tensors else {},
+            "sites": len(self.record["sites"]),
+            "kept": kept,
+            "rank": {b: diagram.sizes[b] for b in diagram.bonds} if kept else {},
             "num_parameters": sum(diagram.numel(n) for n in trained),
-            "norm": math.sqrt(total),
-            "relative_error": math.sqrt(lost / total) if total else 0.0,
+            "norm": norm,
+            "requested_error": work.goal.error,
+            "relative_error": error,
             **{key: self.record[key] for key in ("fitted_error", "method", "converged", "bound")},
         }
 
@@ -82,23 +82,27 @@ class Work:
     team: Team = SOLO
     chosen: Mapping[str, Point | None] | None = None
     notes: tuple[str, ...] = ()
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that the result depends on."""
-        spec = json.dumps(self.plan.spec.to_dict(), sort_keys=True)
+        sites = [
+            [g.name, p.site.path, list(p.site.shape), p.site.layout] for g in self.plan.groups for p in g.placements
+        ]
+        goal = {"error": self.goal.error, "max_parameters": self.goal.max_parameters}
         return {
-            "base": self.deltas.base.identity(),
-            "tuned": self.deltas.tuned.identity(),
-            "spec": hashlib.sha256(spec.encode()).hexdigest(),
-            "sites": hashlib.sha256(json.dumps(sorted(self._paths)).encode()).hexdigest(),
-            "goal": {"error": self.goal.error, "max_parameters": self.goal.max_parameters},
+            **{name: side.identity() for name, side in (("base", self.deltas.base), ("tuned", self.deltas.tuned))},
+            "revisions": [self.deltas.base.revision, self.deltas.tuned.revision],
+            "spec": _digest(self.plan.spec.to_dict()),
+            "sites": _digest(sites),
+            "goal": goal,
             "seed": self.seed,
+            "options": {key: value for key, value in self.reading.items() if isinstance(value, str)},
+            "device": self.like.device.type,
+            "processes": self.team.size,
+            "versions": {"tensoradapt": version("tensoradapt"), "torch": torch.__version__},
         }
-
-    @property
-    def _paths(self) -> list[str]:
-        return [path for group in self.plan.groups for path in group.paths]
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -119,42 +123,70 @@ class Work:
 
     def slices(self, name: str) -> Slices:
         """The deltas of a group, as this member of the team reads them."""
-        return Slices(self.group(name), self.fetch, self.like, self.team if self.shared(name) else SOLO)
+        return Slices(self.group(name), self.fetch, self.like, self._team(name))
+
+    def _team(self, name: str) -> Team:
+        return self.team if self.shared(name) else SOLO
 
     def fetch(self, site: Site) -> Slice:
         """One site's delta on the device.  Shape: (out, in), the kernel flattened into `in`."""
-        return Dense(self._view(self.deltas.delta(self._path(site)), site).to(self.like.device))
+        return Dense(self._view(self.deltas.delta(self._stored(site).path), site).to(self.like.device))
+
+    def noise(self, site: Site) -> Noise:
+        """The rounding noise of one site's delta."""
+        base, tuned = (self._view(side, site) for side in self.deltas.weights(self._stored(site).path))
+        return noise_of(base, tuned)
 
     def _view(self, whole: Tensor, site: Site) -> Tensor:
+        """What a site of the plan is of a stored one: its rows, in its layout."""
         part = flat(whole)
         if site.rows is not None:
             part = part[site.rows[0] : site.rows[1]]
-        return part if part.shape[0] == site.out else part.mT.contiguous()
+        return part if site.layout == self._stored(site).layout else part.mT.contiguous()
 
-    def _path(self, site: Site) -> str:
-        known = {(s.owner, s.index): s.path for s in self.deltas.sites}
-        return known[site.owner, site.index]
+    def _stored(self, site: Site) -> Site:
+        return self._known[site.owner, site.index]
 
-    def sigma(self, name: str) -> float:
-        """The rounding noise of an entry of a group's tensor, a root mean square over its sites."""
-        if self.goal.error != NOISE:
-            return 0.0
-        found = [noise_of(*self.deltas.weights(self._path(p.site))).variance for p in self.group(name).placements]
-        return math.sqrt(sum(found) / len(found))
+    @cached_property
+    def _known(self) -> dict[tuple[str, int | None], Site]:
+        return {(s.owner, s.index): s for s in self.deltas.sites}
 
-    def fixed(self, name: str) -> dict[str, Tensor]:
-        """The nodes of a group that are not fitted: drawn by their laws, or taken from the base's weight."""
-        group = self.group(name)
+    def floors(self, name: str) -> Floors | None:
+        """The rounding noise of a group, where the goal asks for it."""
+        return floors_of(self.group(name), self.noise, self._team(name)) if self.goal.error == NOISE else None
+
+    def fixed(self, name: str, diagram: Diagram) -> dict[str, Tensor]:
+        """The nodes of a group that are not fitted, for a diagram's ranks: drawn by their laws, or from the weight."""
+        group = replace(self.group(name), diagram=diagram)
         nodes = group.rule.frozen
         found: dict[str, Tensor] = {}
         if any(group.laws[node] == WEIGHT for node in nodes):
             site = group.placements[0].site
-            weight = self._view(self.deltas.weights(self._path(site))[0].float(), site)
+            weight = self._view(self.deltas.weights(self._stored(site).path)[0].float(), site)
             found |= {node: tensor for node, tensor in from_weight(group, weight).items() if node in nodes}
         for node in (n for n in nodes if n not in found):
-            drawn = draw(self.plan.factors[group.store[node]], self.seed)
-            found[node] = drawn[tuple(slice(0, n) for n in group.diagram.shape(node))]
+            drawn = draw(self._factor(group, node), self.seed)
+            found[node] = drawn[tuple(slice(0, n) for n in diagram.shape(node))]
         return {node: tensor.to(self.like) for node, tensor in found.items()}
+
+    def _factor(self, group: Group, node: str) -> Factor:
+        """A frozen factor as it is stored: as the plan has it, or of another rank."""
+        key = group.store[node]
+        if group.diagram.sizes == self.group(group.name).diagram.sizes:
+            return self.plan.factors[key]
+        if sum(key in other.store.values() for other in self.plan.groups) > 1:
+            raise RankError(f"the rank of {key}, which groups share, is not chosen by the deltas", hint="give rank=")
+        return factor_of(group, node, key)
+
+    def _fixed(self, name: str) -> Fixed | None:
+        return (lambda diagram: self.fixed(name, diagram)) if self.group(name).rule.frozen else None
+
+    def curve(self, name: str) -> tuple[list[Point], float]:
+        """What a group loses at which number of parameters within the budget, and what it loses without an adapter."""
+        stream, budget = self.slices(name).stream(self.seed), self.goal.max_parameters or 0
+        curve = group_curve(self.group(name), stream, budget, self._fixed(name))
+        norm = torch.tensor(math.fsum(part.square for _, part in stream.stack.passes()), dtype=torch.float64)
+        return curve, float(stream.team.add(norm))
 
     def fit(self, name: str) -> Done:
         """Fit one group, round its factors to their stored dtype, and measure what they leave."""
@@ -165,9 +197,9 @@ class Work:
         goal = self.goal if point is None else Goal()
         if point is not None:
             group = replace(group, diagram=replace(group.diagram, sizes={**group.diagram.sizes, **point.ranks}))
-        stream = slices.stream(self.seed)
-        found = fit_group(group, stream, goal, sigma=self.sigma(name), fixed=self.fixed(name))
-        if found.total == 0.0 or (goal.error == NOISE and not _rises(found, self.sigma(name), group)):
+        stream, floors = slices.stream(self.seed), self.floors(name)
+        found = fit_group(group, stream, goal, floors=floors, fixed=self._fixed(name))
+        if found.total == 0.0 or (floors is not None and risen(found.diagram, floors).nothing(found.spectra)):
             return self._left_out(name, slices)
         stored = _stored(found, group)
         sites = self._measured(replace(group, diagram=found.diagram), stored, slices)
@@ -178,16 +210,16 @@ class Work:
 
     def _left_out(self, name: str, slices: Slices) -> Done:
         """A group that gets no adapter: all of its norm is error."""
-        rows = {p.site.path: _site_row(slices.slice(p).square, slices.slice(p).square) for p in slices.mine}
+        rows = {p.site.path: site_row(slices.slice(p).square, slices.slice(p).square) for p in slices.mine}
         sites = self._gathered(rows, slices.team)
-        nothing = {"fitted_error": 1.0, "method": "left out", "converged": True, "bound": None}
+        nothing = {"fitted_error": overall(sites.values())[1], "method": "left out", "converged": True, "bound": None}
         record = {"diagram": self.group(name).diagram.to_dict(), "sites": sites, **nothing}
         return Done(name, {}, record, writes=self._writes(name))
 
     def _measured(self, group: Group, stored: Mapping[str, Tensor], slices: Slices) -> dict[str, Any]:
         """Every site's error, of the factors as they are stored."""
         factors = {node: tensor.to(self.like) for node, tensor in stored.items()}
-        rows = {p.site.path: _compared(group, p, factors, slices.slice(p)) for p in slices.mine}
+        rows = {p.site.path: compared(group, p, factors, slices.slice(p)) for p in slices.mine}
         return self._gathered(rows, slices.team)
 
     def _gathered(self, rows: dict[str, Any], team: Team) -> dict[str, Any]:
@@ -198,18 +230,25 @@ def prepared(
     base: Any, tuned: Any, spec: Spec, goal: Goal, where: tuple[str | None, int], team: Team, source: Mapping[str, Any]
 ) -> Work:
     """Open the checkpoints and plan the spec on what they have in common. Raises what is wrong with either."""
+    like = empty(where[0])
     deltas = open_source(base, tuned, **source)
     plan = make_plan(spec, deltas.match.sites)
     for group in plan.groups:
-        banked = [node for node, key in group.store.items() if key != f"{group.name}.{node}"]
-        if set(banked) - set(group.rule.frozen):
-            raise SpecError(
-                f"group {group.name!r} shares trained factors with groups of other shapes",
-                got=banked,
-                hint="extract with shapes: separate",
-            )
+        _check(group)
     extras = ("modules named in `train` are not extracted: they are no deltas",) if plan.extras else ()
-    return Work(deltas, plan, goal, empty(where[0]), where[1], team, notes=(*deltas.match.notes, *plan.notes, *extras))
+    notes = (*deltas.match.notes, *plan.notes, *extras)
+    return Work(deltas, plan, goal, like, where[1], team, notes=notes, reading=source)
+
+
+def _check(group: Group) -> None:
+    """Refuse what no factors can be fitted to."""
+    banked = [node for node, key in group.store.items() if key != f"{group.name}.{node}"]
+    if set(banked) - set(group.rule.frozen):
+        what = f"group {group.name!r} shares trained factors with groups of other shapes"
+        raise SpecError(what, got=banked, hint="extract with shapes: separate")
+    if group.scale == 0.0 or not group.trainable:
+        what = f"group {group.name!r} adds nothing" if group.trainable else f"all of group {group.name!r} is frozen"
+        raise SpecError(what, got=f"scale {group.scale}" if group.trainable else list(group.rule.frozen))
 
 
 def allocated(work: Work) -> Work:
@@ -217,30 +256,12 @@ def allocated(work: Work) -> Work:
     budget = work.goal.max_parameters
     if budget is None:
         return work
-    curves, totals = {}, {}
-    for name in work.groups:
-        if not work.is_mine(name):
-            continue
-        stream = work.slices(name).stream(work.seed)
-        curves[name] = group_curve(work.group(name), stream, budget, work.fixed(name))
-        totals[name] = _total(stream.stack.passes(), stream.team)
-    gathered = work.team.gather((curves, totals))
-    curves = {name: row for part, _ in gathered for name, row in part.items()}
-    totals = {name: value for _, part in gathered for name, value in part.items()}
-    ordered = {name: curves[name] for name in work.groups}
-    return replace(work, chosen=allocate(ordered, totals, budget))
-
-
-def _total(passes: Any, team: Team) -> float:
-    return float(team.add(torch.tensor(math.fsum(part.square for _, part in passes), dtype=torch.float64)))
-
-
-def _rises(found: Fit, sigma: float, group: Group) -> bool:
-    """Whether anything of a group rises above its noise."""
-    largest = [float(s.max()) for s in found.spectra.values() if s.numel()]
-    whole = math.sqrt(found.total)
-    noise = sigma * math.sqrt(sum(p.site.numel for p in group.placements))
-    return bool(largest) and whole > noise and min(largest) > 0
+    shared = [(name, work.curve(name)) for name in work.groups if work.shared(name)]  # in step with the others
+    alone = [name for name in work.groups if work.is_mine(name) and not work.shared(name)]
+    parts = together(work.team, lambda: {name: work.curve(name) for name in alone})
+    found = {**dict(shared), **{name: row for part in parts for name, row in part.items()}}
+    curves, totals = ({name: found[name][k] for name in work.groups} for k in (0, 1))
+    return replace(work, chosen=allocate(curves, totals, budget))  # type: ignore[arg-type]
 
 
 def _stored(found: Fit, group: Group) -> dict[str, Tensor]:
@@ -266,24 +287,5 @@ def _record(found: Fit, sites: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _site_row(lost: float, total: float) -> dict[str, float]:
-    error = math.sqrt(lost / total) if total else (0.0 if lost == 0.0 else math.inf)
-    return {"norm": math.sqrt(total), "relative_error": error}
-
-
-def _compared(group: Group, placement: Placement, factors: Mapping[str, Tensor], found: Slice) -> dict[str, float]:
-    """The error of one site's delta, a strip of rows at a time where the chain allows."""
-    chain = lower(group, placement, factors)
-    pair, lost = chain.low_rank, 0.0
-    if pair is not None and isinstance(found, Product):  # through the factors alone: [B, -B^] [A; A^]
-        left = Product(torch.cat([found.outer, -pair[0] * group.scale], 1), torch.cat([found.inner, pair[1]]))
-        return _site_row(left.square, found.square)
-    delta = found.dense()
-    if pair is None:
-        return _site_row(squares(delta - chain.dense().reshape(delta.shape) * group.scale), found.square)
-    outer = pair[0] * group.scale
-    height = max(1, STRIP // max(1, delta.shape[1]))
-    for start in range(0, len(delta), height):
-        rows = delta[start : start + height]
-        lost += squares(rows - outer[start : start + height] @ pair[1])
-    return _site_row(lost, found.square)
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

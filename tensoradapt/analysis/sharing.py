@@ -1,0 +1,35 @@
+"""Sharing: what every member of a team does on its own, and what becomes of an error that one of them meets.
+
+Invariant: an error of one member is raised by all, so that none waits for another that is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from tensoradapt.errors import TensorAdaptError
+from tensoradapt.linalg import Team
+
+T = TypeVar("T")
+
+
+def together(team: Team, act: Callable[[], T]) -> list[T]:
+    """What `act` returns on every member, in the order of ranks. Raises the first error that any of them met."""
+    found: list[T] = []
+    alike(team, lambda: found.append(act()))
+    return [value for values in team.gather(found) for value in values]
+
+
+def alike(team: Team, act: Callable[[], T]) -> T:
+    """What `act` returns on this member, which stays here. Raises the first error that any of them met."""
+    error: TensorAdaptError | None = None
+    found: list[T] = []
+    try:
+        found.append(act())
+    except TensorAdaptError as met:
+        error = met
+    met_by_all = [met for met in team.gather(error) if met is not None]
+    if error is not None or met_by_all:
+        raise error or met_by_all[0]
+    return found[0]

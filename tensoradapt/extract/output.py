@@ -1,0 +1,92 @@
+"""Outputs: where an adapter, its record and the journal of its making lie, and what stands in the way.
+
+Invariant: the adapter and its record are both new or both as they were, but for a kill between their two renamings,
+which the next run mends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tensoradapt.errors import FileError
+from tensoradapt.io.atomic import atomic, unwritten
+from tensoradapt.io.native import FILE, file_of, write
+from tensoradapt.plan import Plan
+
+RECORD = "extraction.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """An adapter's file, the JSON record of its extraction, and the folder of unfinished work.
+
+    A folder `adapter` holds `adapter.safetensors` and `extraction.json`; beside a file `a.safetensors` lies
+    `a.extraction.json`. The journal is `adapter.partial`, or `a.partial`.
+    """
+
+    file: Path
+    record: Path
+    journal: Path
+
+    @classmethod
+    def of(cls, out: str | Path) -> Output:
+        """The places that a path means. Raises FileError on the root of a file system, and on an empty path."""
+        file = file_of(out)
+        whole = Path(os.path.abspath(file))
+        folder = whole.name == FILE
+        if not str(out).strip() or (folder and whole.parent == whole.parent.parent):
+            raise FileError(f"{str(out)!r} is no output", expected="a folder of the adapter's own")
+        name = whole.parent if folder else whole.with_suffix("")
+        record = file.with_name(RECORD) if folder else file.with_suffix(f".{RECORD}")
+        return cls(file, record, name.with_name(f"{name.name}.partial"))
+
+    def check(self, inputs: Iterable[Path], *, overwrite: bool) -> None:
+        """Raise FileError where something is there already, nothing can be written, or an input lies in the folder."""
+        try:
+            self._check_folder(overwrite=overwrite)
+        except OSError as error:
+            raise unwritten(self.file, error) from None
+        own = self.file.parent.resolve()
+        if any(own in (file.resolve().parent, file.parent.resolve()) for file in inputs):
+            raise FileError(f"{self.file.parent} holds a checkpoint that is read", hint="choose another output folder")
+
+    def _check_folder(self, *, overwrite: bool) -> None:
+        folder = self.file.parent
+        if not os.path.lexists(folder):
+            return
+        if not folder.is_dir():
+            raise FileError(f"{folder} is a file, not a folder", hint="choose another output")
+        if self.file.is_dir():
+            raise FileError(f"{self.file} is a folder", hint="choose another output")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise FileError(f"{folder} cannot be written", got="it is read-only", hint="choose another output")
+        if not overwrite and not self._unfinished:
+            self._check_free(folder)
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether work was interrupted after the adapter was written and before its record was."""
+        return self.journal.is_dir() and not self.record.exists()
+
+    def _check_free(self, folder: Path) -> None:
+        own = [file.name for file in (self.file, self.record) if file.exists()]
+        others = [entry.name for entry in folder.iterdir() if self.file.name == FILE and ".tmp-" not in entry.name]
+        if own or others:
+            raise FileError(
+                f"{folder if others else self.file} is there already",
+                got=", ".join(sorted({*own, *others})[:5]),
+                hint="choose another output, or overwrite=True (--overwrite)",
+            )
+
+    def write(self, plan: Plan, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write the adapter and its record, the record last. Raises FileError; nothing is changed then."""
+        with atomic(self.record) as temporary:
+            temporary.write_text(json.dumps(record, indent=1, allow_nan=False), "utf-8")
+            write(self.file, plan, tensors)
