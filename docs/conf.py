@@ -93,11 +93,23 @@ def draw_networks(folder: Path) -> str:
     return "\n".join([*lines, "```", ""])
 
 
+def draw_sweep(folder: Path) -> None:
+    """Draw the steps of a QR sweep to the third core of a train: isometries are hatched."""
+    (group,) = groups_of("metatt_4d")
+    cores = list(group.diagram.nodes)
+    for step, done in enumerate((cores[:1], cores[:2], [*cores[:2], cores[3]]), start=1):
+        figure = draw_diagram(group.diagram, frozen=done)
+        for text in figure.findobj(lambda artist: getattr(artist, "get_text", str)() == "frozen"):
+            text.set_text("isometry")
+        figure.savefig(folder / f"networks/sweep-{step}.svg")
+
+
 def write_generated(app) -> None:
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
     (folder / "presets.md").write_text(preset_table(), "utf-8")
     (folder / "networks.md").write_text(draw_networks(folder), "utf-8")
+    draw_sweep(folder)
     (folder / "rule.md").write_text(rule_table(), "utf-8")
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
     (folder / "spec.schema.json").write_text(json.dumps(schema, indent=2) + "\n", "utf-8")

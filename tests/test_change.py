@@ -454,6 +454,8 @@ def test_sums_of_nothing_are_refused(count, weights):
 # -- what is refused, unharmed ------------------------------------------------------------------------------------
 
 VERA = ta.preset("vera", rank=4, targets=QV)
+BANK = ta.Spec(rules=(ta.Rule(format="network", network="site out a, a b, b in -> site out in", rank=2, shapes="slices",
+                              targets=[*QV, "intermediate.dense"], start="nonzero"),))  # fmt: skip
 LORA_XS = ta.preset("lora_xs", rank=2, targets=QV)
 LOHA = ta.preset("loha", rank=2, targets=QV)
 DOTA = ta.preset("dota", rank=3, folds="auto:2", targets=QV)
@@ -469,6 +471,8 @@ REFUSED = {
     "frozen form": (LORA_XS, orthogonalize, "are frozen, and must stay as drawn"),
     "frozen growth": (LORA_XS, lambda a: resize(a, 3), "'A' is frozen"),
     "vera": (VERA, cut, "are frozen"),
+    "bank": (BANK, cut, "slices of a bank that other groups use too"),
+    "bank growth": (BANK, lambda a: resize(a, 3), "slices of a bank"),
     "difference": (DOTA, cut, "a difference"),
     "difference form": (DOTA, orthogonalize, "a difference from a fr"),
     "smaller difference": (DOTA, lambda a: resize(a, 2), "a difference"),
@@ -506,7 +510,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(case):
     assert tiny.same(before, adapter.tensors())
 
 
-@pytest.mark.parametrize("attempt", [orthogonalize, cut, lambda a: resize(a, 5)], ids=str)
+@pytest.mark.parametrize("attempt", [orthogonalize, cut, lambda a: resize(a, 5)], ids=["orthogonalize", "cut", "resize"])
 def test_a_merged_adapter_is_not_changed(attempt):
     model, adapter = trained("lotr")
     adapter.merge()

@@ -241,6 +241,16 @@ def test_the_zero_network_gets_no_direction():
             assert not any(t.any() for t in solve(diagram, zero, zero, 1e-2).factors.values())
 
 
+def test_gradients_that_no_function_of_the_tensor_has_give_no_nan():
+    """At the zero network J is zero, and so is every gradient; an optimiser's momentum need not be."""
+    for diagram in (LORA, LOTR, TRAIN):
+        zero = {node: torch.zeros(diagram.shape(node)) for node in diagram.nodes}
+        for solve in (pseudo_inverse, pseudo_inverse_cg):
+            assert not any(
+                t.any() for t in solve(diagram, zero, torches(draw(diagram), torch.float32)).factors.values()
+            )
+
+
 # -- e, f: full rank, ScaledGD ------------------------------------------------------------------------------------
 
 
@@ -342,7 +352,7 @@ def test_directions_keep_the_dtype(dtype):
 
 def stiefel(dtype=torch.float64):
     x, step = (torch.from_numpy(np.random.default_rng(k).standard_normal((3, 20, 4))).to(dtype) for k in (0, 1))
-    x = torch.linalg.qr(x).Q
+    x = torch.linalg.qr(x).Q * torch.tensor([1, -1, 1, -1], dtype=dtype)
     return x, stiefel_tangent(x, step)
 
 
@@ -362,6 +372,8 @@ def test_tangents_of_orthonormal_columns():
     inner = x.mT @ step
     torch.testing.assert_close(inner, -inner.mT)
     torch.testing.assert_close(stiefel_tangent(x, step), step)
+    skew = x @ torch.from_numpy(np.triu(np.ones((4, 4)), 1) - np.tril(np.ones((4, 4)), -1))  # turns in their own plane
+    torch.testing.assert_close(stiefel_tangent(x, skew), skew)
 
 
 @pytest.mark.parametrize("name", ["lora", "lotr", "train", "tree", "tt-matrix"])
