@@ -137,13 +137,17 @@ def _listed(matrix: Tensor) -> list[float]:
 def _multilinear(
     modes: Mapping[str, list[float]], edges: Mapping[str, float], sizes: Mapping[str, int], total: float
 ) -> dict[str, Any]:
-    noise = {
-        axis: sum(v > max(edges[axis], s[0] * short_of(sizes, (axis,))) for v in s) if total else 0
-        for axis, s in modes.items()
-    }
+    noise = {axis: _above(s, edges[axis], sizes, axis) if total else 0 for axis, s in modes.items()}
     shares = (0.9, 0.95, 0.99)
     energies = {f"energy_{x}": {a: energy_rank(torch.tensor(s), total, x) for a, s in modes.items()} for x in shares}
     return {"noise": noise, **energies}
+
+
+def _above(s: list[float], floor: float, sizes: Mapping[str, int], axis: str) -> int | None:
+    """How many values of a mode rise above the noise; None where all those listed do, and there are more."""
+    found = sum(v > max(floor, s[0] * short_of(sizes, (axis,))) for v in s)
+    most = min(sizes[axis], math.prod(sizes.values()) // sizes[axis])
+    return None if found == len(s) < most else found
 
 
 def _similarity(slices: Tensor, labels: list[str]) -> dict[str, Any]:
