@@ -1,11 +1,12 @@
-"""Groups as TensorLy's tensor classes, detached: what TensorLy can hold, it gets as it is.
+"""Groups as TensorLy's tensor classes, detached, and back: what TensorLy can hold, it gets as it is.
 
 Invariant: the dense tensor of what is returned equals the group's own, without the scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import tensorly
@@ -17,7 +18,9 @@ from tensorly.tucker_tensor import TuckerTensor
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.errors import SpecError
+from tensoradapt.errors import ShapeError, SpecError
+from tensoradapt.formats import cp, tt, ttm, tucker
+from tensoradapt.formats.build import Shape
 from tensoradapt.grouping import Group
 
 
@@ -73,3 +76,84 @@ def _ttm(diagram: Diagram, held: Mapping[str, Tensor]) -> Any:
 
 _Maker = Callable[[Diagram, Mapping[str, Tensor]], Any]
 _MAKERS: dict[str, _Maker] = {"tt": _tt, "tucker": _tucker, "cp": _cp, "ttm": _ttm}
+
+
+def from_tensorly(tensor: Any, axes: Sequence[str] = ()) -> tuple[Diagram, dict[str, Tensor]]:
+    """A TuckerTensor, TTTensor, CPTensor or TTMatrix as a diagram and its factors; the inverse of `from_diagram`.
+
+    `axes` names the tensor's dimensions, of a TT-matrix all rows and then all columns. A Tucker factor that is an
+    identity is left out, CP weights that are not all one become a node. Raises ShapeError, SpecError.
+    """
+    if type(tensor) not in _READERS:
+        raise SpecError(
+            "no tensor of TensorLy's that a diagram can hold",
+            got=type(tensor).__name__,
+            expected=", ".join(kind.__name__ for kind in _READERS),
+        )
+    shape = _whole_shape(tensor)
+    named = tuple(axes) or tuple(f"axis_{k}" for k in range(len(shape)))
+    if len(named) != len(shape) or len(set(named)) < len(named):
+        raise ShapeError("axes name the tensor's dimensions, each once", got=named, expected=f"{len(shape)} names")
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        return _READERS[type(tensor)](tensor, Shape(named, dict(zip(named, shape, strict=True)), {}))
+
+
+def _whole_shape(tensor: Any) -> tuple[int, ...]:
+    """The sizes of all dimensions, of a TT-matrix those of the rows first."""
+    if type(tensor) is TTMatrix:
+        cores = tensor.factors
+        return (*(core.shape[1] for core in cores), *(core.shape[2] for core in cores))
+    return tuple(tensor.shape)
+
+
+def _read_tt(tensor: Any, shape: Shape) -> tuple[Diagram, dict[str, Tensor]]:
+    cores = list(tensor.factors)
+    if cores[0].shape[0] != 1 or cores[-1].shape[-1] != 1:
+        raise ShapeError("a tensor train begins and ends with rank 1", got=[tuple(core.shape) for core in cores])
+    diagram = tt(shape, [core.shape[-1] for core in cores[:-1]], "keep")
+    return _filled(diagram, [core.reshape(diagram.shape(n)) for n, core in zip(diagram.nodes, cores, strict=True)])
+
+
+def _read_ttm(tensor: Any, shape: Shape) -> tuple[Diagram, dict[str, Tensor]]:
+    cores = list(tensor.factors)
+    half = len(cores)
+    folded = Shape(shape.axes, shape.sizes, {"out": shape.axes[:half], "in": shape.axes[half:]})
+    diagram = ttm(folded, [core.shape[-1] for core in cores[:-1]], "keep")
+    return _filled(diagram, [core.reshape(diagram.shape(n)) for n, core in zip(diagram.nodes, cores, strict=True)])
+
+
+def _read_tucker(tensor: Any, shape: Shape) -> tuple[Diagram, dict[str, Tensor]]:
+    held = dict(zip(shape.axes, tensor.factors, strict=True))
+    compressed = {a: f for a, f in held.items() if not _is_identity(f)}
+    if not compressed:
+        return _filled(Diagram(shape.sizes, {"core": shape.axes}, shape.axes), [tensor.core])
+    ranks = {axis: factor.shape[1] for axis, factor in compressed.items()}
+    return _filled(tucker(shape, ranks, "keep"), [tensor.core, *compressed.values()])
+
+
+def _is_identity(factor: Tensor) -> bool:
+    eye = torch.eye(*factor.shape, dtype=factor.dtype, device=factor.device)
+    return factor.shape[0] == factor.shape[1] and bool((factor == eye).all())
+
+
+def _read_cp(tensor: Any, shape: Shape) -> tuple[Diagram, dict[str, Tensor]]:
+    diagram = cp(shape, tensor.rank, "keep")
+    weights = tensor.weights
+    if weights is None or bool((weights == 1).all()):
+        return _filled(diagram, tensor.factors)
+    (bond,) = diagram.bonds
+    weighted = replace(diagram, nodes={"weights": (bond,), **diagram.nodes})
+    return _filled(weighted, [weights, *tensor.factors])
+
+
+def _filled(diagram: Diagram, tensors: Sequence[Tensor]) -> tuple[Diagram, dict[str, Tensor]]:
+    return diagram, dict(zip(diagram.nodes, tensors, strict=True))
+
+
+_Reader = Callable[[Any, Shape], tuple[Diagram, dict[str, Tensor]]]
+_READERS: dict[type, _Reader] = {
+    TuckerTensor: _read_tucker,
+    TTTensor: _read_tt,
+    CPTensor: _read_cp,
+    TTMatrix: _read_ttm,
+}

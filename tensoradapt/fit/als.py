@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.fit.policy import squares
-from tensoradapt.linalg import Seed
+from tensoradapt.linalg import BLOCK, Seed
 
 SWEEPS = 60
 SETTLED = 1e-4  # the relative gain of a sweep in the error below which another one is not worth its time
@@ -48,16 +48,17 @@ def als(
     """
     total = squares(tensor)
     factors = {n: start[n] if start and n in start else _drawn(diagram, n, tensor, seed) for n in diagram.nodes}
+    factors = {n: t.double() for n, t in factors.items()}
     held = set(fixed)
     free = [n for n in diagram.nodes if n not in held]
-    precise = tensor.double()
-    factors = {n: t.double() for n, t in factors.items()}
+    target = tensor.double() if tensor.numel() <= BLOCK else tensor
     history: list[float] = []
     settled = False
     for _ in range(sweeps if len(free) > 1 else 1):
+        explained = 0.0
         for node in free:
-            factors[node] = _solve(precise, diagram, factors, node)
-        history.append(_error(precise, diagram, factors, total))
+            factors[node], explained = _solve(target, diagram, factors, node)
+        history.append(math.sqrt(max(0.0, total - explained) / total) if total else 0.0)
         settled = len(free) == 1 or _settled(history)
         if settled:
             break
@@ -76,21 +77,11 @@ def _settled(history: list[float]) -> bool:
     return len(history) > 1 and history[-2] - history[-1] <= SETTLED * history[-1]
 
 
-def _error(tensor: Tensor, diagram: Diagram, factors: Mapping[str, Tensor], total: float) -> float:
-    made = _network(diagram, factors, diagram.open)
-    return math.sqrt(squares(tensor - made) / total) if total else 0.0
+def _solve(tensor: Tensor, diagram: Diagram, factors: Mapping[str, Tensor], node: str) -> tuple[Tensor, float]:
+    """The node that is best for the others: batch (open, also on others), rows (open, its own), cols (bonds).
 
-
-def _network(diagram: Diagram, factors: Mapping[str, Tensor], out: Iterable[str]) -> Tensor:
-    letters = diagram.letters
-    operands: list[object] = []
-    for node, indices in diagram.nodes.items():
-        operands += [factors[node], [letters[i] for i in indices]]
-    return contract(*operands, [letters[i] for i in out])  # type: ignore[no-any-return]
-
-
-def _solve(tensor: Tensor, diagram: Diagram, factors: Mapping[str, Tensor], node: str) -> Tensor:
-    """The node that is best for the others: batch (open, also on others), rows (open, its own), cols (bonds)."""
+    And what the network then explains of the tensor's squared norm, 2 <T, N> - |N|^2.
+    """
     mine = diagram.nodes[node]
     others = {n: i for n, i in diagram.nodes.items() if n != node}
     elsewhere = {i for indices in others.values() for i in indices}
@@ -100,14 +91,18 @@ def _solve(tensor: Tensor, diagram: Diagram, factors: Mapping[str, Tensor], node
     right = _right(tensor, diagram, factors, others, (*batch, *cols, *rows))
     sizes = diagram.sizes
     b, c, r = (math.prod(sizes[i] for i in part) for part in (batch, cols, rows))
-    right = right.reshape(b, c, r)
+    right = right.reshape(b, c, r).double()
     if c <= DIRECT:
         gram = _gram(diagram, factors, others, batch, cols).reshape(b, c, c)
         found = _least_squares(gram, right)
+        image = gram @ found
     else:
-        found = _conjugate(lambda x: _normal(diagram, factors, others, batch, cols, rows, x), right)
+        normal = lambda x: _normal(diagram, factors, others, batch, cols, rows, x)  # noqa: E731
+        found = _conjugate(normal, right)
+        image = normal(found)
     have = (*batch, *cols, *rows)
-    return found.reshape([sizes[i] for i in have]).permute([have.index(i) for i in mine])
+    node_tensor = found.reshape([sizes[i] for i in have]).permute([have.index(i) for i in mine])
+    return node_tensor, float((found * (2 * right - image)).sum())
 
 
 def _right(
@@ -121,7 +116,7 @@ def _right(
     letters = diagram.letters
     operands: list[object] = [tensor, [letters[i] for i in diagram.open]]
     for name, indices in others.items():
-        operands += [factors[name], [letters[i] for i in indices]]
+        operands += [factors[name].to(tensor.dtype), [letters[i] for i in indices]]
     return contract(*operands, [letters[i] for i in out])  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -169,7 +170,7 @@ def _plain(tensor: Any, device: Any = None) -> Tensor:
         raise ShapeError("a fit needs real numbers", got=f"{found.dtype} of shape {tuple(found.shape)}")
     found = found.detach().to(device) if device is not None else found.detach()
     found = found if found.dtype in (torch.float32, torch.float64) else found.float()
-    bad = int((~torch.isfinite(found)).sum())
+    bad = 0 if math.isfinite(squares(found)) else int((~torch.isfinite(found)).sum())
     if bad:
         raise ShapeError("the tensor is not finite", got=f"{bad} of {found.numel()} entries are NaN or infinite")
     return found

@@ -1,25 +1,23 @@
-"""CP and Tucker by TensorLy's algorithms, on a core that is small.
+"""CP by TensorLy's `parafac`, on a core that is small.
 
 Invariant: TensorLy's global backend and default dtype are as they were.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import tensorly
 import torch
-from tensorly.decomposition import parafac, partial_tucker
+from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.fit.policy import squares
 from tensoradapt.linalg import truncated_svd
 
 CP_SWEEPS = 100
-TUCKER_SWEEPS = 10
+RIDGE = 1e-6
 
 
 def svd_for_tensorly(matrix: Tensor, n_eigenvecs: int | None = None, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,9 +38,13 @@ def fit_cp(
 ) -> tuple[dict[str, Tensor], Any]:
     """T[a1..an] ~ sum_r prod_k A_k[ak, r] by TensorLy's `parafac`; the factors, and the relative error per sweep."""
     (rank,) = (diagram.sizes[b] for b in diagram.bonds)
-    options = {"init": "svd", "svd": svd_for_tensorly, "random_state": np.random.RandomState(seed)}
+    options: dict[str, Any] = {"init": "svd", "svd": svd_for_tensorly, "random_state": np.random.RandomState(seed)}
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        found, errors = parafac(tensor, rank, n_iter_max=sweeps, tol=1e-7, return_errors=True, **options)
+        try:
+            found, errors = parafac(tensor, rank, n_iter_max=sweeps, tol=1e-7, return_errors=True, **options)
+        except torch.linalg.LinAlgError:  # more terms than the tensor is made of: their Gram matrices are singular
+            options["l2_reg"] = RIDGE * float(tensor.double().square().sum()) ** (1 - 1 / tensor.dim())
+            found, errors = parafac(tensor, rank, n_iter_max=sweeps, tol=1e-7, return_errors=True, **options)
     weights, factors = found
     scale = weights.abs().clamp(min=0) ** (1 / len(factors))
     by_axis = dict(zip(diagram.open, [f * scale for f in factors], strict=True))
@@ -63,55 +65,3 @@ def _even(factors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _as_node(factor: Tensor, diagram: Diagram, node: str) -> Tensor:
     return (factor if diagram.nodes[node][0] in diagram.open else factor.mT).contiguous()
-
-
-def fit_tucker(
-    tensor: Tensor, diagram: Diagram, core: str, start: dict[str, Tensor], *, sweeps: int = TUCKER_SWEEPS
-) -> dict[str, Tensor]:
-    """A Tucker fit improved by the sweeps of TensorLy's `partial_tucker` (HOOI), from orthonormal factors."""
-    factors = {n: i for n, i in diagram.nodes.items() if n != core}
-    axes = [next(a for a in indices if a in diagram.open) for indices in factors.values()]
-    modes = [diagram.open.index(axis) for axis in axes]
-    begun = [
-        torch.linalg.qr(start[n] if factors[n][0] == a else start[n].mT)[0] for n, a in zip(factors, axes, strict=True)
-    ]
-    middle = tensor
-    for mode, factor in zip(modes, begun, strict=True):
-        middle = torch.movedim(torch.tensordot(middle, factor, dims=([mode], [0])), -1, mode)
-    ranks = [f.shape[1] for f in begun]
-    with tensorly.backend_context("pytorch", local_threadsafe=True):
-        (middle, found), _ = partial_tucker(
-            tensor, ranks, modes=modes, n_iter_max=sweeps, init=(middle, begun), svd=svd_for_tensorly, tol=1e-5
-        )
-    made = {n: (f if factors[n][0] == a else f.mT).contiguous() for n, a, f in zip(factors, axes, found, strict=True)}
-    have = [factors[n][1] if factors[n][0] == a else factors[n][0] for n, a in zip(factors, axes, strict=True)]
-    order = list(diagram.open)
-    for axis, bond in zip(axes, have, strict=True):
-        order[order.index(axis)] = bond
-    made[core] = middle.permute(*[order.index(i) for i in diagram.nodes[core]]).contiguous()
-    return made
-
-
-def tucker_core(diagram: Diagram) -> str | None:
-    """The core of a Tucker network: one node whose every neighbour is a factor (axis, bond); None elsewhere."""
-    for core, indices in diagram.nodes.items():
-        others = {n: i for n, i in diagram.nodes.items() if n != core}
-        shaped = all(len(i) == 2 and sum(a in diagram.open for a in i) == 1 for i in others.values())
-        joined = all(any(b in indices for b in i if b in diagram.bonds) for i in others.values())
-        if others and shaped and joined and len(diagram.bonds) == len(others) and not diagram.batch:
-            if all(diagram.sizes[b] <= diagram.sizes[a] for i in others.values() for a, b in [_split(diagram, i)]):
-                return core
-    return None
-
-
-def _split(diagram: Diagram, indices: tuple[str, ...]) -> tuple[str, str]:
-    return indices if indices[0] in diagram.open else (indices[1], indices[0])  # type: ignore[return-value]
-
-
-def evened(factors: dict[str, Tensor], diagram: Diagram, core: str) -> dict[str, Tensor]:
-    """Orthonormal Tucker factors and their core, scaled to one norm per node."""
-    size = math.sqrt(max(squares(factors[core]), 1e-300))
-    count = len(factors)
-    norms = {n: math.sqrt(max(squares(t), 1e-300)) for n, t in factors.items()}
-    target = math.exp((math.log(size) + sum(math.log(v) for n, v in norms.items() if n != core)) / count)
-    return {n: t * (target / norms[n]) for n, t in factors.items()}

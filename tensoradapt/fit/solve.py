@@ -14,15 +14,18 @@ from torch import Tensor
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, SpecError
-from tensoradapt.fit.als import SWEEPS, als
+from tensoradapt.fit.als import als
 from tensoradapt.fit.compress import Compressed, compress
-from tensoradapt.fit.cp import CP_SWEEPS, evened, fit_cp, fit_tucker, is_cp, tucker_core
+from tensoradapt.fit.cp import CP_SWEEPS, fit_cp, is_cp
 from tensoradapt.fit.policy import Given, Policy, Within, squares
+from tensoradapt.fit.polish import polished
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.tree import TreeFit, linked, tree_svd
+from tensoradapt.fit.tucker import SWEEPS, evened, hooi, tucker_core
 from tensoradapt.lower import dense
 
 TRUSTED = 1e-2  # a squared relative error below this is measured, not subtracted: float32 sums lose it
+SLICE = 1 << 20  # entries of the tensor that are measured at a time
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -63,12 +66,12 @@ def fit_compressed(held: Compressed, diagram: Diagram, options: Options, tensor:
     if held.total == 0.0:
         return _nothing(diagram, held, options)
     if not options.fixed and linked(held.diagram) is not None:
-        return _finished(_tree(held, options), held, diagram, tensor)
+        return _finished(_tree(held, options), held, diagram, tensor, options.seed)
     if options.policy is not None:
         return _climbed(held, diagram, options)
     if not options.fixed and is_cp(held.diagram):
-        return _finished(_cp(held, options), held, diagram, tensor)
-    return _finished(_swept(held, options), held, diagram, tensor)
+        return _finished(_cp(held, options), held, diagram, tensor, options.seed)
+    return _finished(_swept(held, options), held, diagram, tensor, options.seed)
 
 
 def _tree(held: Compressed, options: Options) -> Fit:
@@ -82,13 +85,13 @@ def _tree(held: Compressed, options: Options) -> Fit:
         spectra=found.spectra,
     )
     core = tucker_core(found.diagram) if len(found.diagram.bonds) > 1 else None
-    return fit if core is None or options.policy or options.sweeps == 0 else _improved(fit, found, held, core)
+    return fit if core is None or options.policy or options.sweeps == 0 else _improved(fit, found, held, core, options)
 
 
-def _improved(fit: Fit, found: TreeFit, held: Compressed, core: str) -> Fit:
+def _improved(fit: Fit, found: TreeFit, held: Compressed, core: str, options: Options) -> Fit:
     """A Tucker fit after the sweeps of HOOI, if they made it better."""
-    factors = fit_tucker(held.core, found.diagram, core, dict(found.factors))
-    error = math.sqrt((max(0.0, squares(held.core) - squares(factors[core])) + held.lost) / held.total)
+    factors, lost = hooi(held.core, found.diagram, core, found.factors, sweeps=options.sweeps or SWEEPS)
+    error = math.sqrt((lost + held.lost) / held.total)
     if error >= fit.relative_error:
         return fit
     return replace(fit, factors=evened(factors, found.diagram, core), relative_error=error, method="svd, hooi")
@@ -104,14 +107,31 @@ def _cp(held: Compressed, options: Options) -> Fit:
     return Fit(held.diagram, factors, error, held.total, "parafac", options.format, history=steps, converged=settled)
 
 
-def _finished(fit: Fit, held: Compressed, diagram: Diagram, tensor: Tensor | None) -> Fit:
-    """The fit in the whole tensor's axes, a small error measured."""
+def _finished(fit: Fit, held: Compressed, diagram: Diagram, tensor: Tensor | None, seed: int) -> Fit:
+    """The fit in the whole tensor's axes, polished where that is at hand, and a small error measured on it."""
     sizes = {i: diagram.sizes[i] if i in diagram.open else fit.diagram.sizes[i] for i in diagram.sizes}
     whole = replace(diagram, sizes=sizes)
     made = replace(fit, diagram=whole, factors=held.expanded(fit.factors))
-    if tensor is None or fit.relative_error**2 > TRUSTED:
+    if tensor is None:
         return made
-    return replace(made, relative_error=math.sqrt(squares(tensor - made.dense()) / held.total))
+    made = polished(made, held.lost, tensor, seed)
+    if made.relative_error**2 > TRUSTED:
+        return made
+    return replace(made, relative_error=math.sqrt(missed(tensor, whole, made.factors) / held.total))
+
+
+def missed(tensor: Tensor, diagram: Diagram, factors: Mapping[str, Tensor]) -> float:
+    """The squared error |T - network|^2, a few slices along the first axis at a time."""
+    first, found = diagram.open[0], 0.0
+    height = max(1, diagram.sizes[first] * SLICE // tensor.numel())
+    for start in range(0, diagram.sizes[first], height):
+        part = tensor[start : start + height]
+        cut = {
+            n: t.narrow(diagram.nodes[n].index(first), start, len(part)) if first in diagram.nodes[n] else t
+            for n, t in factors.items()
+        }
+        found += squares(part - dense(replace(diagram, sizes={**diagram.sizes, first: len(part)}), cut))
+    return found
 
 
 def _nothing(diagram: Diagram, held: Compressed, options: Options) -> Fit:
@@ -124,8 +144,8 @@ def _nothing(diagram: Diagram, held: Compressed, options: Options) -> Fit:
 
 def _swept(held: Compressed, options: Options) -> Fit:
     fixed = dict(options.fixed or {})
-    sweeps = options.sweeps or SWEEPS
-    found = als(held.core, held.diagram, start=fixed, fixed=fixed, sweeps=sweeps, seed=options.seed)
+    more = {} if options.sweeps is None else {"sweeps": options.sweeps}
+    found = als(held.core, held.diagram, start=fixed, fixed=fixed, seed=options.seed, **more)
     error = math.sqrt((squares(held.core - dense(held.diagram, found.factors)) + held.lost) / held.total)
     fit = Fit(held.diagram, found.factors, error, held.total, "als", options.format)
     return replace(fit, history=found.history, converged=found.converged)

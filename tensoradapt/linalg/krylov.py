@@ -5,6 +5,8 @@ Invariant: the singular values found never exceed the true ones, and the residua
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,98 @@ STEPS = 6
 # A step gains at least this share of what the one before it gained on the flattest spectra we measured; the first steps
 # on a spectrum with a gap look far better than what follows.
 SLOWEST, FASTEST = 0.7, 0.4
+WARY = 4.0  # how much smaller than it is the value behind the last one wanted may look
 CANCELLED = 1e-5  # a squared residual below this share of the total is lost in the rounding of both
+WIDER = 2  # a basis has at most WIDER times the directions that were sketched
+NEGLIGIBLE = 1e-4  # the share of the squared residual that directions left out of a basis may hold
+
+
+@dataclass
+class Held:
+    """What the leading `rank` directions of a growing basis hold of matrices of squared norm `total` (..)."""
+
+    rank: int
+    total: Tensor
+    energies: list[Tensor] = field(default_factory=list)
+    ratio: Tensor | None = None  # the value behind the last one wanted, as a share of that one, both squared
+
+    def add(self, gram: Tensor) -> None:
+        """The basis has grown: its Gram matrix on the other side, or its Rayleigh quotient.  Shape: (.., k, k)."""
+        values = torch.linalg.eigvalsh(gram).clamp(min=0).flip(-1)
+        self.energies.append(values[..., : self.rank].sum(-1))
+        if values.shape[-1] > self.rank:
+            self.ratio = values[..., self.rank] / values[..., self.rank - 1].clamp(min=1e-300)
+
+    def converged(self, tolerance: float) -> bool:
+        """Whether what further steps would gain leaves every residual within the tolerance of the optimal one.
+
+        A step multiplies what is still missing by at most the squared ratio of the values on either side of the rank;
+        where that says little, a further step is taken to gain what the last one gained of the one before.
+        """
+        held, total = self.energies, self.total
+        residual = (total - held[-1]).clamp(min=0)
+        rounding = CANCELLED * total
+        if bool((residual <= rounding).all()):
+            return True
+        if len(held) < 2:
+            return False
+        gained = held[-1] - held[-2]
+        before = held[-2] - held[-3] if len(held) > 2 else gained
+        ratio = (gained / before.clamp(min=1e-300)).clamp(FASTEST, SLOWEST)
+        if self.ratio is not None:
+            ratio = torch.minimum(ratio, WARY * self.ratio.square())
+        return bool((gained * ratio / (1 - ratio) <= 2 * tolerance * residual + rounding * tolerance).all())
+
+
+@dataclass(frozen=True)
+class Space:
+    """A Krylov space of matrices A: an orthonormal basis (.., m, k), image = A^T basis (.., n, k), and its Gram matrix.
+
+    `done` says whether the residual of its leading directions is estimated within the tolerance of the optimal one.
+    """
+
+    basis: Tensor
+    image: Tensor
+    gram: Tensor
+    total: Tensor
+    steps: int
+    done: bool
+
+    def directions(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """The squared singular values in the space, descending, and their directions, the first `count`."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        return values.flip(-1)[..., :count].clamp(min=0), vectors.flip(-1)[..., :count].to(self.basis.dtype)
+
+
+def krylov_space(
+    a: Tensor,
+    rank: int,
+    *,
+    oversample: int = OVERSAMPLE,
+    tolerance: float = 1e-3,
+    steps: int = STEPS,
+    seed: Seed | None = None,
+) -> Space:
+    """A space that holds the leading `rank` left singular vectors of matrices.  Shape: (.., m, n).
+
+    K = [Q1 .. Qk], Q1 = orth(A W), Q(i+1) = orth(A A^T Qi).
+    """
+    width = min(rank + oversample, *a.shape[-2:])
+    q = orthonormal(a @ (seed or Seed()).noise(a.shape[-1], width, like=a))
+    basis, image = q, (q.mT @ a).mT
+    gram = _gram(image, image)
+    held = Held(rank, square(a))
+    for step in range(1, steps + 1):
+        held.add(gram)
+        done = held.converged(tolerance)
+        if done or step == steps or basis.shape[-1] + width > min(a.shape[-2:]):
+            break
+        q = orthonormal(a @ image[..., -width:], basis)
+        new = (q.mT @ a).mT
+        cross = _gram(image, new)
+        gram = torch.cat([torch.cat([gram, cross], -1), torch.cat([cross.mT, _gram(new, new)], -1)], -2)
+        basis, image = torch.cat([basis, q], -1), torch.cat([image, new], -1)
+    return Space(basis, image, gram, held.total, step, done)
 
 
 def krylov(
@@ -29,62 +122,31 @@ def krylov(
 ) -> tuple[LowRank, bool]:
     """The leading `rank` singular triplets of matrices, and whether the residual is estimated within `tolerance`.
 
-    K = [Q1 .. Qk], Q1 = orth(A W), Q(i+1) = orth(A A^T Qi); A ~ K K^T A.  Shape: (.., m, n).  The estimate extrapolates
-    what a further step would gain from what the last one gained.
+    A ~ K K^T A with the basis K of a Krylov space.  Shape: (.., m, n).
     """
-    width = min(rank + oversample, *a.shape[-2:])
-    total = square(a)
-    q = orthonormal(a @ (seed or Seed()).noise(a.shape[-1], width, like=a))
-    basis, image = q, (q.mT @ a).mT  # image = A^T basis
-    gram = _gram(image, image)
-    held: list[Tensor] = []
-    done, step = False, 0
-    for step in range(1, steps + 1):
-        held.append(leading(gram, rank))
-        full = basis.shape[-1] + width > min(a.shape[-2:])
-        done = converged(held, total, tolerance)
-        if done or full or step == steps:
-            break
-        q = orthonormal(a @ image[..., -width:], basis)
-        new = (q.mT @ a).mT
-        cross = _gram(image, new)
-        gram = torch.cat([torch.cat([gram, cross], -1), torch.cat([cross.mT, _gram(new, new)], -1)], -2)
-        basis, image = torch.cat([basis, q], -1), torch.cat([image, new], -1)
-    return _result(a, basis, image, gram, rank, step), done
+    space = krylov_space(a, rank, oversample=oversample, tolerance=tolerance, steps=steps, seed=seed)
+    values, vectors = space.directions(rank)
+    s = values.sqrt().to(a.dtype)
+    u, sv = space.basis @ vectors, space.image @ vectors
+    v = sv / s.clamp(min=torch.finfo(a.dtype).tiny)[..., None, :]
+    residual = (space.total - values.sum(-1)).clamp(min=0).sqrt()
+    if bool((residual.square() <= 100 * CANCELLED * space.total).any()):
+        residual = leftover(a, u, sv)
+    u, v = signed(u, v)
+    return LowRank(u, s, v, space.total, residual.to(a.dtype), "krylov", space.steps), space.done
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    return (x.mT @ y).double()
+    """In float64: the eigenvalues are squares, so that float32 would end at 3e-4 of the largest singular value."""
+    return x.mT.double() @ y.double()
 
 
-def leading(gram: Tensor, rank: int) -> Tensor:
-    """The energy that the best `rank` directions of a basis hold.  Shape: (.., k, k) -> (..)."""
-    return torch.linalg.eigvalsh(gram)[..., -rank:].clamp(min=0).sum(-1)
+def worth(values: Tensor, rank: int, total: Tensor) -> int:
+    """How many directions of a basis to keep, by their squared values: all but those that hold next to nothing.
 
-
-def converged(held: list[Tensor], total: Tensor, tolerance: float) -> bool:
-    """Whether what further steps would gain leaves every residual within the tolerance of the optimal one."""
-    residual = (total - held[-1]).clamp(min=0)
-    rounding = CANCELLED * total
-    if bool((residual <= rounding).all()):
-        return True
-    if len(held) < 2:
-        return False
-    gained = held[-1] - held[-2]
-    before = held[-2] - held[-3] if len(held) > 2 else gained
-    ratio = (gained / before.clamp(min=1e-300)).clamp(FASTEST, SLOWEST)
-    return bool((gained * ratio / (1 - ratio) <= 2 * tolerance * residual.clamp(min=0) + rounding * tolerance).all())
-
-
-def _result(a: Tensor, basis: Tensor, image: Tensor, gram: Tensor, rank: int, step: int) -> LowRank:
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(-1)[..., :rank].clamp(min=0), vectors.flip(-1)[..., :rank].to(a.dtype)
-    s = values.sqrt().to(a.dtype)
-    u, sv = basis @ vectors, image @ vectors
-    total = square(a)
-    v = sv / s.clamp(min=torch.finfo(a.dtype).tiny)[..., None, :]
-    residual = (total - values.sum(-1)).clamp(min=0).sqrt()
-    if bool((residual.square() <= 100 * CANCELLED * total).any()):
-        residual = leftover(a, u, sv)
-    u, v = signed(u, v)
-    return LowRank(u, s, v, total, residual.to(a.dtype), "krylov", step)
+    At most twice as many as were sketched for the rank: the best shared bases of a fit lie near the leading directions,
+    but not among the first `rank` of them.
+    """
+    beyond = NEGLIGIBLE * (total - values[:rank].sum()).clamp(min=0) + 1e-13 * total
+    tails = values.flip(0).cumsum(0).flip(0)
+    return min(WIDER * (rank + OVERSAMPLE), max(rank, int((tails > beyond).sum())))

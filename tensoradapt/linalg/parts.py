@@ -61,8 +61,9 @@ class LowRank:
 
 
 def square(a: Tensor) -> Tensor:
-    """The squared Frobenius norm of matrices, summed over rows in float64.  Shape: (.., m, n) -> (..)."""
-    return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1)
+    """The squared Frobenius norm of matrices, summed over rows or columns in float64.  Shape: (.., m, n) -> (..)."""
+    along = -1 if a.stride(-1) == 1 else -2  # the way the entries lie
+    return torch.linalg.vector_norm(a, dim=along).double().square().sum(-1)
 
 
 def orthonormal(y: Tensor, basis: Tensor | None = None) -> Tensor:
@@ -94,3 +95,13 @@ def leftover(a: Tensor, u: Tensor, sv: Tensor) -> Tensor:
         rows = slice(start, start + height)
         found += square(a[..., rows, :] - u[..., rows, :] @ sv.mT)
     return found.sqrt()
+
+
+def gram_matrix(a: Tensor) -> Tensor:
+    """A A^T in float64, a block of columns at a time.  Shape: (.., m, n) -> (.., m, m)."""
+    found = torch.zeros(*a.shape[:-1], a.shape[-2], dtype=torch.float64, device=a.device)
+    width = max(1, BLOCK * a.shape[-1] // max(a.numel(), 1))
+    for start in range(0, a.shape[-1], width):
+        block = a[..., start : start + width].double()
+        found += block @ block.mT
+    return found

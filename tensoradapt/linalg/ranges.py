@@ -7,13 +7,13 @@ Krylov iteration on sum_l D_l D_l^T and sum_l D_l^T D_l. Invariant: every slice 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, converged, leading
-from tensoradapt.linalg.parts import Seed, orthonormal
+from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, Held, krylov_space, worth
+from tensoradapt.linalg.parts import Seed, gram_matrix, orthonormal
 from tensoradapt.linalg.slices import Slice
 from tensoradapt.linalg.team import SOLO, Team
 
@@ -54,41 +54,73 @@ class Ranges:
 
 @dataclass
 class _Side:
-    """The Krylov space of one side as it grows: its basis, M times it, and the energy held after every pass."""
+    """The Krylov space of one side as it grows: its basis, its Rayleigh quotient, and what it held after every pass.
+
+    `image` is what the next block is made of: the sketch, then M times the last block.
+    """
 
     size: int
     rank: int
     width: int
+    image: Tensor | None = None
     basis: Tensor | None = None
-    last: Tensor | None = None  # the block that the next pass multiplies
-    gram: Tensor | None = None
-    held: list[Tensor] = field(default_factory=list)
+    quotient: Tensor | None = None
+    held: Held | None = None
 
     @property
     def whole(self) -> bool:
         return FULL * self.width > self.size
 
-    def begin(self, sketch: Tensor) -> None:
-        self.basis = self.last = orthonormal(sketch)
+    def block(self) -> Tensor:
+        """The block that the next pass multiplies; the basis has it from now on."""
+        assert self.image is not None
+        new = orthonormal(self.image, self.basis)
+        self.basis = new if self.basis is None else torch.cat([self.basis, new], 1)
+        return new
 
     def grow(self, image: Tensor) -> None:
-        """Take M times the last block: the energies of the basis so far, and the next block."""
-        assert self.basis is not None and self.last is not None
-        cross = (self.basis.mT @ image).double()
-        if self.gram is None:
-            self.gram = cross
-        else:
-            old = self.gram.shape[0]
-            self.gram = torch.cat([torch.cat([self.gram, cross[:old]], 1), torch.cat([cross[:old].mT, cross[old:]], 1)])
-        self.gram = (self.gram + self.gram.mT) / 2
-        self.held.append(leading(self.gram, self.rank))
-        self.last = None
-        if self.basis.shape[1] + self.width <= self.size:
-            self.last = orthonormal(image, self.basis)
-            self.basis = torch.cat([self.basis, self.last], 1)
+        """Take M times the last block."""
+        assert self.basis is not None and self.held is not None
+        cross = self.basis.mT.double() @ image.double()
+        old = 0 if self.quotient is None else len(self.quotient)
+        grown = cross.new_zeros(len(cross), len(cross))
+        grown[:, old:] = cross
+        grown[old:, :old] = cross[:old].mT
+        if self.quotient is not None:
+            grown[:old, :old] = self.quotient
+        self.quotient = (grown + grown.mT) / 2
+        self.held.add(self.quotient)
+        self.image = image
 
-    def done(self, total: Tensor, tolerance: float) -> bool:
-        return self.whole or self.last is None or (bool(self.held) and converged(self.held, total, tolerance))
+    def done(self, tolerance: float) -> bool:
+        if self.whole or self.basis is None or self.held is None:
+            return self.whole
+        return self.basis.shape[1] + self.width > self.size or self.held.converged(tolerance)
+
+    def kept(self) -> Tensor | None:
+        """The leading directions of what was found, without those that hold next to nothing; None for a whole side."""
+        if self.whole or self.basis is None or self.quotient is None or self.held is None:
+            return None
+        values, vectors = torch.linalg.eigh(self.quotient)
+        count = worth(values.flip(0).clamp(min=0), self.rank, self.held.total)
+        return self.basis @ vectors.flip(1)[:, :count].to(self.basis.dtype)
+
+
+def range_of(a: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis Q of a matrix that is in memory, with its leading `rank` directions, and A^T Q.
+
+    Shapes: (m, n) -> (m, k), (n, k), k <= 2 (rank + 10). By block Krylov iteration; where that does not settle, by the
+    eigenvectors of A A^T.
+    """
+    space = krylov_space(a, rank, seed=Seed(seed))
+    if not space.done and space.basis.shape[1] < len(a):
+        values, vectors = torch.linalg.eigh(gram_matrix(a))
+        values = values.flip(0)
+        basis = vectors.flip(1)[:, : worth(values, rank, space.total)].to(a.dtype)
+        return basis, (basis.mT @ a).mT
+    values, vectors = space.directions()
+    leading = vectors[:, : worth(values, rank, space.total)]
+    return space.basis @ leading, space.image @ leading
 
 
 def find_ranges(
@@ -108,10 +140,10 @@ def find_ranges(
     """
     sides = [_Side(size, r, min(r + oversample, size)) for size, r in zip(stack.shape, rank, strict=True)]
     total, passes = _sketch(stack, sides, Seed(seed), team), 1
-    while passes <= steps and not all(side.done(total, tolerance) for side in sides):
-        _pass(stack, [None if side.done(total, tolerance) else side for side in sides], team)
+    while passes <= steps and not all(side.done(tolerance) for side in sides):
+        _pass(stack, [None if side.done(tolerance) else side for side in sides], team)
         passes += 1
-    bases = [None if side.whole else side.basis for side in sides]
+    bases = [side.kept() for side in sides]
     sizes = [size if q is None else q.shape[1] for size, q in zip(stack.shape, bases, strict=True)]
     core = stack.like.new_zeros(stack.count, *sizes)
     for position, part in stack.passes():
@@ -133,13 +165,13 @@ def _sketch(stack: Stack, sides: list[_Side], seed: Seed, team: Team) -> Tensor:
     team.add(total)
     for side, sketch in zip(sides, sketches, strict=True):
         if not side.whole:
-            side.begin(team.add(sketch))
+            side.image, side.held = team.add(sketch), Held(side.rank, total.to(sketch.device))
     return total
 
 
 def _pass(stack: Stack, sides: list[_Side | None], team: Team) -> None:
     """One more pass: M times the last block of every side that still grows."""
-    blocks = [None if side is None else side.last for side in sides]
+    blocks = [None if side is None else side.block() for side in sides]
     images = [stack.like.new_zeros(n, 0 if b is None else b.shape[1]) for n, b in zip(stack.shape, blocks, strict=True)]
     for _, part in stack.passes():
         if blocks[0] is not None:

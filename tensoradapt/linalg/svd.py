@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, krylov
-from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, leftover, signed, square
+from tensoradapt.linalg.parts import LowRank, Seed, gram_matrix, leftover, signed, square
 
 METHODS = ("auto", "krylov", "gram", "exact")
 SMALL = 96  # below this many rows or columns a full decomposition costs no more than the bookkeeping of the others
@@ -97,16 +97,6 @@ def _gram(a: Tensor, rank: int) -> LowRank:
     s, sign = triangle.diagonal(dim1=-2, dim2=-1).abs(), triangle.diagonal(dim1=-2, dim2=-1).sign()
     u, v = signed(u, v * torch.where(sign < 0, -1.0, 1.0).to(a.dtype)[..., None, :])
     return LowRank(u, s, v, values.clamp(min=0).sum(-1), leftover(a, u, v * s[..., None, :]).to(a.dtype), "gram")
-
-
-def gram_matrix(a: Tensor) -> Tensor:
-    """A A^T in float64, a block of columns at a time.  Shape: (.., m, n) -> (.., m, m)."""
-    found = torch.zeros(*a.shape[:-1], a.shape[-2], dtype=torch.float64, device=a.device)
-    width = max(1, BLOCK * a.shape[-1] // max(a.numel(), 1))
-    for start in range(0, a.shape[-1], width):
-        block = a[..., start : start + width].double()
-        found += block @ block.mT
-    return found
 
 
 def singular_values(a: Tensor) -> Tensor:
