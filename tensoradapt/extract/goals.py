@@ -5,6 +5,7 @@ Invariant: a group's fit depends on its own deltas, the goal and the seed, and o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,9 @@ NOISE = "noise"
 NUMBER = "give error= as a number, or leave it out"
 Fixed = Callable[[Diagram], dict[str, Tensor]]  # the nodes that are not fitted, for a diagram's ranks
 UNBOUNDED = 1 << 30
+STARTS, STRIDE = 4, 1009  # of alternating least squares, and how far their seeds are apart
+CHEAP = 1 << 22  # entries of a group that is fitted several times
+GOOD = 1e-3  # a relative error that no other start is tried to better
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,22 @@ def grown(group: Group, rank: int | None) -> Diagram:
 
 
 def fit_group(
-    group: Group, stream: Stream, goal: Goal, *, floors: Floors | None = None, fixed: Fixed | None = None
+    group: Group,
+    stream: Stream,
+    goal: Goal,
+    *,
+    floors: Floors | None = None,
+    fixed: Fixed | Mapping[str, Tensor] | None = None,
 ) -> Fit:
-    """A group's factors under a goal; `floors` are its noise's, `fixed` gives the nodes that are not fitted.
+    """A group's factors under a goal; `floors` are its noise's, `fixed` the nodes that are not fitted, or gives them.
 
     A spec's ranks are no ceiling where the goal chooses them. Raises RankError where nothing shows the ranks.
     """
+    if isinstance(fixed, Mapping):
+        fixed = (lambda _, found=dict(fixed): found) if fixed else None
     options = Options(grow=lambda rank: grown(group, rank), seed=stream.seed, format=group.rule.format)
     if goal.error is None:
-        return fit_stream(stream, group.diagram, _holding(options, fixed, group.diagram))
+        return _best(stream, group.diagram, _holding(options, fixed, group.diagram))
     if goal.error == NOISE:
         if fixed is not None or floors is None:
             raise RankError(
@@ -91,6 +102,18 @@ def _holding(options: Options, fixed: Fixed | None, diagram: Diagram) -> Options
     return options if fixed is None else replace(options, fixed=fixed(diagram))
 
 
+def _best(stream: Stream, diagram: Diagram, options: Options) -> Fit:
+    """A fit; of alternating least squares, which may end in a poor place, the best of some starts if that is cheap."""
+    fit = fit_stream(stream, diagram, options)
+    starts = STARTS if stream.stack.count * math.prod(stream.stack.shape) <= CHEAP else 1
+    for k in range(1, starts):
+        if fit.method != "als" or fit.relative_error < GOOD:
+            break
+        other = fit_stream(stream, diagram, replace(options, seed=options.seed + k * STRIDE))
+        fit = min(fit, other, key=lambda found: found.relative_error)
+    return fit
+
+
 def _within(error: float, total: float, diagram: Diagram) -> Policy:
     return relative(error, total, len((linked(diagram) or diagram).bonds))
 
@@ -99,7 +122,7 @@ def _climbed(group: Group, stream: Stream, error: float, options: Options, fixed
     """The smallest rank of the ladder whose fit around the fixed nodes, drawn anew for each, is within the error."""
     fit: Fit | None = None
     for diagram in ladder(group):
-        fit = fit_stream(stream, diagram, _holding(options, fixed, diagram))
+        fit = _best(stream, diagram, _holding(options, fixed, diagram))
         if fit.relative_error <= error:
             return fit
     assert fit is not None

@@ -42,8 +42,8 @@ def limits(diagram: Diagram, sizes: Mapping[str, int]) -> dict[str, int]:
 def squeeze(diagram: Diagram, spectra: Mapping[str, Tensor], beyond: Mapping[str, float] | None = None) -> list[Point]:
     """The curve of a tree: from all that its spectra show, the bond that costs least per parameter gives way next.
 
-    lost = sum over bonds of the discarded squares, the bound of a tree's truncation. `beyond` is the squared norm that
-    lies beyond a spectrum's end.
+    lost / total = 1 - prod over bonds of (1 - the share discarded there), at most the bound of a tree's truncation, the
+    sum of what is discarded, and below the total. `beyond` is the squared norm that lies beyond a spectrum's end.
     """
     squares = {b: _squares(s) for b, s in spectra.items()}
     tails = {
@@ -82,5 +82,7 @@ def _significant(squares: Tensor) -> int:
 
 def _point(diagram: Diagram, sizes: Mapping[str, int], tails: Mapping[str, list[float]]) -> Point:
     ranks = {b: sizes[b] for b in diagram.bonds}
-    lost = sum(tail[min(sizes[b], len(tail) - 1)] for b, tail in tails.items())
+    total = max((tail[0] for tail in tails.values()), default=0.0)
+    shares = [tail[min(sizes[b], len(tail) - 1)] / total for b, tail in tails.items() if total]
+    lost = total * -math.expm1(math.fsum(math.log1p(-share) if share < 1 else -math.inf for share in shares))
     return Point(ranks, replace(diagram, sizes=dict(sizes)).num_parameters, lost)

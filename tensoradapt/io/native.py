@@ -87,7 +87,20 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
             save_file(whole, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        _settle(temporary)
     return file
+
+
+def _settle(file: Path) -> None:
+    """Sort the metadata, whose order safetensors changes from run to run: equal adapters have equal bytes."""
+    with file.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            stream.seek(8)
+            stream.write(text.ljust(size))
 
 
 def checksum(tensor: Tensor) -> int:
