@@ -106,6 +106,13 @@ def test_orthogonalize_keeps_every_delta(name, form, tmp_path):
     assert_whole(model, adapter, tmp_path)
 
 
+def test_gradients_of_the_old_factors_are_dropped():
+    model, adapter = trained("lotr")
+    loss(model).backward()
+    orthogonalize(adapter)
+    assert all(p.grad is None for p in adapter.parameters())
+
+
 def test_orthogonalize_makes_isometries_of_all_but_the_centre():
     _, adapter = trained("lotr")
     orthogonalize(adapter, center="core")
@@ -159,7 +166,7 @@ def test_truncate_states_the_error_that_it_makes(name, how, tmp_path):
     before, was = arrays(adapter), adapter.plan.num_trainable
     change = truncate(adapter, **how)
     assert change.adapter is adapter
-    assert change.relative_error == pytest.approx(distance(before, arrays(adapter)), rel=0.02, abs=1e-6)
+    assert change.relative_error == pytest.approx(distance(before, arrays(adapter)), rel=1e-4, abs=1e-6)
     assert change.relative_error <= how.get("error", 1) + tolerance(adapter)
     assert adapter.plan.num_trainable <= min(was, how.get("max_parameters", was))
     assert change.ranks_after == {group.name: group.rank for group in adapter.plan.groups}
@@ -400,7 +407,16 @@ def test_a_sum_with_itself_needs_no_more_rank(name):
     _, adapter = trained(name)
     ranks = truncate(adapter.as_saved(), error=1e-7).ranks_after
     made = combine([adapter, adapter.as_saved()])
+    assert made.ranks_after.keys() == ranks.keys()
     assert all(size <= ranks[g][b] for g, found in made.ranks_after.items() for b, size in found.items())
+
+
+def test_a_sum_of_what_has_no_truncation_is_left_as_wide_as_its_terms():
+    _, adapter = trained(spec=SHARED)
+    made = combine([adapter, adapter], [1, 0.5])
+    assert distance({path: 1.5 * delta for path, delta in arrays(adapter).items()}, arrays(made)) <= 1e-6
+    wide = {group.name: {bond: 2 * size for bond, size in group.rank.items()} for group in adapter.plan.groups}
+    assert made.relative_error == 0 and made.ranks_after == wide
 
 
 @pytest.mark.parametrize("how", [{"rank": 2}, {"error": 0.2}], ids=str)
@@ -510,7 +526,9 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(case):
     assert tiny.same(before, adapter.tensors())
 
 
-@pytest.mark.parametrize("attempt", [orthogonalize, cut, lambda a: resize(a, 5)], ids=["orthogonalize", "cut", "resize"])
+@pytest.mark.parametrize(
+    "attempt", [orthogonalize, cut, lambda a: resize(a, 5)], ids=["orthogonalize", "cut", "resize"]
+)
 def test_a_merged_adapter_is_not_changed(attempt):
     model, adapter = trained("lotr")
     adapter.merge()

@@ -105,7 +105,7 @@ def test_the_effect_of_a_direction_is_the_jacobian_times_it(name):
     assert_near(problem.effect(direction), problem.jacobian @ flat(problem.diagram, direction), 1e-12)
 
 
-@pytest.mark.parametrize("case", [*CASES[::61], BY_NAME["ring-r2"], BY_NAME["vera-r2"]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES[::97], BY_NAME["ring-r2"], BY_NAME["vera-r2"]], ids=lambda case: case.name)
 def test_the_normal_operator_needs_no_jacobian(case):
     diagram = case.groups()[0].diagram
     factors, direction = draw(diagram), draw(diagram, 3)
@@ -130,12 +130,11 @@ def test_nothing_dense_is_formed():
 @formats
 @pytest.mark.parametrize("solve", [pseudo_inverse, pseudo_inverse_cg])
 def test_the_shortest_direction_is_that_of_the_pseudo_inverse(name, solve):
-    for seed in range(2):
-        problem = Problem((CLOSED | OTHERS)[name], seed)
-        found = problem.solved(solve)
-        assert_near(problem.effect(found.factors), problem.projected)  # a
-        assert_near(flat(problem.diagram, found.factors), problem.shortest, 1e-7)  # b
-        assert found.residual <= 1e-10
+    problem = Problem((CLOSED | OTHERS)[name])
+    found = problem.solved(solve)
+    assert_near(problem.effect(found.factors), problem.projected)  # a
+    assert_near(flat(problem.diagram, found.factors), problem.shortest, 1e-7)  # b
+    assert found.residual <= 1e-10
 
 
 def test_closed_forms_and_conjugate_gradients_are_each_others_oracle():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.attach import lines_of
 from tensoradapt.change.ranks import replanned
 from tensoradapt.errors import AdapterError
-from tensoradapt.gauge import Network, carried
+from tensoradapt.gauge import Carry, Network
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
 from tensoradapt.plan import START, Plan
@@ -45,10 +46,14 @@ class Turn:
         copies = {n: t for n, t in (self.start.factors if self.start else {}).items() if n in self.group.trainable}
         return found | {f"{self.group.store[node]}{START}": tensor for node, tensor in copies.items()}
 
+    @cached_property
+    def _carry(self) -> Carry:
+        return Carry(self.before, self.middle)
+
     def moments(self, held: Mapping[str, Tensor], *, squared: bool) -> dict[str, Tensor]:
         """Moments of all factors, carried over to the new ones; zero where a bond is wider."""
         if self.middle is not self.before:
-            held = carried(self.before, self.middle, held, squared=squared)
+            held = self._carry(held, squared=squared)
         found = {}
         for node, tensor in held.items():
             whole = tensor.new_zeros(self.after.factors[node].shape)

@@ -147,11 +147,12 @@ def resize(adapter: Source, rank: Ranks, *, optimizer: Any = None, seed: int = 0
     """
     target = opened(adapter, optimizer)
     held = held_by(target)
-    turns = [_resized(target, group, before, wider(group, rank), seed) for group, before in held]
+    whole = target.as_saved()
+    turns = [_resized(group, before, wider(group, rank), whole.starts(group.name), seed) for group, before in held]
     return changed(target, turns, optimizer)
 
 
-def _resized(target: Adapter | Saved, group: Group, before: Network, wanted: Diagram, seed: int) -> Turn:
+def _resized(group: Group, before: Network, wanted: Diagram, starts: Mapping[str, Tensor] | None, seed: int) -> Turn:
     other = {bond for bond, size in group.rank.items() if wanted.sizes[bond] != size}
     smaller = {bond: wanted.sizes[bond] for bond in other if wanted.sizes[bond] < group.rank[bond]}
     for node in group.rule.frozen:
@@ -166,9 +167,10 @@ def _resized(target: Adapter | Saved, group: Group, before: Network, wanted: Dia
         require_free(group, "truncate")
         with named(group):
             middle = truncated(before.diagram, before.factors, smaller)
-    fill = {n: _drawn(t, wanted.shape(n), f"{group.name}.{n}", seed) for n, t in middle.factors.items()}
-    after = widened(middle.diagram, middle.factors, fill) if other else middle
-    starts = target.as_saved().starts(group.name)
+    after = middle
+    if other:
+        fill = {n: _drawn(t, wanted.shape(n), f"{group.name}.{n}", seed) for n, t in middle.factors.items()}
+        after = widened(middle.diagram, middle.factors, fill)
     return Turn(group, before, middle, after, _widened_alike(after, starts) if starts else None)
 
 

@@ -45,12 +45,12 @@ def combine(
         )
     for term in terms[1:]:
         _check_same(terms[0], term)
-    turns = [_summed([held_by(term)[k] for term in terms], given) for k in range(len(terms[0].plan.groups))]
+    turns = [_summed(pairs, given) for pairs in zip(*map(held_by, terms), strict=True)]
     groups = tuple(turn.group for turn in turns)
     whole = in_saved(replace(terms[0], plan=replace(terms[0].plan, groups=groups), path=None), turns)
     if rank is None and error is None:
         if not all(map(truncatable, (turn.after.diagram for turn in turns))):
-            return changed(whole, [], None)
+            return changed(whole, [Turn(group, n, n, n) for group, n in held_by(whole)], None)
         error = float(torch.finfo(next(iter(turns[0].after.factors.values())).dtype).eps)
     return truncate(whole, rank=rank, error=error)
 

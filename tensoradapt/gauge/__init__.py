@@ -3,7 +3,7 @@
 from tensoradapt.gauge.batch import stacked, unstacked
 from tensoradapt.gauge.blocks import added, moved, widened
 from tensoradapt.gauge.canonical import FORMS, orthogonalized
-from tensoradapt.gauge.carry import carried
+from tensoradapt.gauge.carry import Carry
 from tensoradapt.gauge.retract import retract_polar, retract_qr, retract_truncated, stiefel_tangent
 from tensoradapt.gauge.spectra import norms, overlap, spectra
 from tensoradapt.gauge.tangent import Direction, damping_of, implied, normal, pseudo_inverse, pseudo_inverse_cg
@@ -12,11 +12,11 @@ from tensoradapt.gauge.truncate import Ladder, ladder, require_truncatable, sque
 
 __all__ = [
     "FORMS",
+    "Carry",
     "Direction",
     "Ladder",
     "Network",
     "added",
-    "carried",
     "damping_of",
     "implied",
     "ladder",

@@ -8,6 +8,9 @@ Invariant: gradients of a function of the tensor alone are carried exactly where
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -18,31 +21,58 @@ from tensoradapt.gauge.tree import Edge, Factors, Network, act, batch_of, fold, 
 CUTOFF = 1e-10  # of the eigenvalues of Gram matrices: directions below it carry nothing over
 
 
-def carried(before: Network, after: Network, moments: Factors, *, squared: bool = False) -> dict[str, Tensor]:
-    """First moments as gradients change; with `squared`, second moments through the squares of the same matrices.
+@dataclass(frozen=True)
+class Carry:
+    """From the moments of one network's factors to those of another's, which has the same tensor or a part of it.
 
-    The latter is exact where the entries of a gradient are uncorrelated; second moments cannot be rotated otherwise.
-    Serves trees and CP, and moments of some nodes as well as of all.  Shapes: those of the factors, before -> after.
+    Serves trees and CP, and moments of some nodes as well as of all.
     """
-    if is_cp(before.diagram):
-        return _carried_cp(before, after, moments, squared)
-    diagram = before.diagram
-    held = {node: moment.to(torch.float64) for node, moment in moments.items()}
-    for edge, matrix in _bases(before, after).items():
-        if edge.parent not in held:
-            continue
-        matrix = matrix.square() if squared else matrix
-        indices = diagram.nodes[edge.parent]
-        held[edge.parent] = act(held[edge.parent], indices, batch_of(diagram, edge), edge.bond, matrix)
-    return {node: moment.to(moments[node].dtype).contiguous() for node, moment in held.items()}
 
+    before: Network
+    after: Network
 
-def _bases(before: Network, after: Network) -> dict[Edge, Tensor]:
-    """For every bond and either direction, the matrix from the old to the new basis of what lies behind it."""
-    diagram = before.diagram
-    old, new = precise(diagram, before.factors), precise(diagram, after.factors)
-    own, mixed = _grams(diagram, old, old), _grams(diagram, old, new)
-    return {e: torch.linalg.pinv(own[e], rtol=CUTOFF, hermitian=True) @ mixed[e] for e in own}
+    def __call__(self, moments: Factors, *, squared: bool = False) -> dict[str, Tensor]:
+        """First moments as gradients change; with `squared`, second moments through the squares of the same matrices.
+
+        The latter is exact where the entries of a gradient are uncorrelated; second moments cannot be rotated
+        otherwise.  Shapes: those of the factors, before -> after.
+        """
+        held = {node: moment.to(torch.float64) for node, moment in moments.items()}
+        made = (self._columns if is_cp(self.before.diagram) else self._turned)(held, squared)
+        return {node: moment.to(moments[node].dtype).contiguous() for node, moment in made.items()}
+
+    def _turned(self, held: dict[str, Tensor], squared: bool) -> dict[str, Tensor]:
+        diagram = self.before.diagram
+        for edge in (edge for edge in self._bases if edge.parent in held):
+            matrix = self._bases[edge].square() if squared else self._bases[edge]
+            indices = diagram.nodes[edge.parent]
+            held[edge.parent] = act(held[edge.parent], indices, batch_of(diagram, edge), edge.bond, matrix)
+        return held
+
+    @cached_property
+    def _bases(self) -> dict[Edge, Tensor]:
+        """For every bond and either direction, the matrix from the old to the new basis of what lies behind it."""
+        diagram = self.before.diagram
+        old, new = (precise(diagram, network.factors) for network in (self.before, self.after))
+        own, mixed = _grams(diagram, old, old), _grams(diagram, old, new)
+        return {e: torch.linalg.pinv(own[e], rtol=CUTOFF, hermitian=True) @ mixed[e] for e in own}
+
+    def _columns(self, held: dict[str, Tensor], squared: bool) -> dict[str, Tensor]:
+        """Components of a CP go to those that they have become, divided by what their columns were multiplied by."""
+        diagram = self.before.diagram
+        (bond,) = diagram.bonds
+        index, scales = self._matching
+        for node, moment in held.items():
+            indices, scale = diagram.nodes[node], scales[node]
+            matrix = unfold(moment, indices, diagram.batch, bond)
+            picked = matrix.gather(-1, index[..., None, :].expand(*matrix.shape[:-1], index.shape[-1]))
+            made = picked * (scale.square() if squared else scale)[..., None, :]
+            held[node] = fold(made, self.after.factors[node], indices, diagram.batch, bond)
+        return held
+
+    @cached_property
+    def _matching(self) -> tuple[Tensor, dict[str, Tensor]]:
+        return matching(*(Columns.of(network.diagram, network.factors) for network in (self.before, self.after)))
 
 
 def _grams(diagram: Diagram, bra: Factors, ket: Factors) -> dict[Edge, Tensor]:
@@ -57,20 +87,4 @@ def _grams(diagram: Diagram, bra: Factors, ket: Factors) -> dict[Edge, Tensor]:
         operands = [(bra[edge.child], indices), (ket[edge.child], primed)]
         operands += [(found[e], (*batch_of(diagram, e), e.bond, f"{e.bond} ket")) for e in behind]
         found[edge] = product(operands, [*batch_of(diagram, edge), edge.bond, f"{edge.bond} ket"])
-    return found
-
-
-def _carried_cp(before: Network, after: Network, moments: Factors, squared: bool) -> dict[str, Tensor]:
-    """Components of a CP go to those that they have become, divided by what their columns were multiplied by."""
-    diagram = before.diagram
-    (bond,) = diagram.bonds
-    old, new = Columns.of(diagram, before.factors), Columns.of(after.diagram, after.factors)
-    index, scales = matching(old, new)
-    found = {}
-    for node in moments:
-        indices, scale = diagram.nodes[node], scales[node]
-        matrix = unfold(moments[node].to(torch.float64), indices, diagram.batch, bond)
-        picked = matrix.gather(-1, index[..., None, :].expand(*matrix.shape[:-1], index.shape[-1]))
-        made = picked * (scale.square() if squared else scale)[..., None, :]
-        found[node] = fold(made, after.factors[node], indices, diagram.batch, bond).to(moments[node].dtype).contiguous()
     return found
