@@ -14,7 +14,7 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.
 # A tree with branches, and a bond above what its ends can use.
 BRANCHES = "hub: a b c, left: out a, stem: b layer d, right: d in, top: c role -> layer role out in"
 TREE = Case("branches", {"format": "network", "network": BRANCHES, "rank": 4, "excess": "keep"})
-THIN = [TREE, *(case for case in CASES[::37] if case.groups()[0].diagram.is_tree)]
+THIN = [TREE, BY_NAME["ttm2-layer-out-in-r2"], *(case for case in CASES[::37] if case.groups()[0].diagram.is_tree)]
 CP = [case for case in CASES[::37] if is_cp(case.groups()[0].diagram)]
 trees = pytest.mark.parametrize("case", THIN, ids=lambda case: case.name)
 cps = pytest.mark.parametrize("case", CP, ids=lambda case: case.name)

@@ -16,7 +16,7 @@ from tensoradapt.gauge import Network, added, ladder, moved, squeezed, truncated
 
 THIN = [
     c
-    for c in (BRANCHES, *CASES[::37])
+    for c in (BRANCHES, BY_NAME["ttm2-layer-out-in-r2"], *CASES[::37])
     if c.groups()[0].diagram.is_tree and max(c.groups()[0].rank.values(), default=1) > 1
 ]
 trees = pytest.mark.parametrize("case", THIN, ids=lambda case: case.name)
