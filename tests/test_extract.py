@@ -355,7 +355,8 @@ def test_the_noise_floor_finds_the_planted_rank(form, dtype, tmp_path):
     left, right = planted(96, 5, 5, 1.0, seed=40), planted(5, 96, 5, 1.0, seed=41)
     base, tuned = {}, {}
     for k in range(4):
-        delta = 4e-3 * left @ tiny.noise(5, 5, seed=60 + k).double() @ right
+        middle, _ = torch.linalg.qr(tiny.noise(5, 5, seed=60 + k).double())
+        delta = 4e-3 * left @ middle @ right
         base[f"layers.{k}.q.weight"], tuned[f"layers.{k}.q.weight"] = pair(
             "both from a master", weights(96, 96, seed=k), delta, dtype
         )
