@@ -17,11 +17,13 @@ from tensoradapt.plan import Plan
 from tensoradapt.presets import PRESETS, preset
 from tensoradapt.scan import budget, plan, solve_rank
 from tensoradapt.spec import Rule, Spec
+from tensoradapt.start import Activations, Gradients, activations, gradients, initialize
 from tensoradapt.verify import Verification, verify
 
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
+    "Activations",
     "Adapter",
     "AdapterError",
     "BudgetTable",
@@ -30,6 +32,7 @@ __all__ = [
     "Extraction",
     "FileError",
     "Fit",
+    "Gradients",
     "MergeResult",
     "Plan",
     "RankError",
@@ -43,6 +46,7 @@ __all__ = [
     "SpecError",
     "TensorAdaptError",
     "Verification",
+    "activations",
     "analyze",
     "analyze_adapters",
     "attach",
@@ -51,7 +55,9 @@ __all__ = [
     "export_peft",
     "extract",
     "fit",
+    "gradients",
     "import_peft",
+    "initialize",
     "load",
     "merge_folder",
     "open_adapter",

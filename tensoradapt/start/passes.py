@@ -1,0 +1,58 @@
+"""Passes of batches through a base model, its adapters off, and the sites that are looked at while they run.
+
+Invariant: whatever happens, the model leaves as it came: hooks, flags, gradients, what is switched on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.host import HOST
+from tensoradapt.plan import make_plan
+from tensoradapt.scan import scan_module
+from tensoradapt.sites import Site
+from tensoradapt.spec import Spec
+
+
+def sites_of(model: nn.Module, where: Adapter | Spec) -> list[Site]:
+    """The live sites of an adapter of the model, or those that a spec would adapt."""
+    if isinstance(where, Spec):
+        return [
+            placement.site for group in make_plan(where, scan_module(model)).groups for placement in group.placements
+        ]
+    if where._model[0] is not model:
+        raise AdapterError(f"adapter {where.name!r} is attached to another model", hint="pass the model it adapts")
+    paths = [path for group in where.plan.groups for path in group.paths]
+    return [replace(where._lines[path][1], path=path) for path in paths]
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """The model without what its adapters add. Raises AdapterError where one is merged, or on the meta device."""
+    if any(p.is_meta for p in model.parameters()):
+        raise AdapterError("the model is on the meta device: nothing can be computed", hint="load the weights first")
+    host = model._modules.get(HOST)
+    with ExitStack() as stack:
+        for adapter in host._modules.values() if host is not None else ():
+            stack.enter_context(adapter.disabled())  # type: ignore[operator, union-attr]
+        yield
+
+
+def called(model: nn.Module, batch: Any) -> Any:
+    """What the model makes of a batch: a mapping of keywords, a tuple or list of arguments, or the one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def require_some(count: int) -> None:
+    """Raise SpecError where no batch came."""
+    if not count:
+        raise SpecError("there are no batches", hint="give an iterable of a few, fresh at every call")
