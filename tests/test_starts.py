@@ -402,16 +402,52 @@ def test_a_delta_that_the_format_holds_is_there_from_step_0(tmp_path):
     assert torch.equal(again._model[0](x), model(x))
 
 
-def test_a_warm_start_from_two_checkpoints():
+@pytest.mark.parametrize(
+    ("role", "rows"), [("c_attn", slice(48)), ("c_attn[v]", slice(32, 48)), ("attn.c_proj", slice(16))]
+)
+def test_a_warm_start_from_two_checkpoints(role, rows):
+    """Conv1D layout, a part of a fused weight, and a square one, whose layout no shape tells."""
     base, tuned = (tiny.gpt2() for _ in range(2))
+    owner = f"transformer.h.1.{'attn.c_proj' if role == 'attn.c_proj' else 'attn.c_attn'}"
     with torch.no_grad():
         for k, layer in enumerate(tuned.transformer.h):
-            layer.attn.c_attn.weight += tiny.noise(16, 1, seed=k) @ tiny.noise(1, 48, seed=k + 9)
-    want = tuned.transformer.h[1].attn.c_attn.weight - base.transformer.h[1].attn.c_attn.weight
+            for weight in (layer.attn.c_attn.weight, layer.attn.c_proj.weight):
+                weight += tiny.noise(16, 1, seed=k) @ tiny.noise(1, weight.shape[1], seed=k + 9)
+    want = (tuned.get_submodule(owner).weight - base.get_submodule(owner).weight).T[rows]
     pair = ({k: t.clone() for k, t in base.state_dict().items()}, tuned.state_dict())
-    adapter = ta.attach(base, ta.preset("lora", rank=2, targets=["c_attn"]))
+    parts = {"parts": {"c_attn": ["q", "k", "v"]}} if "[" in role else {}
+    adapter = ta.attach(base, ta.preset("lora", rank=2, targets=[role], **parts))
     ta.initialize(adapter, "delta", deltas=pair)
-    assert torch.allclose(adapter.delta("transformer.h.1.attn.c_attn"), want.T, atol=1e-5)
+    assert torch.allclose(adapter.delta(owner + role[6:] if parts else owner), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora_one", "eva"])
+def test_parts_of_fused_weights_start_from_their_own_rows(method):
+    model, ids = tiny.gpt2(), tiny.tokens(4, 8)
+    before, batch = model(ids).logits.detach(), {"input_ids": ids, "labels": ids}
+    rule = {"rank": 16, "targets": ["c_attn[v]"], "parts": {"c_attn": ["q", "k", "v"]}}
+    adapter = ta.attach(model, ta.preset("lora", **rule))
+    data = {"gradients": ta.gradients(model, adapter, [batch])} if method == "lora_one" else {}
+    data = {"activations": ta.activations(model, adapter, [batch])} if method == "eva" else data
+    ta.initialize(adapter, method, **data)
+    assert torch.equal(model(ids).logits, before)
+    if method == "pissa":
+        f = adapter.factors("layer1_c_attn_v")
+        whole = adapter.groups["layer1_c_attn_v"].scale * f["core_out"] @ f["core_in"]
+        assert torch.allclose(whole, model.transformer.h[1].attn.c_attn.weight.T[32:], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora_one"])
+def test_experts_of_one_tensor(method):
+    model, ids = tiny.mixtral(), tiny.tokens(4, 8)
+    before = model(ids).logits.detach()
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=["re:.*experts.*"]))
+    batch = {"input_ids": ids, "labels": ids}
+    data = {"gradients": ta.gradients(model, adapter, [batch])} if method == "lora_one" else {}
+    ta.initialize(adapter, method, **data)
+    assert float((model(ids).logits - before).norm().detach() / before.norm()) <= 1e-6
+    with pytest.raises(ta.SiteError, match="no activations"):
+        ta.activations(model, adapter, [batch])
 
 
 # -- bounded memory ---------------------------------------------------------------------------------------------------

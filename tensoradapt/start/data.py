@@ -6,7 +6,6 @@ Invariant: sites that share a factor share the data that it is taken from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from tensoradapt.analysis.source import open_source
 from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.linalg import Dense, Slice
+from tensoradapt.scan import scan_module
 from tensoradapt.sites import Site
 from tensoradapt.start.activations import Activations, Inputs
 from tensoradapt.start.gradients import Gradients
@@ -184,7 +184,7 @@ def from_delta(job: Job, deltas: Mapping[str, Tensor] | tuple[Any, Any]) -> Fact
     `deltas` maps paths to D_s[out, in], or is a pair of checkpoints (base, tuned) whose difference it is.
     """
     if isinstance(deltas, tuple):
-        with open_source(*deltas) as pairs:
+        with open_source(*deltas, model=scan_module(job.adapter._model[0])) as pairs:  # which knows the layouts
             return job.fit(job.stream(partial(_changed, job, pairs)), 1 / job.group.scale)
     return job.fit(job.stream(partial(_slice, job, deltas, what="delta")), 1 / job.group.scale)
 
@@ -195,5 +195,4 @@ def _changed(job: Job, pairs: Deltas, site: Site) -> Slice:
         raise SiteError(f"{site.path} is not in both checkpoints", expected=", ".join(s.path for s in pairs.sites[:12]))
     whole = pairs.delta(path).flatten(1)
     whole = whole if site.rows is None else whole[site.rows[0] : site.rows[1]]
-    turned = whole.shape[0] != site.out and whole.shape[1] == site.out
-    return _slice(job, {site.path: whole.mT if turned else whole}, replace(site, rows=None), "delta")
+    return _slice(job, {site.path: whole}, site, "delta")
