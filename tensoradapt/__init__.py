@@ -5,6 +5,7 @@ from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.run import analyze
 from tensoradapt.attach import attach, load
 from tensoradapt.budget import BudgetTable, SolvedSpec
+from tensoradapt.change import Change, combine, orthogonalize, resize, truncate
 from tensoradapt.collection import analyze_adapters
 from tensoradapt.convert import Converted, convert
 from tensoradapt.errors import AdapterError, FileError, RankError, ShapeError, SiteError, SpecError, TensorAdaptError
@@ -27,6 +28,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "BudgetTable",
+    "Change",
     "Converted",
     "Exported",
     "Extraction",
@@ -51,6 +53,7 @@ __all__ = [
     "analyze_adapters",
     "attach",
     "budget",
+    "combine",
     "convert",
     "export_peft",
     "extract",
@@ -61,8 +64,11 @@ __all__ = [
     "load",
     "merge_folder",
     "open_adapter",
+    "orthogonalize",
     "plan",
     "preset",
+    "resize",
     "solve_rank",
+    "truncate",
     "verify",
 ]
