@@ -15,7 +15,21 @@ TORCH_FREE = (
 WITH_TORCH = (
     *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "scan", "fit", "init", "hooks"),
     *("merging", "adapter", "attach"),
-    *("change", "optim", "plots", "analysis", "extract", "start", "folders", "verify", "peft", "convert", "collection", "distributed", "trainer"),
+    *(
+        "change",
+        "optim",
+        "plots",
+        "analysis",
+        "extract",
+        "start",
+        "folders",
+        "verify",
+        "peft",
+        "convert",
+        "collection",
+        "distributed",
+        "trainer",
+    ),
     *("demo", "cli", "__main__", "__init__"),
 )
 LAYERS = TORCH_FREE + WITH_TORCH
