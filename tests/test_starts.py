@@ -460,13 +460,14 @@ def test_gradients_are_dropped_as_they_come_and_the_model_left_as_it_was():
     spec = ta.preset("lora", rank=2, targets=["q_proj"])
     held = []
 
-    def loss(m, batch):
-        value = squares(m, batch)
-        value.register_hook(lambda g: held.append([n for n, p in m.named_parameters() if p.grad is not None]))
-        return value
+    def look(*_):
+        held.append([n for n, p in model.named_parameters() if p.grad is not None])
 
-    ta.gradients(model, spec, batches(), loss)
-    assert held == [[], [], []]
+    hooks = [layer.register_full_backward_pre_hook(look) for layer in model.layers[1:]]
+    ta.gradients(model, spec, batches(), squares)
+    for hook in hooks:
+        hook.remove()
+    assert held == [[]] * 6  # before the backward pass of every layer that gets a gradient
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["layers.0.k_proj.weight"]
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
