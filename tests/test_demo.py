@@ -1,7 +1,9 @@
 """The demo, with few steps: what it writes, that its numbers are those of the plan and of the files, and its errors."""
 
+import copy
 import io
 import json
+import statistics
 import sys
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import tensoradapt as ta
+from tensoradapt.demo.afterwards import Change, analysed, answer, extracted
 from tensoradapt.demo.data import Split, load
 from tensoradapt.demo.methods import FAMILIES, entries
 from tensoradapt.demo.model import LAYERS, WIDTH, Attention, build, with_new_head
@@ -37,12 +40,16 @@ def ran(tmp_path_factory):
 
 
 def adapter_rows(results):
-    return [row for row in results.rows if row.path]
+    return [row for row in results.rows if row.path and row.num_trainable]
+
+
+def extracted_rows(results):
+    return [row for row in results.rows if row.path and not row.num_trainable]
 
 
 def test_every_family_is_there_at_every_budget_it_fits(ran):
     results, _, _ = ran
-    found = [(row.method, row.budget) for row in results.rows if row.budget]
+    found = [(row.method, row.budget) for row in results.rows if row.budget and row not in extracted_rows(results)]
     assert found == [(family.label, budget) for budget in QUICK.budgets for family in FAMILIES]
     (left_out,) = [row for row in results.rows if row.note]
     assert (left_out.method, left_out.budget, left_out.accuracy) == ("LoRA", 500, ())
@@ -64,8 +71,11 @@ def test_the_figure_is_a_picture(ran):
 def test_nothing_else_is_left_in_the_folder(ran):
     results, out, _ = ran
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    adapters = {f"{row.path}/adapter.safetensors" for row in adapter_rows(results)}
-    assert len(adapters) == 7 and files == adapters | {"budget.png", "results.json"}
+    trained, extracted = adapter_rows(results), extracted_rows(results)
+    assert (len(trained), len(extracted)) == (7, 3)
+    adapters = {f"{row.path}/adapter.safetensors" for row in trained + extracted}
+    adapters |= {f"{row.path}/extraction.json" for row in extracted}
+    assert files == adapters | {"budget.png", "results.json", "report.json", "report.html"}
 
 
 def test_counts_are_those_of_the_tensors_in_the_files(ran):
@@ -89,14 +99,15 @@ def test_counts_are_those_of_the_plan(ran):
 
 def test_the_baselines_train_the_head_alone_and_everything(ran):
     results, _, _ = ran
-    counts = {row.method: row.num_trainable for row in results.rows if row.budget is None}
+    counts = {row.method: row.num_trainable for row in results.rows if row.budget is None and row.num_trainable}
     everything = sum(p.numel() for p in build(5, seed=0).parameters())
     assert counts == {"head alone": HEAD, "full fine-tuning": everything, "not pre-trained": everything}
 
 
 def test_an_adapter_from_its_file_is_as_accurate_as_it_was(ran):
     results, _, _ = ran
-    assert [row.from_file for row in adapter_rows(results)] == [row.accuracy[0] for row in adapter_rows(results)]
+    for row in adapter_rows(results) + extracted_rows(results):
+        assert row.from_file == row.accuracy[0]
 
 
 def test_progress_off_a_terminal_is_plain_lines(ran):
@@ -104,7 +115,7 @@ def test_progress_off_a_terminal_is_plain_lines(ran):
     assert "\x1b" not in said and "\r" not in said
     lines = said.splitlines()
     assert lines[0].startswith("pre-trained") and str(out) in lines[-1]
-    assert len(lines) == 2 + sum(bool(row.accuracy) for row in results.rows)
+    assert len(lines) == 2 + 2 + sum(bool(row.accuracy) for row in results.rows)
 
 
 def test_progress_on_a_terminal_is_a_bar(tmp_path):
@@ -131,7 +142,8 @@ def test_a_second_run_replaces_the_first_its_seed_fixes_the_results_and_the_glob
     again = run_demo(tmp_path, console=plain_console(), settings=settings)
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == 2
     firsts = {(row.method, row.budget): row.accuracy[:1] for row in results.rows}
-    assert all(row.accuracy == firsts[row.method, row.budget] for row in again.rows)
+    within = ("LoRA, extracted", "LoTR, extracted")  # the largest budget is another one here
+    assert all(row.accuracy == firsts[row.method, row.budget] for row in again.rows if row.method not in within)
     assert json.loads((tmp_path / "results.json").read_text("utf-8"))["seeds"] == [0]
 
 
@@ -159,6 +171,74 @@ def test_the_table_shows_every_row():
     said = [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
     assert "LoTR 500 3 492 817 62.5 50.0 75.0 50.0" in said
     assert "LoRA 500 - rank 1 takes 1,536" in said
+
+
+# -- the analysis of its full fine-tuning ------------------------------------------------------------------------------
+
+
+def test_the_extracted_adapters_are_of_the_largest_size_and_the_choice_of_the_report(ran):
+    results, out, _ = ran
+    lora, lotr, chosen = extracted_rows(results)
+    assert [(row.method, row.budget) for row in (lora, lotr)] == [
+        ("LoRA, extracted", 1_600),
+        ("LoTR, extracted", 1_600),
+    ]
+    assert chosen.method == f"{results.analysis['choice']}, extracted" and chosen.budget is None
+    for row in (lora, lotr, chosen):
+        with safe_open(out / row.path / "adapter.safetensors", "pt") as file:
+            assert row.num_adapter == sum(file.get_tensor(key).numel() for key in file.keys())
+        assert 0 < row.relative_error < 1 and len(row.accuracy) == 1
+    assert max(lora.num_adapter, lotr.num_adapter) <= 1_600
+
+
+def test_the_short_answer_is_that_of_the_report_in_the_folder(ran):
+    results, out, said = ran
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    sites, short = list(report["sites"].values()), results.analysis
+    assert short["num_sites"] == len(sites) == 6 * LAYERS
+    assert short["rank_energy_0.95"] == statistics.median(site["ranks"]["energy_0.95"] for site in sites)
+    assert short["rank_above_noise"] == statistics.median(site["ranks"]["noise"] for site in sites)
+    assert (short["choice"], short["reason"]) == (report["choice"]["label"], report["choice"]["reason"])
+    assert short["reason"] in said and f"median rank {short['rank_above_noise']:g} of 64 above" in said
+    assert (out / "report.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.fixture
+def change():
+    """A base, and a fine-tuning of it that changes one projection by rank 2, all others by noise, and the head."""
+    base, tuned = build(5, seed=0), build(5, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in tuned.named_parameters():
+            value += 1e-4 * torch.randn(value.shape, generator=generator)
+            if name == "blocks.3.attn.q.weight":
+                value += torch.randn(64, 2, generator=generator) @ torch.randn(2, 64, generator=generator)
+    return Change(base, tuned)
+
+
+def test_undoing_a_projection_undoes_nothing_else(change):
+    bare, (base, tuned) = change.bare(["blocks.3.attn.q"]).state_dict(), change.sides
+    assert torch.equal(bare["blocks.3.attn.q.weight"], base["blocks.3.attn.q.weight"])
+    assert all(torch.equal(bare[name], tuned[name]) for name in bare if name != "blocks.3.attn.q.weight")
+
+
+def test_an_extracted_adapter_makes_of_the_base_what_was_tuned(change, tmp_path):
+    report = analysed(change, tmp_path)
+    assert answer(report)["num_sites"] == 36 and report.sites["blocks.3.attn.q"].ranks["energy_0.99"] == 2
+    found = extracted(change, report, 3_000, tmp_path)
+    assert [each.label for each in found[:2]] == ["LoRA, extracted", "LoTR, extracted"]
+    base, tuned = change.sides
+    images = torch.randn(7, 8, 8, generator=torch.Generator().manual_seed(1))
+    for each in found:
+        with torch.no_grad():
+            made, wanted, bare = (
+                model(images) for model in (each.model, change.tuned, change.bare(list(report.sites)))
+            )
+        assert (made - wanted).norm() < 0.05 * (bare - wanted).norm()
+        ta.load(each.path, fresh := copy.deepcopy(change.base)).merge()
+        lost = sum((fresh.state_dict()[f"{p}.weight"] - tuned[f"{p}.weight"]).square().sum() for p in report.sites)
+        whole = sum((base[f"{p}.weight"] - tuned[f"{p}.weight"]).square().sum() for p in report.sites)
+        assert each.relative_error == pytest.approx(float((lost / whole).sqrt()), rel=1e-3)
 
 
 # -- its parts --------------------------------------------------------------------------------------------------------

@@ -42,6 +42,12 @@ FAMILIES = (
     _family("LoRTA", "lorta", 2e-2, heads=HEADS),
 )
 
+PROJECTIONS = ("q", "k", "v", "o", "mlp.0", "mlp.2")  # what the analysis looks at: all that a full fine-tuning changes
+EXTRACTED = {
+    "LoRA": preset("lora", rank=1, targets=PROJECTIONS),
+    "LoTR": preset("lotr", rank=1, targets=PROJECTIONS),
+}
+
 
 @dataclass(frozen=True)
 class Entry:

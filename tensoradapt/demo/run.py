@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from tensoradapt.analysis.report import Report
+from tensoradapt.demo.afterwards import Change, Extracted, analysed, answer, extracted, said
 from tensoradapt.demo.data import CLASSES, load
 from tensoradapt.demo.methods import BUDGETS, FAMILIES, Entry, entries
 from tensoradapt.demo.model import VisionTransformer, build
@@ -64,10 +66,15 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None, settin
         )
         bench = Bench(digits, base, settings.steps, log.step)
         seeds = tuple(range(seed, seed + settings.num_seeds))
-        rows = _rows(bench, planned, seeds, out, log)
-        results = Results(rows, seeds, facts, _versions(), time.perf_counter() - start, out)
+        changes: dict[int, Change] = {}
+        rows = _rows(bench, planned, seeds, out, log, changes)
+        report = _analysis(changes[seed], out, log)
+        rows += _afterwards(bench, changes[seed], report, max(settings.budgets, default=None), out, log)
+        results = Results(rows, seeds, facts, _versions(), time.perf_counter() - start, out, answer(report))
         _write(results, out / RESULTS)
-        log.line(f"{len(rows)} rows in {results.seconds:.0f} s; adapters, {FIGURE} and {RESULTS} are in {out}")
+        log.line(
+            f"{len(rows)} rows in {results.seconds:.0f} s; adapters, {FIGURE}, {RESULTS} and report.html are in {out}"
+        )
     return results
 
 
@@ -77,12 +84,53 @@ def draw_budget(model: VisionTransformer, path: Path, limit: int | None) -> None
     plot_budget(table, path, max_parameters=limit, rank=8)
 
 
-def _rows(bench: Bench, planned: list[Entry], seeds: tuple[int, ...], out: Path, log: Log) -> tuple[Row, ...]:
+def _rows(
+    bench: Bench, planned: list[Entry], seeds: tuple[int, ...], out: Path, log: Log, changes: dict[int, Change]
+) -> tuple[Row, ...]:
     head = _over_seeds("head alone", lambda seed: tune_head(bench, seed), seeds, log)
     adapted = [_adapter_row(bench, entry, seeds, out, log) for entry in planned]
-    full = _over_seeds("full fine-tuning", lambda seed: tune_all(bench, seed), seeds, log)
+    full = _over_seeds("full fine-tuning", lambda seed: tune_all(bench, seed, changes), seeds, log)
     fresh = _over_seeds("not pre-trained", lambda seed: train_afresh(bench, seed), seeds, log)
     return (head, *adapted, full, fresh)
+
+
+def _analysis(change: Change, out: Path, log: Log) -> Report:
+    """The report of the full fine-tuning, written and, in short, said."""
+    log.begin("analysis")
+    report = analysed(change, out)
+    for line in said(answer(report)):
+        log.line(line)
+    return report
+
+
+def _afterwards(
+    bench: Bench, change: Change, report: Report, budget: int | None, out: Path, log: Log
+) -> tuple[Row, ...]:
+    """What the full fine-tuning is worth without its projections, and with the adapters that are extracted of them."""
+    if budget is None:
+        return ()
+    log.begin("extraction")
+    bare = accuracy(change.bare(list(report.sites)), bench.digits.test)
+    rows = [Row("full, projections undone", num_adapter=0, accuracy=(bare,), relative_error=1.0)]
+    rows += [_extracted_row(bench, found, out) for found in extracted(change, report, budget, out / ADAPTERS)]
+    for row in rows:
+        log.line(f"{row.method}: {row.num_adapter:,} parameters, {percent(row.accuracy)} % right")
+    return tuple(rows)
+
+
+def _extracted_row(bench: Bench, found: Extracted, out: Path) -> Row:
+    """The scores of an extracted adapter, which was loaded from its file."""
+    test, validation = (accuracy(found.model, split) for split in (bench.digits.test, bench.digits.validation))
+    return Row(
+        found.label,
+        found.budget,
+        num_adapter=found.num_parameters,
+        accuracy=(test,),
+        validation_accuracy=(validation,),
+        relative_error=found.relative_error,
+        from_file=test,
+        path=str(found.path.relative_to(out)),
+    )
 
 
 def _over_seeds(method: str, tune: Callable[[int], Score], seeds: tuple[int, ...], log: Log, **fields: Any) -> Row:

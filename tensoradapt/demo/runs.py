@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from tensoradapt.attach import attach, load
+from tensoradapt.demo.afterwards import Change
 from tensoradapt.demo.data import CLASSES, ORIENTATIONS, Digits, Split
 from tensoradapt.demo.methods import FRESH_RATE, FULL_RATE, HEAD_RATE
 from tensoradapt.demo.model import VisionTransformer, build, with_new_head
@@ -54,9 +56,12 @@ def tune_head(bench: Bench, seed: int) -> Score:
     return Score(_num_trainable(model.head), accuracy(model.head, test), accuracy(model.head, validation))
 
 
-def tune_all(bench: Bench, seed: int) -> Score:
-    """Train every weight of the base and a new head."""
-    return _tune(bench, with_new_head(bench.base, CLASSES, seed), FULL_RATE, seed)
+def tune_all(bench: Bench, seed: int, changes: dict[int, Change]) -> Score:
+    """Train every weight of the base and a new head; `changes` gets both models, by seed."""
+    base = with_new_head(bench.base, CLASSES, seed)
+    tuned = copy.deepcopy(base)
+    changes[seed] = Change(base, tuned)
+    return _tune(bench, tuned, FULL_RATE, seed)
 
 
 def train_afresh(bench: Bench, seed: int) -> Score:
