@@ -26,23 +26,25 @@ PATIENCE = timedelta(hours=6)  # one rank may fit a large group while the others
 class Ranks(Team):
     """The ranks of a process group."""
 
+    group: Any = None
+
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's tensor, in place."""
         with _others():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
         found: list[Any] = [None] * self.size
         with _others():
-            dist.all_gather_object(found, value)
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def wait(self) -> None:
         """Return once every rank has come here."""
         with _others():
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 @contextmanager
@@ -69,11 +71,13 @@ def team_of(device: str | None = None) -> Iterator[tuple[Team, str | None]]:
         return
     count = torch.cuda.device_count() if device == "cuda" else 0
     shared = int(os.environ.get("LOCAL_WORLD_SIZE", size)) > count  # NCCL wants a GPU for every process
-    dist.init_process_group("cpu:gloo,cuda:gloo" if shared else "cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:gloo" if shared else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
     try:
         local = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else device
         if count:
             torch.cuda.set_device(local)
-        yield Ranks(dist.get_rank(), dist.get_world_size()), local
+        group = dist.new_group(backend=backend, timeout=PATIENCE)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group), local
     finally:
         dist.destroy_process_group()

@@ -29,7 +29,19 @@ def alike(team: Team, act: Callable[[], T]) -> T:
         found.append(act())
     except TensorAdaptError as met:
         error = met
-    met_by_all = [met for met in team.gather(error) if met is not None]
-    if error is not None or met_by_all:
-        raise error or met_by_all[0]
-    return found[0]
+    errors = team.gather(error)
+    first = next((rank for rank, met in enumerate(errors) if met is not None), None)
+    if first is None:
+        return found[0]
+    raise error if first == team.rank and error is not None else _told(errors[first])
+
+
+def _told(error: TensorAdaptError) -> TensorAdaptError:
+    """An error that another member tells the user of: the command line prints it but once."""
+    error.__dict__["told"] = True
+    return error
+
+
+def is_told(error: TensorAdaptError) -> bool:
+    """Whether another member of a team tells the user of this error."""
+    return bool(error.__dict__.get("told"))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from tensoradapt.analysis.sharing import is_told
 from tensoradapt.cli.analyze import analyze
 from tensoradapt.cli.budget import budget
 from tensoradapt.cli.convert import convert
@@ -64,9 +65,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = command.main(
             args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tensoradapt", standalone_mode=False
         )
+        if code == INTERRUPTED:  # recent versions of typer turn the interruption into its code themselves
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TensorAdaptError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if not is_told(error):
+            sys.stderr.write(f"error: {error}\n")
         return AT_FAULT
     except UsageError as error:
         error.show()  # type: ignore[attr-defined]

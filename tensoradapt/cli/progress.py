@@ -33,5 +33,5 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Report]:
 
 
 def _line(title: str, name: str, done: int, total: int) -> None:
-    if done == total or done % max(1, total // LINES) == 0:
+    if done == total or done % -(-total // LINES) == 0:
         sys.stderr.write(f"{title}: {done} of {total} ({name})\n")

@@ -38,6 +38,8 @@ from tensoradapt.rows import Factor, factor_of
 from tensoradapt.sites import Site
 from tensoradapt.spec import Spec
 
+DEFAULTS = {"rows": "error", "nonfinite": "error", "prefix": "auto"}  # of reading
+
 
 @dataclass(frozen=True)
 class Done:
@@ -98,7 +100,7 @@ class Work:
             "sites": _digest(sites),
             "goal": goal,
             "seed": self.seed,
-            "options": {key: value for key, value in self.reading.items() if isinstance(value, str)},
+            "options": {key: self.reading.get(key, value) for key, value in DEFAULTS.items()},
             "device": self.like.device.type,
             "processes": self.team.size,
             "versions": {"tensoradapt": version("tensoradapt"), "torch": torch.__version__},
