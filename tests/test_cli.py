@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tensoradapt.cli.app import run
 
-COMMANDS = ("presets", "plan", "budget", "export", "plot", "demo")
+COMMANDS = ("presets", "plan", "budget", "analyze", "extract", "export", "plot", "demo")
 
 
 @pytest.fixture
@@ -126,3 +126,121 @@ def test_the_module_runs_as_a_program(weights):
     assert done.returncode == 2
     assert "matches no site" in done.stderr
     assert subprocess.run([sys.executable, "-m", "tensoradapt", "--version"], check=True, capture_output=True).stdout
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Two checkpoints in folders, `base` and `tuned`, that differ by rank 2 at q alone."""
+    base = {f"layers.{i}.{r}.weight": torch.randn(16, 12) for i in range(2) for r in "qv"}
+    tuned = {n: t + torch.randn(16, 2) @ torch.randn(2, 12) if ".q." in n else t for n, t in base.items()}
+    for name, state in (("base", base), ("tuned", tuned)):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    return [str(tmp_path / "base"), str(tmp_path / "tuned")]
+
+
+def test_analyze_prints_a_table_or_one_json_object(checkpoints, tmp_path, capsys):
+    assert run(["analyze", *checkpoints]) == 0
+    out, err = lines(capsys)
+    assert "layers.0.q" in out and "LoRA r=2" in out and "analyze: 1 of 4 (layers.0.q)" in err
+    assert run(["analyze", *checkpoints, "--json", "--out", str(tmp_path / "report")]) == 0
+    report = json.loads(lines(capsys)[0])
+    assert report["sites"]["layers.0.q"]["ranks"]["noise"] == 2 and report["sites"]["layers.0.v"]["norm"] == 0
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {"report.json", "report.html", "report.txt"}
+    assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
+    assert "layers.0.q" in (tmp_path / "report" / "report.txt").read_text()
+
+
+def test_analyze_some_weights_and_some_values(checkpoints, capsys):
+    arguments = ["analyze", *checkpoints, "--target", "q", "--values", "3", "--no-candidates", "--json"]
+    assert run(arguments) == 0
+    report = json.loads(lines(capsys)[0])
+    assert list(report["sites"]) == ["layers.0.q", "layers.1.q"] and report["candidates"] == []
+    assert {len(row["singular_values"]) for row in report["sites"].values()} == {3}
+
+
+def test_extract_prints_a_table_or_one_json_object(checkpoints, tmp_path, capsys):
+    arguments = ["extract", *checkpoints, "--preset", "lora", "--rank", "2", "--target", "q", "--out"]
+    assert run([*arguments, str(tmp_path / "one")]) == 0
+    out, err = lines(capsys)
+    assert "written to" in out and "layer0_q" in out and "extract: 2 of 2" in err
+    assert run([*arguments, str(tmp_path / "two"), "--json"]) == 0
+    found = json.loads(lines(capsys)[0])
+    assert found["path"] == str(tmp_path / "two" / "adapter.safetensors")
+    assert found["num_parameters"] == 2 * 2 * 28 and found["relative_error"] < 1e-5
+    assert run([*arguments, str(tmp_path / "one"), "--overwrite"]) == 0
+
+
+def test_extract_says_when_nothing_differs(checkpoints, tmp_path, capsys):
+    """A success: equal checkpoints are no mistake."""
+    base = checkpoints[0]
+    arguments = ["extract", base, base, "--preset", "lotr", "--target", "q", "--out", str(tmp_path / "a")]
+    assert run(arguments) == 0
+    assert "nothing to extract" in lines(capsys)[0] and not (tmp_path / "a").exists()
+    assert run([*arguments, "--json"]) == 0
+    assert json.loads(lines(capsys)[0])["path"] is None
+    assert run(["analyze", base, base]) == 0
+    assert "no weight differs" in lines(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    "goal", [["--error", "0.5"], ["--error", "0"], ["--error", "noise"], ["--max-parameters", "60"]]
+)
+def test_extract_chooses_ranks(goal, checkpoints, tmp_path, capsys):
+    arguments = ["extract", *checkpoints, "--preset", "lora", "--target", "q", "--out", str(tmp_path / "a"), "--json"]
+    assert run([*arguments, *goal]) == 0
+    found = json.loads(lines(capsys)[0])
+    wanted = {"0.5": 0.5, "0": 1e-5, "noise": 1e-5, "60": 1}[goal[1]]
+    assert found["relative_error"] <= wanted and found["num_parameters"] <= (60 if goal[1] == "60" else 112)
+
+
+def test_a_dry_run_writes_nothing(checkpoints, tmp_path, capsys):
+    arguments = ["extract", *checkpoints, "--preset", "lotr", "--rank", "2", "--target", "q", "--dry-run"]
+    arguments += ["--out", str(tmp_path / "a")]
+    assert run(arguments) == 0
+    out, err = lines(capsys)
+    assert "MiB" in out and "trainable" in out and err == ""
+    assert run([*arguments, "--json"]) == 0
+    assert json.loads(lines(capsys)[0])["num_trainable"] == 2 * 28 + 2 * 4
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+BAD_PAIRS = {
+    "one checkpoint": (["analyze", "{base}"], "two checkpoints, or adapters"),
+    "no such folder": (["analyze", "nowhere/at-all", "{tuned}"], "no checkpoint at nowhere/at-all"),
+    "no weights in it": (["analyze", "{base}", "{empty}"], "no .safetensors file"),
+    "a target of neither": (["analyze", "{base}", "{tuned}", "--target", "qq"], "matches no site"),
+    "no values": (["analyze", "{base}", "{tuned}", "--values", "0"], "--values"),
+    "a report over a file": (["analyze", "{base}", "{tuned}", "--out", "{file}"], "is a file"),
+    "a report below a file": (["analyze", "{base}", "{tuned}", "--out", "{file}/report"], "is a file"),
+    "no spec": (["extract", "{base}", "{tuned}", "--out", "{new}"], "give a preset or a spec file"),
+    "no output": (["extract", "{base}", "{tuned}", "--preset", "lora"], "--out"),
+    "no error": ([*"extract {base} {tuned} --preset lora --target q --out {new} --error much".split()], "is no error"),
+    "both goals": (
+        [*"extract {base} {tuned} --preset lora --target q --out {new} --error 0.1 --max-parameters 9".split()],
+        "not both",
+    ),
+    "an output of its own inputs": (
+        [*"extract {base} {tuned} --preset lora --target q --out {tuned}".split()],
+        "there",
+    ),
+    "an output that is a file": (
+        [*"extract {base} {tuned} --preset lora --target q --out {file}".split()],
+        "is a file",
+    ),
+    "no such device": ([*"analyze {base} {tuned} --device gpu".split()], "device 'gpu'"),
+    "no such rows": ([*"analyze {base} {tuned} --rows some".split()], "rows='some'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_bad_checkpoints_and_outputs_exit_2_with_a_few_lines(case, checkpoints, tmp_path, capsys):
+    arguments, message = BAD_PAIRS[case]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    names = {"base": checkpoints[0], "tuned": checkpoints[1], "new": tmp_path / "new"}
+    names |= {"empty": tmp_path / "empty", "file": tmp_path / "file"}
+    assert run([argument.format(**names) for argument in arguments]) == 2
+    out, err = lines(capsys)
+    assert message in err and out == "" and "Traceback" not in err and len(err.splitlines()) < 14
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "empty", "file", "tuned"]
