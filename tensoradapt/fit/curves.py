@@ -6,13 +6,15 @@ Invariant: along a curve the parameters fall and the loss grows; every point's r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
+
+THINNED = 0.8  # of the parameters from point to point of a thinned curve
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,15 @@ def squeeze(diagram: Diagram, spectra: Mapping[str, Tensor], beyond: Mapping[str
         sizes = options[best]
         points.append(found[best])
     return points
+
+
+def thinned(points: Sequence[Point], most: int) -> list[Point]:
+    """Some of a curve's points: the first within `most` parameters, and then each with a fifth less."""
+    chosen: list[Point] = []
+    for point in points:
+        if point.num_parameters <= (THINNED * chosen[-1].num_parameters if chosen else most):
+            chosen.append(point)
+    return chosen
 
 
 def _step(size: int) -> int:

@@ -6,19 +6,20 @@ Invariant: memory is that of one slice, the bases and the core; where no basis h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.fit.compress import Compressed, basis_size, compress
-from tensoradapt.fit.curves import Point, limits, squeeze
+from tensoradapt.fit.curves import Point, limits, squeeze, thinned
 from tensoradapt.fit.policy import Given, Policy, Within, squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import LADDER, Options, fit_compressed
-from tensoradapt.fit.tree import bond_spectra, linked
+from tensoradapt.fit.tree import bond_spectra, linked, tree_svd
 from tensoradapt.linalg import SOLO, Dense, Stack, Team, find_ranges
 
 Grow = Callable[[int | None], Diagram]  # the diagram at a rank for every bond, or at its limits
+MEASURED = 1 << 22  # entries of a core up to which a tree is cut at points of its curve to see what it loses
 SPARE = 0.05  # the share of the allowed squared error that the bases may take
 
 
@@ -101,7 +102,11 @@ def _content(held: Compressed, diagram: Diagram, policy: Policy) -> bool:
 
 
 def curve_of(stream: Stream, grow: Grow, most: int) -> list[Point]:
-    """The squared error of a tree at every number of parameters up to about `most`, from the spectra of its bonds."""
+    """The squared error of a tree at numbers of parameters up to about `most`, from the spectra of its bonds.
+
+    Across several bonds the spectra give an estimate alone, which is far off where much is lost: a tree that is not too
+    large is cut at some points of the curve and at even ranks, and what it loses there is measured.
+    """
     small = grow(1)
     for rank in LADDER:
         small = grow(rank)
@@ -112,7 +117,21 @@ def curve_of(stream: Stream, grow: Grow, most: int) -> list[Point]:
     spectra = bond_spectra(held.core, core)
     full = grow(None)
     lost = dict.fromkeys(spectra, held.lost / max(1, len(spectra)))
-    return squeeze(full, spectra, lost)
+    points = squeeze(full, spectra, lost)
+    if len(spectra) < 2 or held.core.numel() > MEASURED:
+        return points
+    even = (diagram for rank in LADDER if (diagram := grow(rank)).num_parameters <= most)
+    sizes = [*({**full.sizes, **point.ranks} for point in thinned(points, most)), *(d.sizes for d in even)]
+    return sorted((_measured(held, full, each) for each in sizes), key=lambda point: -point.num_parameters)
+
+
+def _measured(held: Compressed, full: Diagram, sizes: Mapping[str, int]) -> Point:
+    """What the stack loses at these ranks, cut leaf by leaf."""
+    sizes = limits(full, sizes)
+    inner = replace(full, sizes=limits(full, {**sizes, **_open(held.diagram)}))
+    lost = held.lost + tree_svd(held.core, inner, Given(inner.sizes)).lost
+    ranks = {bond: sizes[bond] for bond in full.bonds}
+    return Point(ranks, replace(full, sizes=sizes).num_parameters, lost)
 
 
 def _open(diagram: Diagram) -> dict[str, int]:
