@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,17 +115,19 @@ def run(args: argparse.Namespace) -> str:
     def score(model: nn.Module) -> dict[str, float]:
         return evaluate(model, args.validation, args)
 
-    rows = baselines(args, base, tuned, score, list(report.sites))
-    for row in rows:
+    rows: list[Row] = []
+    for row in chain(baselines(args, base, tuned, score, list(report.sites)), compare(base, tuned, args, score, load)):
         log(str(row))
-    for row in compare(base, tuned, args, score, load):
         rows.append(row)
-        log(str(row))
-    write_csv(rows, args.out / "table.csv")
-    draw(rows, TASKS[args.task].metrics, args.out / "figure.svg")
-    text = table(rows, TASKS[args.task].metrics)
-    (args.out / "table.md").write_text(text)
-    return text
+        write(rows, TASKS[args.task].metrics, args.out)  # after every row: the larger fits take their time
+    return table(rows, TASKS[args.task].metrics)
+
+
+def write(rows: Sequence[Row], metrics: Sequence[str], out: Path) -> None:
+    """Write the rows as CSV, as a table and as a figure."""
+    write_csv(rows, out / "table.csv")
+    (out / "table.md").write_text(table(rows, metrics))
+    draw(rows, metrics, out / "figure.svg")
 
 
 def prepare(args: argparse.Namespace) -> None:

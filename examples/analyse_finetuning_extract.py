@@ -57,7 +57,8 @@ def compare(base: Path, tuned: Path, args: argparse.Namespace, score: Scorer, lo
                 continue
             paths = list(found.report["sites"])
             model = base_with_rest_tuned(load(base, args.device), load(tuned, args.device), paths)
-            ta.load(found.path, model)
+            if found.path is not None:
+                ta.load(found.path, model)
             yield Row(name, budget, found.num_parameters, found.relative_error, score(model))
 
 
