@@ -16,7 +16,7 @@ from tensoradapt.fit.curves import squeeze
 from tensoradapt.fit.policy import Policy, relative, squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import Options, fit_diagram
-from tensoradapt.fit.stream import Stream, count_of, fit_stream, fit_stream_by, fit_stream_within
+from tensoradapt.fit.stream import Stream, count_of, fit_stream, fit_stream_by, fit_stream_within, widest_rank
 from tensoradapt.fit.tree import bond_spectra, linked
 from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
@@ -28,7 +28,7 @@ from tensoradapt.spec import Fold
 
 Slices = Sequence[Any] | Callable[[], Iterable[Any]]
 RANK = 8  # where neither rank, error nor budget is given
-OPTIONS = ("fixed", "compress", "sweeps", "seed", "device")
+OPTIONS = ("fixed", "compress", "sweeps", "restarts", "seed", "device")
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,24 @@ class _Goal:
             raise RankError(
                 "give one of rank, error and max_parameters", hint="each alone says how large the factors are"
             )
+        if self.rank is not None and not all(type(r) is int and r > 0 for r in _listed(self.rank)):
+            raise RankError("a rank is a positive whole number", got=self.rank)
+        if self.error is not None and not made.at(1).bonds:
+            raise SpecError(
+                "this network has no rank to choose", got=str(made.at(1)), hint="fit it as it is, without error="
+            )
         smallest = None if self.max_parameters is None else made.at(1).num_parameters
         if smallest is not None and (type(self.max_parameters) is not int or self.max_parameters < smallest):
             raise RankError(
                 "the budget is below the smallest fit", got=self.max_parameters, expected=f"at least {smallest:,}"
             )
         return self
+
+
+def _listed(rank: Ranks) -> Iterable[int]:
+    if isinstance(rank, Mapping):
+        return rank.values()
+    return rank if isinstance(rank, Sequence) else (rank,)
 
 
 def fit(
@@ -89,7 +101,7 @@ def fit(
     of matrices along the first axis, or a function that returns a new iterator of them (read several times, not kept).
     `rank` is one number, a list or a mapping, as in a rule; `error` a relative error; `max_parameters` a budget.
     Further options: `fixed` (node -> tensor that stays), `compress` (tucker: the axes that get a factor), `sweeps`,
-    `seed`, `device`. Raises RankError, ShapeError, SpecError.
+    `restarts`, `seed`, `device`. Raises RankError, ShapeError, SpecError.
     """
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
@@ -98,8 +110,8 @@ def fit(
     shape = tuple(source.shape) if isinstance(source, Tensor) else _stack_shape(source)
     made = _format(format, tuple(axes), shape, folds or {}, tuple(options.get("compress", ())))
     goal = _Goal(rank, error, max_parameters).checked(made)
-    fixed, sweeps = options.get("fixed"), options.get("sweeps")
-    settings = Options(fixed=fixed, grow=made.at, sweeps=sweeps, seed=options.get("seed", 0), format=made.name)
+    told = {name: options[name] for name in ("fixed", "sweeps", "restarts", "seed") if name in options}
+    settings = Options(grow=made.at, format=made.name, **told)
     if isinstance(source, Tensor):
         smallest = made.at(1)
         return _fitted(source.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings)
@@ -123,7 +135,7 @@ def _policy(error: float) -> Callable[[float, Diagram], Policy]:
 def _affordable(tensor: Tensor, made: _Format, budget: int) -> Diagram:
     """The best ranks of a tree by its spectra, the largest even rank elsewhere."""
     if linked(made.at(1)) is None:
-        return [d for r in range(1, 4096) if (d := made.at(r)).num_parameters <= budget][-1]
+        return made.at(widest_rank(made.at, budget))
     whole = made.at(None)
     points = squeeze(whole, bond_spectra(tensor, whole))
     point = next((p for p in points if p.num_parameters <= budget), points[-1])

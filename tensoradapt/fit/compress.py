@@ -26,7 +26,8 @@ WORTH = 2  # an axis is compressed where its basis has at most 1/WORTH of its si
 class Compressed:
     """A tensor in the bases of some of its axes: core[.., k, ..] = sum_a T[.., a, ..] basis[a, k].
 
-    `total` is the tensor's squared norm, `lost` what the bases do not hold.
+    `total` is the tensor's squared norm, `lost` what the bases do not hold, `retried` why bases were found on the
+    CPU, if any were.
     """
 
     core: Tensor
@@ -34,6 +35,7 @@ class Compressed:
     total: float
     lost: float = 0.0
     bases: Mapping[str, Tensor] = field(default_factory=dict)
+    retried: tuple[str, ...] = ()
 
     def expanded(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Factors of the compressed diagram as those of the whole one."""
@@ -74,8 +76,8 @@ def _compressed(held: Compressed, axis: str, seed: int) -> Compressed:
     """One more axis in a basis of its own."""
     dim = held.diagram.open.index(axis)
     front = held.core.movedim(dim, -1)
-    basis, image = range_of(front.reshape(-1, front.shape[-1]).mT, basis_size(held.diagram, axis) or 0, seed)
-    core = image.reshape(*front.shape[:-1], -1).movedim(-1, dim)
-    sizes = {**held.diagram.sizes, axis: basis.shape[1]}
-    diagram = replace(held.diagram, sizes=sizes)
-    return replace(held, core=core, diagram=diagram, bases={**held.bases, axis: basis})
+    found = range_of(front.reshape(-1, front.shape[-1]).mT, basis_size(held.diagram, axis) or 0, seed)
+    core = found.image.reshape(*front.shape[:-1], -1).movedim(-1, dim)
+    diagram = replace(held.diagram, sizes={**held.diagram.sizes, axis: found.basis.shape[1]})
+    retried = (*held.retried, found.retried) if found.retried else held.retried
+    return replace(held, core=core, diagram=diagram, bases={**held.bases, axis: found.basis}, retried=retried)

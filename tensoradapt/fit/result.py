@@ -20,7 +20,8 @@ class Fit:
     `relative_error` is |X - X^| / |X| (0 where X is zero); `bound` is what the method guarantees for it, from the
     spectra that it discarded; no fit of these ranks has a smaller one than `optimal`; both are None where unknown.
     `spectra` holds the singular values across every bond as far as they were computed, `history` the relative error
-    after every sweep of an iterative method, `converged` whether it settled.
+    after every sweep of an iterative method, `converged` whether it settled; `retried` lists the failures after which
+    a step was done once more, on the CPU in float64.
     """
 
     diagram: Diagram
@@ -34,6 +35,7 @@ class Fit:
     spectra: Mapping[str, Tensor] = field(default_factory=dict)
     history: tuple[float, ...] = ()
     converged: bool = True
+    retried: tuple[str, ...] = ()
 
     def dense(self) -> Tensor:
         """The network as a tensor, axes in the order of the diagram's."""

@@ -6,7 +6,7 @@ Invariant: the error that a fit reports is that of the factors it returns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,7 @@ LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 @dataclass(frozen=True)
 class Options:
-    """What a fit may be told: ranks by policy, nodes that stay as they are, sweeps of iterative methods, and a seed.
+    """What a fit may be told: ranks by policy, fixed nodes, the sweeps and restarts of iterative methods, a seed.
 
     `grow` gives the diagram with another rank, for networks whose ranks no spectrum shows.
     """
@@ -40,6 +40,7 @@ class Options:
     fixed: Mapping[str, Tensor] | None = None
     grow: Callable[[int], Diagram] | None = None
     sweeps: int | None = None
+    restarts: int | None = None
     seed: int = 0
     format: str = "network"
 
@@ -83,6 +84,7 @@ def _tree(held: Compressed, options: Options) -> Fit:
         bound=lost * (1 + 1e-6) + 1e-6,
         optimal=max(least, lost / math.sqrt(max(1, len(found.discarded)))),
         spectra=found.spectra,
+        retried=found.retried,
     )
     core = tucker_core(found.diagram) if len(found.diagram.bonds) > 1 else None
     return fit if core is None or options.policy or options.sweeps == 0 else _improved(fit, found, held, core, options)
@@ -111,7 +113,8 @@ def _finished(fit: Fit, held: Compressed, diagram: Diagram, tensor: Tensor | Non
     """The fit in the whole tensor's axes, polished where that is at hand, and a small error measured on it."""
     sizes = {i: diagram.sizes[i] if i in diagram.open else fit.diagram.sizes[i] for i in diagram.sizes}
     whole = replace(diagram, sizes=sizes)
-    made = replace(fit, diagram=whole, factors=held.expanded(fit.factors))
+    retried = (*held.retried, *fit.retried)
+    made = replace(fit, diagram=whole, factors=held.expanded(fit.factors), retried=retried)
     if tensor is None:
         return made
     made = polished(made, held.lost, tensor, seed)
@@ -144,7 +147,7 @@ def _nothing(diagram: Diagram, held: Compressed, options: Options) -> Fit:
 
 def _swept(held: Compressed, options: Options) -> Fit:
     fixed = dict(options.fixed or {})
-    more = {} if options.sweeps is None else {"sweeps": options.sweeps}
+    more = {k: v for k in ("sweeps", "restarts") if (v := getattr(options, k)) is not None}
     found = als(held.core, held.diagram, start=fixed, fixed=fixed, seed=options.seed, **more)
     error = math.sqrt((squares(held.core - dense(held.diagram, found.factors)) + held.lost) / held.total)
     fit = Fit(held.diagram, found.factors, error, held.total, "als", options.format)
@@ -152,35 +155,64 @@ def _swept(held: Compressed, options: Options) -> Fit:
 
 
 def _climbed(held: Compressed, diagram: Diagram, options: Options) -> Fit:
-    """The smallest rank of a ladder whose fit is within the error that is allowed."""
+    """The smallest rank whose fit is within the error that is allowed: up a ladder, then by halves."""
     if not isinstance(options.policy, Within):
         raise RankError(
             "this network has no spectrum to choose its ranks by", got=str(diagram), hint="give rank=, or error="
         )
-    allowed = options.policy.allowed * max(1, len(diagram.bonds))
-    fit: Fit | None = None
-    for grown in _grown(diagram, options):
-        sizes = {i: held.diagram.sizes[i] if i in diagram.open else grown.sizes[i] for i in grown.sizes}
-        small = replace(held, diagram=replace(grown, sizes=sizes))
-        narrow = small if options.fixed or small.bases else compress(small, seed=options.seed)
-        fit = fit_compressed(narrow, grown, replace(options, policy=None))
-        if fit.relative_error**2 * fit.total <= allowed * (1 + 1e-9):
-            return fit
-    if fit is None:
+    if not diagram.bonds or _grown(diagram, 1, options).sizes == _grown(diagram, 2, options).sizes:
         raise SpecError("this network has no rank to choose", got=str(diagram), hint="fit it as it is, without error=")
+    allowed = options.policy.allowed * max(1, len(diagram.bonds)) * (1 + 1e-9)
+    close = lambda fit: fit.relative_error**2 * fit.total <= allowed  # noqa: E731
+    low, fit = 0, None
+    for rank in (r for r in LADDER if low < enough(diagram)):
+        grown = _grown(diagram, rank, options)
+        if fit is not None and grown.sizes == _grown(diagram, low, options).sizes:
+            break
+        fit = _at(held, grown, options)
+        if close(fit):
+            return _halved(held, diagram, options, (low, rank), fit, close)
+        low = rank
+    assert fit is not None
     return replace(fit, converged=False)
 
 
-def _grown(diagram: Diagram, options: Options) -> Iterator[Diagram]:
-    """The diagram with larger and larger ranks, until they are at their limits."""
-    before: Diagram | None = None
-    for rank in LADDER:
-        if options.grow is not None:
-            grown = options.grow(rank)
+def enough(diagram: Diagram) -> int:
+    """A rank above which a bond is of no use: so many terms, each along the longest axis, are any tensor."""
+    sizes = [diagram.sizes[axis] for axis in diagram.open]
+    return math.prod(sizes) // max(sizes)
+
+
+def _halved(
+    held: Compressed,
+    diagram: Diagram,
+    options: Options,
+    between: tuple[int, int],
+    fit: Fit,
+    close: Callable[[Fit], bool],
+) -> Fit:
+    """The smallest rank between one that is too small and one whose fit serves."""
+    low, high = between
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = _at(held, _grown(diagram, middle, options), options)
+        if close(tried):
+            high, fit = middle, tried
         else:
-            bonds = {b: min(rank, diagram.sizes[b]) for b in diagram.bonds}
-            grown = replace(diagram, sizes={**diagram.sizes, **bonds})
-        if before is not None and grown.sizes == before.sizes:
-            return
-        before = grown
-        yield grown
+            low = middle
+    return fit
+
+
+def _at(held: Compressed, grown: Diagram, options: Options) -> Fit:
+    """The fit of a network at one rank."""
+    sizes = {i: held.diagram.sizes[i] if i in grown.open else grown.sizes[i] for i in grown.sizes}
+    small = replace(held, diagram=replace(grown, sizes=sizes))
+    narrow = small if options.fixed or small.bases else compress(small, seed=options.seed)
+    return fit_compressed(narrow, grown, replace(options, policy=None), None if small.bases else held.core)
+
+
+def _grown(diagram: Diagram, rank: int, options: Options) -> Diagram:
+    """The diagram with a rank for all bonds, or its own where that is smaller."""
+    if options.grow is not None:
+        return options.grow(rank)
+    return replace(diagram, sizes={**diagram.sizes, **{b: min(rank, diagram.sizes[b]) for b in diagram.bonds}})

@@ -6,6 +6,7 @@ Invariant: memory is that of one slice, the bases and the core; where no basis h
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,12 @@ from tensoradapt.fit.compress import Compressed, basis_size, compress
 from tensoradapt.fit.curves import Point, limits, squeeze, thinned
 from tensoradapt.fit.policy import Given, Policy, Within, squares
 from tensoradapt.fit.result import Fit
-from tensoradapt.fit.solve import LADDER, Options, fit_compressed
+from tensoradapt.fit.solve import LADDER, Options, enough, fit_compressed
 from tensoradapt.fit.tree import bond_spectra, linked, tree_svd
 from tensoradapt.linalg import SOLO, Dense, Stack, Team, find_ranges
 
 Grow = Callable[[int | None], Diagram]  # the diagram at a rank for every bond, or at its limits
+BASES = tuple(8 << 2 * k for k in range(7))  # ranks that bases are found for: each costs several passes
 MEASURED = 1 << 22  # entries of a core up to which a tree is cut at points of its curve to see what it loses
 SPARE = 0.05  # the share of the allowed squared error that the bases may take
 
@@ -76,7 +78,7 @@ def fit_stream_by(stream: Stream, grow: Grow, policy: Callable[[float, Diagram],
     alone = stream.alone(limit) if linked(limit) is not None and not options.fixed else None
     if alone is not None:
         return fit_compressed(alone, limit, replace(options, policy=policy(alone.total, limit), grow=grow))
-    for rank in LADDER:
+    for rank in BASES:
         small = grow(rank)
         held = stream.held(small, whole=bool(options.fixed))
         chosen = policy(held.total, small)
@@ -141,13 +143,18 @@ def _open(diagram: Diagram) -> dict[str, int]:
 def fit_stream_within(stream: Stream, grow: Grow, budget: int, options: Options) -> Fit:
     """The best ranks of a tree, or the largest even rank of any other network, with at most `budget` parameters."""
     if linked(grow(1)) is None:
-        sizes = [d for r in range(1, 4096) if (d := grow(r)).num_parameters <= budget]
-        return fit_stream(stream, sizes[-1], options)
+        return fit_stream(stream, grow(widest_rank(grow, budget)), options)
     points = curve_of(stream, grow, budget)
     point = next((p for p in points if p.num_parameters <= budget), points[-1])
     full = grow(None)
     diagram = replace(full, sizes={**full.sizes, **point.ranks})
     return fit_stream(stream, diagram, replace(options, policy=Given(diagram.sizes)))
+
+
+def widest_rank(grow: Grow, budget: int) -> int:
+    """The largest rank for all bonds with at most `budget` parameters; 1 where none has so few."""
+    ranks = range(1, enough(grow(1)) + 1)
+    return max(1, bisect_right(ranks, budget, key=lambda rank: grow(rank).num_parameters))
 
 
 def axes_of(diagram: Diagram) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:

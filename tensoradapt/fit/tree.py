@@ -23,12 +23,16 @@ LINK = "__link"  # bonds of size one that join the pieces of a Kronecker product
 
 @dataclass(frozen=True)
 class TreeFit:
-    """A tree's diagram with the ranks it got, its factors, the spectra across its bonds, and the discarded squares."""
+    """A tree's diagram with the ranks it got, its factors, the spectra across its bonds, and the discarded squares.
+
+    `retried` lists the failures after which an SVD was done once more, on the CPU.
+    """
 
     diagram: Diagram
     factors: Mapping[str, Tensor]
     spectra: Mapping[str, Tensor]
     discarded: Mapping[str, float]
+    retried: tuple[str, ...] = ()
 
     @property
     def lost(self) -> float:
@@ -47,6 +51,7 @@ class _State:
     factors: dict[str, Tensor] = field(default_factory=dict)
     spectra: dict[str, Tensor] = field(default_factory=dict)
     discarded: dict[str, float] = field(default_factory=dict)
+    retried: list[str] = field(default_factory=list)
 
 
 def linked(diagram: Diagram) -> Diagram | None:
@@ -112,6 +117,7 @@ def _cut(state: _State, policy: Policy, seed: int) -> None:
     height = math.prod(state.sizes[i] for i in rows)
     found, rank = _decompose(matrix.reshape(len(matrix), height, -1), bond, policy, seed)
     state.spectra[bond] = found.s
+    state.retried += [found.retried] if found.retried else []
     kept = found.cut(rank)
     state.discarded[bond] = float(kept.residual.double().square().sum())
     state.sizes[bond] = rank
@@ -208,7 +214,7 @@ def _unlinked(state: _State, diagram: Diagram, whole: Diagram, batch: tuple[str,
         kept = kept.reshape(*[state.sizes[a] for a in batch], *kept.shape[1:])
         factors[node] = kept.permute(*[have.index(i) for i in indices]).contiguous()
     sizes = {i: state.sizes[i] for i in diagram.sizes}
-    return TreeFit(replace(diagram, sizes=sizes), factors, state.spectra, state.discarded)
+    return TreeFit(replace(diagram, sizes=sizes), factors, state.spectra, state.discarded, tuple(state.retried))
 
 
 def bond_spectra(tensor: Tensor, diagram: Diagram) -> dict[str, Tensor]:

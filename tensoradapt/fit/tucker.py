@@ -17,7 +17,7 @@ from tensoradapt.fit.policy import squares
 from tensoradapt.linalg import truncated_svd
 
 SWEEPS = 10
-GAIN = 2e-4  # the share of the squared error that a sweep has to gain for another one
+GAIN = 2e-5  # the share of the squared error that a sweep has to gain for another one
 
 
 def hooi(
@@ -44,7 +44,8 @@ def hooi(
     for _ in range(sweeps):
         for n, dim in dims.items():
             middle = _projected(tensor, {dims[other]: bases[other] for other in bases if other != n})
-            bases[n] = truncated_svd(middle.movedim(dim, 0).flatten(1), bases[n].shape[1]).u
+            u = truncated_svd(middle.movedim(dim, 0).flatten(1), bases[n].shape[1]).u
+            bases[n] = torch.linalg.qr(u.double())[0].to(u.dtype)  # else the core's norm is not what it holds
         middle, before = _times(middle, dim, bases[n]), energy
         energy = squares(middle)
         if energy - before <= GAIN * (total - energy):

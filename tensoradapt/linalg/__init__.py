@@ -2,7 +2,7 @@
 
 from tensoradapt.linalg.krylov import krylov
 from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, orthonormal, square
-from tensoradapt.linalg.ranges import Ranges, Stack, find_ranges, range_of
+from tensoradapt.linalg.ranges import Range, Ranges, Stack, find_ranges, range_of
 from tensoradapt.linalg.slices import Dense, Product, Slice
 from tensoradapt.linalg.svd import METHODS, choose, singular_values, truncated_svd
 from tensoradapt.linalg.team import SOLO, Team
@@ -14,6 +14,7 @@ __all__ = [
     "Dense",
     "LowRank",
     "Product",
+    "Range",
     "Ranges",
     "Seed",
     "Slice",

@@ -49,6 +49,8 @@ class Ranges:
     @property
     def lost(self) -> float:
         """The squared norm of what the bases do not hold; exact up to rounding, since they are orthonormal."""
+        if self.out is None and self.inp is None:
+            return 0.0
         return max(0.0, self.total - float(self.core.double().square().sum()))
 
 
@@ -103,24 +105,49 @@ class _Side:
             return None
         values, vectors = torch.linalg.eigh(self.quotient)
         count = worth(values.flip(0).clamp(min=0), self.rank, self.held.total)
-        return self.basis @ vectors.flip(1)[:, :count].to(self.basis.dtype)
+        leading = self.basis.double() @ vectors.flip(1)[:, :count]
+        return torch.linalg.qr(leading)[0].to(self.basis.dtype)  # in float64, so that the core's norm is what it holds
 
 
-def range_of(a: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis Q of a matrix that is in memory, with its leading `rank` directions, and A^T Q.
+@dataclass(frozen=True)
+class Range:
+    """An orthonormal basis Q (m, k) of a matrix A, image = A^T Q (n, k), and why it was found on the CPU, if it was."""
 
-    Shapes: (m, n) -> (m, k), (n, k), k <= 2 (rank + 10). By block Krylov iteration; where that does not settle, by the
-    eigenvectors of A A^T.
+    basis: Tensor
+    image: Tensor
+    retried: str = ""
+
+
+def range_of(a: Tensor, rank: int, seed: int = 0) -> Range:
+    """A basis of a matrix that is in memory, with its leading `rank` directions.
+
+    Shape: (m, n), k <= 2 (rank + 10). By block Krylov iteration; where that does not settle, by the eigenvectors of
+    A A^T. What fails is tried once more on the CPU in float64.
     """
+    try:
+        return _range_of(a, rank, seed)
+    except RuntimeError as error:
+        if not a.isfinite().all():
+            raise
+        found = _range_of(a.cpu().double(), rank, seed)
+        return Range(found.basis.to(a), found.image.to(a), str(error).splitlines()[0])
+
+
+def _range_of(a: Tensor, rank: int, seed: int) -> Range:
     space = krylov_space(a, rank, seed=Seed(seed))
     if not space.done and space.basis.shape[1] < len(a):
         values, vectors = torch.linalg.eigh(gram_matrix(a))
-        values = values.flip(0)
-        basis = vectors.flip(1)[:, : worth(values, rank, space.total)].to(a.dtype)
-        return basis, (basis.mT @ a).mT
-    values, vectors = space.directions()
-    leading = vectors[:, : worth(values, rank, space.total)]
-    return space.basis @ leading, space.image @ leading
+        basis = vectors.flip(1)[:, : worth(values.flip(0), rank, space.total)].to(a.dtype)
+        return Range(basis, (basis.mT @ a).mT)
+    values, vectors = torch.linalg.eigh(space.gram)
+    leading = vectors.flip(1)[:, : worth(values.flip(0).clamp(min=0), rank, space.total)]
+    wide = space.basis.double() @ leading
+    triangle = torch.linalg.qr(wide)[1]  # next to the identity: what float32 lacks to orthonormal columns
+    basis, image = (
+        torch.linalg.solve_triangular(triangle, x, upper=True, left=False)
+        for x in (wide, space.image.double() @ leading)
+    )
+    return Range(basis.to(a.dtype), image.to(a.dtype))
 
 
 def find_ranges(

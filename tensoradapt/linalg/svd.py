@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tensoradapt.errors import RankError, SpecError
+from tensoradapt.errors import RankError, ShapeError, SpecError
 from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, krylov
 from tensoradapt.linalg.parts import LowRank, Seed, gram_matrix, leftover, signed, square
 
@@ -34,7 +34,7 @@ def truncated_svd(
 
     A[.., i, j] ~ sum_r u[.., i, r] s[.., r] v[.., j, r].  Shape: (.., m, n); a rank above min(m, n) is that.
     `krylov` iterates until the residual is estimated within `tolerance` of the optimal one, and falls back to `exact`
-    after six steps. A failure on a GPU is tried once more on the CPU in float64. Raises RankError, SpecError.
+    after six steps. What fails is tried once more on the CPU in float64. Raises RankError, ShapeError, SpecError.
     """
     limit = min(a.shape[-2:])
     if rank is not None and (type(rank) is not int or rank < 0):
@@ -48,9 +48,20 @@ def truncated_svd(
         return _nothing(a)
     options = (oversample, tolerance, seed)
     try:
-        return _run(a, wanted, chosen, options)
-    except (torch.linalg.LinAlgError, torch.cuda.OutOfMemoryError) as error:
+        found = _run(a, wanted, chosen, options)
+    except RuntimeError as error:  # LinAlgError and OutOfMemoryError are such, cuSOLVER's failures are nothing more
+        finite(a)
         return _on_cpu(a, wanted, chosen, options, str(error))
+    if not bool(found.total.isfinite().all()):
+        finite(a)
+    return found
+
+
+def finite(a: Tensor) -> None:
+    """Raise ShapeError where a matrix has entries that are NaN or infinite."""
+    bad = int((~torch.isfinite(a)).sum())
+    if bad:
+        raise ShapeError("the matrix is not finite", got=f"{bad} of {a.numel()} entries are NaN or infinite")
 
 
 def choose(shape: tuple[int, int], rank: int, oversample: int = OVERSAMPLE) -> str:
