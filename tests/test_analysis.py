@@ -307,6 +307,17 @@ def test_candidates_errors(preset, oracle, memory):
         assert candidate.worst_site["relative_error"] >= candidate.relative_error - 1e-6
 
 
+def test_few_values_make_no_candidate_worse():
+    """What is listed of the spectra is one thing, what candidates are judged by another."""
+    deltas = {f"layers.{i}.q": random(20, 16, seed=i) for i in range(3)}
+    few, all_of_them = analysed(deltas, values=2), analysed(deltas)
+    for one, other in zip(few.candidates, all_of_them.candidates, strict=True):
+        assert one.label == other.label
+        assert one.relative_error == pytest.approx(other.relative_error, abs=2e-3)
+    shared = few.groups["q"].shared_energy["private"]
+    assert shared == pytest.approx(all_of_them.groups["q"].shared_energy["private"], rel=1e-4)
+
+
 def planted(kind: str) -> Deltas:
     """Six sites whose deltas are cheapest in one format."""
     match kind:

@@ -450,7 +450,7 @@ def test_ctrl_c_exits_130_and_the_command_goes_on(made, tmp_path):
 import sys, time
 from tensoradapt.extract.work import Work
 fit = Work.fit
-Work.fit = lambda self, name: (fit(self, name), time.sleep(0 if name.startswith('layer0') else 30))[0]
+Work.fit = lambda self, name: (fit(self, name), time.sleep(0 if name.startswith('layer') else 20))[0]
 from tensoradapt.cli.app import run
 sys.exit(run(sys.argv[1:]))
 """

@@ -22,7 +22,7 @@ from tensoradapt.analysis.sharing import alike, together
 from tensoradapt.analysis.slices import Slices, empty
 from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.analysis.spectra import SiteReport, Source, site_report
-from tensoradapt.analysis.stacks import BASIS, StackReport, stack_report, stacks_of
+from tensoradapt.analysis.stacks import BASIS, StackReport, leading, stack_report, stacks_of
 from tensoradapt.errors import RankError
 from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
@@ -168,7 +168,8 @@ class _Stacks:
         for number, group in enumerate(self.groups):
             held = self._held(group)
             floors = floors_of(group, self.source.noise, self._team(group))
-            reports[group.name] = stack_report(group, held, floors)
+            spectra = [self.sites[path].singular_values for path in group.paths]
+            reports[group.name] = stack_report(group, held, floors, spectra)
             counts = held.total > 0 and (not layered or "layer" in group.placements[0].site.coordinates)
             if candidates and counts:
                 trials.append(tried(self._stacked(group, held)))
@@ -193,6 +194,7 @@ class _Stacks:
         small = held if held.bases else compress(replace(held, diagram=resized(group, BASIS)), seed=self.seed)
         narrow = small.core.permute([small.diagram.open.index(a) for a in axes])
         norms = torch.tensor([self.sites[path].norm ** 2 for path in paths], dtype=torch.float64)
-        spectra = tuple(torch.tensor(self.sites[path].singular_values) for path in paths)
+        listed = [self.sites[path].singular_values for path in paths]
+        spectra = tuple(leading(narrow.reshape(-1, *narrow.shape[-2:]), listed, RANKS[-1]))
         deltas = None if held.bases else core.reshape(-1, *core.shape[-2:])
         return Stacked(group.name, axes, group.diagram.sizes, paths, narrow, norms, spectra, deltas)

@@ -7,7 +7,7 @@ norm that core holds (1 where no basis was needed).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -100,8 +100,11 @@ def _named(new: list[Group], old: list[Group]) -> list[Group]:
 _REST = ("rule", "diagram", "placements", "labels", "scale", "laws", "store")
 
 
-def stack_report(group: Group, held: Compressed, floors: Floors) -> StackReport:
-    """Mode spectra, TT cuts, similarity of subspaces and shared energy of one stack, from its core."""
+def stack_report(group: Group, held: Compressed, floors: Floors, spectra: Sequence[Sequence[float]]) -> StackReport:
+    """Mode spectra, TT cuts, similarity of subspaces and shared energy of one stack, from its core.
+
+    `spectra` are the leading singular values of its sites, as far as they are known.
+    """
     axes, full = group.diagram.open, group.diagram.sizes
     core = held.core.permute([held.diagram.open.index(a) for a in axes])
     lead = len(axes) - 2
@@ -121,7 +124,7 @@ def stack_report(group: Group, held: Compressed, floors: Floors) -> StackReport:
         tt_spectra=cuts,
         multilinear_rank=_multilinear(modes, ends, {a: full[a] for a in axes}, held.total),
         similarity=_similarity(slices, [p.site.path for p in group.placements]),
-        shared_energy=_shared(slices, held.total),
+        shared_energy=_shared(slices, spectra, held.total),
     )
 
 
@@ -175,16 +178,24 @@ def _defined(matrix: list[list[float]], zero: list[bool]) -> list[list[float | N
     return [[None if zero[k] or zero[j] else value for j, value in enumerate(row)] for k, row in enumerate(matrix)]
 
 
-def _shared(slices: Tensor, total: float) -> dict[str, Any]:
+def _shared(slices: Tensor, spectra: Sequence[Sequence[float]], total: float) -> dict[str, Any]:
     """The share of the squared norm held by one pair of bases of rank r for all sites, and by a pair for each."""
     limit = min(min(slices.shape[1:]), BASIS)
     ranks = [r for r in (1, 2, 4, 8, 16, 32, 64) if r <= limit]
     if total == 0.0:
         return {"rank": ranks, "shared": [0.0] * len(ranks), "private": [0.0] * len(ranks)}
-    own = truncated_svd(slices, ranks[-1]).s.double().square().sum(0).cumsum(0)
+    own = leading(slices, spectra, ranks[-1]).square().sum(0).cumsum(0)
     turned = rotated(slices)
     shared = [float(turned[:, :r, :r].double().square().sum()) / total for r in ranks]
     return {"rank": ranks, "shared": shared, "private": [float(own[r - 1]) / total for r in ranks]}
+
+
+def leading(slices: Tensor, spectra: Sequence[Sequence[float]], rank: int) -> Tensor:
+    """The singular values of every slice: those known where they are enough, else computed.  Shape: (site, rank)."""
+    rank = min(rank, *slices.shape[1:])
+    if min(map(len, spectra)) >= rank:
+        return torch.tensor([s[:rank] for s in spectra], dtype=torch.float64)
+    return truncated_svd(slices, rank).s.double().cpu()
 
 
 def rotated(slices: Tensor) -> Tensor:
