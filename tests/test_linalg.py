@@ -138,6 +138,15 @@ def test_a_cut_result_is_the_result_of_the_smaller_rank():
     torch.testing.assert_close(cut.residual, small.residual)
 
 
+def test_small_singular_values_are_not_lost_in_the_squares_of_large_ones():
+    draw = np.random.default_rng(0)
+    left, right = (np.linalg.qr(draw.standard_normal((n, 20)))[0] for n in (200, 180))
+    matrix = (left * 10.0 ** -np.linspace(0, 5, 20) @ right.T).astype(np.float32)
+    true = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[:20]
+    found = truncated_svd(torch.from_numpy(matrix), 20, method="krylov")
+    np.testing.assert_allclose(found.s, true, rtol=2e-7, atol=5e-9)
+
+
 # -- determinism --------------------------------------------------------------------------------------------------
 
 

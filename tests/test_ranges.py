@@ -99,6 +99,8 @@ def test_a_gap_needs_few_passes():
 def test_directions_that_hold_next_to_nothing_are_left_out():
     assert find_ranges(dense(stacked("exact")).stack(), (6, 6)).core.shape == (COUNT, 6, 6)
     assert find_ranges(dense(stacked("exact")).stack(), (3, 3)).core.shape == (COUNT, 6, 6)
+    dusty = stacked("exact") + 0.1 * (stacked("planted") - stacked("exact"))
+    assert find_ranges(dense(dusty).stack(), (3, 3)).core.shape == (COUNT, 6, 6)
     wide = find_ranges(dense(stacked("noise")).stack(), (6, 6)).core.shape
     assert 16 <= wide[1] <= 32 and 16 <= wide[2] <= 32
 
@@ -110,6 +112,11 @@ def test_a_side_that_a_basis_would_not_make_smaller_is_kept_whole():
     whole = find_ranges(dense(stack).stack(), (150, 120))
     assert whole.out is None and whole.inp is None and whole.lost == 0.0 and whole.passes == 2
     np.testing.assert_array_equal(whole.core, stack)
+
+
+def test_slices_that_cancel_are_seen():
+    part = stacked("exact", count=1)[0]
+    assert find_ranges(dense(np.stack([part, -part])).stack(), (6, 6)).lost <= 1e-6 * 2 * np.sum(part**2)
 
 
 def test_products_are_what_they_are_dense():

@@ -46,10 +46,7 @@ def fit_cp(
             options["l2_reg"] = RIDGE * float(tensor.double().square().sum()) ** (1 - 1 / tensor.dim())
             found, errors = parafac(tensor, rank, n_iter_max=sweeps, tol=1e-7, return_errors=True, **options)
     weights, factors = found
-    scale = weights.abs().clamp(min=0) ** (1 / len(factors))
-    by_axis = dict(zip(diagram.open, [f * scale for f in factors], strict=True))
-    first = diagram.open[0]
-    by_axis[first] = by_axis[first] * weights.sign()
+    by_axis = dict(zip(diagram.open, [factors[0] * weights, *factors[1:]], strict=True))
     named = {next(i for i in indices if i in diagram.open): node for node, indices in diagram.nodes.items()}
     made = {named[axis]: _as_node(factor, diagram, named[axis]) for axis, factor in _even(by_axis).items()}
     return {node: made[node] for node in diagram.nodes}, tuple(float(e) for e in errors)
