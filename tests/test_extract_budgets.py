@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tensoradapt as ta
+from tensoradapt.errors import RankError
 
 SHAPES = {"q": (48, 48), "v": (48, 48), "up": (96, 48), "down": (48, 96)}
 LAYERS = 3
@@ -53,3 +54,11 @@ def test_no_worse_than_one_rank_for_all(form, rank, sides, tmp_path):
     assert chosen.num_parameters <= even.num_parameters
     assert even.relative_error > 0.5
     assert chosen.relative_error <= even.relative_error + 1e-3
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_budget_below_the_smallest_adapter_is_refused_with_its_size(form, sides, tmp_path):
+    with pytest.raises(RankError, match=r"at least \d+ parameters") as caught:
+        ta.extract(*sides, FORMATS[form](1), tmp_path / "a", max_parameters=2)
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    assert ta.extract(*sides, FORMATS[form](1), tmp_path / "a", max_parameters=least).num_parameters == least

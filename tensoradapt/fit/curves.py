@@ -66,12 +66,12 @@ def squeeze(diagram: Diagram, spectra: Mapping[str, Tensor], beyond: Mapping[str
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """Some of a curve's points: the first within `most` parameters, and then each with a fifth less."""
+    """Some of a curve's points: the first within `most` parameters, then each with a fifth less; else the smallest."""
     chosen: list[Point] = []
     for point in points:
         if point.num_parameters <= (THINNED * chosen[-1].num_parameters if chosen else most):
             chosen.append(point)
-    return chosen
+    return chosen or [points[-1]]
 
 
 def _step(size: int) -> int:
