@@ -131,6 +131,8 @@ def test_matrices_are_fitted_as_well_as_by_the_svd(shape, form):
     best = np.linalg.norm(s[6:]) / np.linalg.norm(s)
     assert best * (1 - 1e-5) <= fit.relative_error <= best * (1.001 if form != "cp" else 1.01) + 1e-5
     assert distance(tensor, fit) == pytest.approx(fit.relative_error, rel=1e-4, abs=1e-5)
+    if form == "tt":
+        assert fit.optimal <= best * (1 + 1e-5) + 1e-6 and fit.relative_error <= fit.bound
 
 
 # -- beside TensorLy ----------------------------------------------------------------------------------------------
@@ -170,6 +172,8 @@ def test_tensor_trains_are_as_good_as_tensorlys(axes, rank):
     assert fit.relative_error <= 1.002 * np.linalg.norm(tensor - theirs) / np.linalg.norm(tensor)
     tails = [tail(tensor, fit.diagram, bond) for bond in fit.diagram.bonds]
     assert distance(tensor, fit) * np.linalg.norm(tensor) <= np.linalg.norm(tails) * 1.001
+    assert fit.optimal <= max(max(tails), np.linalg.norm(tails) / math.sqrt(len(tails))) / np.linalg.norm(tensor)
+    assert fit.optimal <= fit.relative_error <= fit.bound
 
 
 def test_tt_matrices_are_as_good_as_tensorlys():

@@ -58,7 +58,7 @@ def als(
     """
     _check(diagram, start or {})
     problem = _Problem(tensor.double() if tensor.numel() <= BLOCK else tensor, diagram, frozenset(fixed))
-    begun = {n: t.double() for n, t in (start or {}).items()}
+    begun = {n: t.to(tensor.device, torch.float64) for n, t in (start or {}).items()}
     drawn = [n for n in diagram.nodes if n not in begun]
     tries = max(1, restarts) if drawn and len(problem.free) > 1 else 1
     size = math.sqrt(problem.total / tensor.numel())

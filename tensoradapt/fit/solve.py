@@ -26,6 +26,7 @@ from tensoradapt.lower import dense
 
 TRUSTED = 1e-2  # a squared relative error below this is measured, not subtracted: float32 sums lose it
 SLICE = 1 << 20  # entries of the tensor that are measured at a time
+NEARLY = 1.001  # a basis loses at most so many times what the best one loses
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -77,17 +78,18 @@ def fit_compressed(held: Compressed, diagram: Diagram, options: Options, tensor:
 
 def _tree(held: Compressed, options: Options) -> Fit:
     found = tree_svd(held.core, held.diagram, options.policy or Given(held.diagram.sizes), seed=options.seed)
-    lost = math.sqrt((found.lost + held.lost) / held.total)
-    least = math.sqrt((max(found.discarded.values(), default=0.0) + held.lost) / held.total)
+    square = (found.lost + held.lost) / held.total
+    least = max(found.discarded.values(), default=0.0) / held.total
+    count = max(1, len(found.discarded))
     fit = Fit(
-        *(found.diagram, found.factors, lost, held.total, "svd", options.format),
-        bound=lost * (1 + 1e-6) + 1e-6,
-        optimal=max(least, lost / math.sqrt(max(1, len(found.discarded)))),
+        *(found.diagram, found.factors, math.sqrt(square), held.total, "svd", options.format),
+        bound=math.sqrt(square + torch.finfo(held.core.dtype).eps / 10),
+        optimal=math.sqrt(max(least, square / count / NEARLY**2)),
         spectra=found.spectra,
         retried=found.retried,
     )
     core = tucker_core(found.diagram) if len(found.diagram.bonds) > 1 else None
-    return fit if core is None or options.policy or options.sweeps == 0 else _improved(fit, found, held, core, options)
+    return fit if core is None or options.sweeps == 0 else _improved(fit, found, held, core, options)
 
 
 def _improved(fit: Fit, found: TreeFit, held: Compressed, core: str, options: Options) -> Fit:
