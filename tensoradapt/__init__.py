@@ -1,5 +1,6 @@
 """Tensor-structured adapters: an adapter is a tensor network over grouped weight deltas."""
 
+from tensoradapt import optim
 from tensoradapt.adapter import Adapter
 from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.run import analyze
@@ -64,6 +65,7 @@ __all__ = [
     "load",
     "merge_folder",
     "open_adapter",
+    "optim",
     "orthogonalize",
     "plan",
     "preset",

@@ -1,0 +1,5 @@
+"""Optimisers that know the network whose factors they train, each around any optimiser of `torch.optim`."""
+
+from tensoradapt.optim.wrapper import Wrapper
+
+__all__ = ["Wrapper"]

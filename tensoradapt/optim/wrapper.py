@@ -1,0 +1,109 @@
+"""An optimiser around another one: what becomes of the factors' gradients before its step, and of the factors after it.
+
+Invariant: learning rates, parameter groups and state are the inner optimiser's own, so that schedulers, trainers,
+gradient scalers and checkpoints see one optimiser; the gradients are the caller's own again after a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.errors import AdapterError
+
+_PASSING = ("step", "_opt_called")  # what schedulers leave on an optimiser: a bound closure cannot be pickled
+
+
+class Wrapper(Optimizer):
+    """An adapter's optimiser: `base` makes the step, from the gradients that `directions` gives; `finish` ends it.
+
+    `params` are what is trained: by default the adapter's trainable parameters, those of `train:` modules among them;
+    else parameters or parameter groups, as torch's optimisers take them. What is no factor of the adapter is left to
+    `base` alone. Clip gradients, and unscale those of a gradient scaler, before `step`. Raises AdapterError where none
+    of the adapter's factors is trained.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Callable[..., Optimizer] = torch.optim.AdamW,
+        params: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        trained = [p for p in adapter.parameters() if p.requires_grad] if params is None else list(params)
+        super().__setstate__({"adapter": adapter, "base": base(trained, **options)})  # torch's hooks begin here too
+        held = {p for group in self.base.param_groups for p in group["params"]}
+        if not held & set(adapter.stored.parameters()):
+            raise AdapterError(
+                f"the optimiser holds none of the factors of {adapter.name!r}",
+                got=f"{len(held)} parameters",
+                hint="pass params=adapter.parameters(), or leave params out",
+            )
+
+    def directions(self) -> Mapping[Tensor, Tensor]:
+        """What stands in the place of which parameters' gradients for this step; called without autograd."""
+        return {}
+
+    def finish(self) -> None:
+        """What happens to the factors after the step; called without autograd."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of `base` along the directions; parameters without gradients stay. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        replaced = dict(self.directions())
+        kept = {parameter: parameter.grad for parameter in replaced}
+        try:
+            for parameter, direction in replaced.items():
+                parameter.grad = direction
+            self.base.step()
+        finally:
+            for parameter, gradient in kept.items():
+                parameter.grad = gradient
+        self.finish()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or fill them with zeros."""
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train further parameters, with options of their own."""
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimiser's state, with what this one keeps for each parameter."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.base.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _PASSING}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self.adapter.name!r} around {self.base!r}"
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The inner optimiser's parameter groups."""
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The inner optimiser's state."""
+        return self.base.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The inner optimiser's defaults."""
+        return self.base.defaults
