@@ -156,6 +156,14 @@ def test_tenslora_by_its_own_formula(name, rank):
     assert cp == copies * rank * sum(sizes)
 
 
+@pytest.mark.parametrize("rank", [1, 8, 32])
+def test_polar_by_its_own_formula(rank):
+    """sum over the weights of r (m + n) + r^2."""
+    plan = ta.plan(ta.preset("polar", rank=rank, targets=(*LLAMA_QV, "down_proj")), MODELS["llama-3-8b"])
+    shapes = [(4096, 4096), (1024, 4096), (4096, 14336)]
+    assert plan.num_trainable == 32 * sum(rank * (m + n) + rank**2 for m, n in shapes)
+
+
 def test_frozen_parameters_are_counted_apart():
     vera = ta.plan(ta.preset("vera", rank=64, targets=[*QV, "output.dense"]), MODELS["roberta-base"])
     assert vera.num_frozen == 64 * (768 + 3072)

@@ -133,6 +133,7 @@ LAWS = {
         {"A": uniform((6 / 768) ** 0.5), "B": uniform((6 / 64) ** 0.5), "d": constant(0.1), "b": zero},
     ),
     "lora_xs": ({"rank": 16}, {"R": normal(1e-5)}),
+    "polar": ({"rank": 16}, {"core": zero, "*": orthogonal}),
     "quanta": (
         {"folds": {"in": [12, 8, 8], "out": [12, 8, 8]}},
         {"gate_12": uniform(1 / 8), "gate_02": uniform(96**-0.5), "gate_01": uniform(96**-0.5)},

@@ -225,6 +225,12 @@ def lora_xs(f: Arrays, at: At, o: int, i: int) -> float:
     return float(f["B"][o] @ f["R"] @ f["A"][:, i])
 
 
+def polar(f: Arrays, at: At, o: int, i: int) -> float:
+    """U Theta V^T, for every weight of its own."""
+    u, theta, v = f["factor_out"], f["core"], f["factor_in"]
+    return sum(u[o, a] * theta[a, b] * v[i, b] for a, b in loop(*theta.shape))
+
+
 def circuit(f: Arrays, side: tuple[int, ...], o: int, i: int, suffix: str = "") -> float:
     """Gates on two axes each, applied to the input's basis vector in the order of combinations(-1 .. -N, 2)."""
     state = np.zeros(side)
@@ -345,6 +351,7 @@ PAPERS: dict[str, Paper] = {
     "loha": Paper({"targets": QV, "rank": 2, "alpha": 3.0}, 1.5, loha, alone),
     "vera": Paper({"targets": (*QV, *FEED_FORWARD), "rank": 3}, 1.0, vera, of_shape),
     "lora_xs": Paper({"targets": QV, "rank": 2, "alpha": 3.0}, 1.5, lora_xs, alone),
+    "polar": Paper({"targets": (*QV, *FEED_FORWARD), "rank": 2, "alpha": 3.0}, 1.5, polar, alone),
     "quanta": Paper({"targets": ("q_proj", "o_proj"), "folds": QUANTA_FOLDS}, 1.0, quanta, alone),
     "dota": Paper({"targets": QV, "rank": 3, "folds": "auto:3"}, 1.0, dota, alone),
     "mpo_shared": Paper({"targets": QV, "rank": 2, "folds": "auto:3"}, 1.0, mpo_shared, of_role),
@@ -484,7 +491,7 @@ def test_the_output_moves_by_the_delta_once(name):
 DEFAULT_SCALES = {
     **{"lora": 8 / 8, "lotr": 1 / 8, "lorta": 8 / 8, "tt_lora": 16, "loretta": 16 / 8, "fact_tt": 1, "fact_tk": 1},
     **{"metatt_4d": 1, "metatt_5d": 1, "cara": 1, "lokr": 8 / 8, "krona": 1, "loha": 8 / 8, "vera": 1},
-    **{"lora_xs": 16 / 16, "quanta": 1, "dota": 1, "mpo_shared": 1, "locon": 8 / 8},
+    **{"lora_xs": 16 / 16, "polar": 8 / 8, "quanta": 1, "dota": 1, "mpo_shared": 1, "locon": 8 / 8},
     **{name: 1 for name in ta.PRESETS if name.startswith("tenslora")},
 }
 

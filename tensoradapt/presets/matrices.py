@@ -77,6 +77,15 @@ def lora_xs(rank: int = 16) -> dict[str, Any]:
     }
 
 
+def polar(rank: int = 8) -> dict[str, Any]:
+    """A trained matrix between two factors that start orthonormal: D[o,i] = sum_ab U[o,a] G[a,b] V[i,b]."""
+    return {
+        **{"format": "tucker", "axes": ("out", "in"), "rank": rank, "excess": "cap"},
+        **{"scale": "alpha/rank", "alpha": 8.0},
+        "init": {"core": "zero", "factor_out": "orthogonal", "factor_in": "orthogonal"},
+    }
+
+
 def locon(rank: int = 8) -> dict[str, Any]:
     """Tucker-2 over the channels of a convolution: D[o,i,k] = sum_ab up[o,a] mid[a,b,k] down[i,b]."""
     return {

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from tensoradapt.errors import SpecError
-from tensoradapt.presets.matrices import krona, locon, loha, lokr, lora, lora_xs, vera
+from tensoradapt.presets.matrices import krona, locon, loha, lokr, lora, lora_xs, polar, vera
 from tensoradapt.presets.operators import dota, loretta, mpo_shared, quanta, tt_lora
 from tensoradapt.presets.sides import QUERY_VALUE
 from tensoradapt.presets.stacks import (
@@ -136,6 +136,12 @@ PRESETS: dict[str, Preset] = {
         "D = B R A, B and A from the SVD of the weight",
         "arXiv:2405.17604",
         "R ~ N(0, 1e-5): almost, not exactly, zero at the start",
+    ),
+    "polar": Preset(
+        polar,
+        "D = U G V^T, U and V with orthonormal columns",
+        "arXiv:2506.03133",
+        "`tensoradapt.optim.Stiefel` keeps U and V orthonormal; StelLA (arXiv:2510.01938) trains the same network",
     ),
     "quanta": Preset(quanta, "D = prod_(i<j) T_ij - prod_(i<j) T0_ij", "arXiv:2406.00132"),
     "dota": Preset(dota, "D = TTM(G) - TTM(G0), G0 from the weight", "arXiv:2412.20891"),
