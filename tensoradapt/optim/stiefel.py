@@ -1,0 +1,117 @@
+"""Orthonormal factors: any optimiser's step along the Stiefel manifold, with the retraction in the optimiser.
+
+delta = s U G V^T with U^T U = 1 = V^T V: lengths are the core's alone. Invariant: the factors keep their names, shapes
+and dtype, so that adapter files and all that reads factors know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.gauge import retract_polar, retract_qr, stiefel_tangent
+from tensoradapt.optim.frames import Frame, frames_of, orthonormal
+from tensoradapt.optim.wrapper import Wrapper
+
+RETRACTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"polar": retract_polar, "qr": retract_qr}
+
+
+class Stiefel(Wrapper):
+    """An optimiser that keeps factors orthonormal: U[.., b] with sum_rows U[rows, b] U[rows, c] = delta[b, c].
+
+    `nodes` are factors with one bond and at least as many rows (all other axes) as the bond has values, in every tree
+    that has them; by default all that can be: U and V of `polar` and `lotr`, and the factor on `out` of a LoRA, which
+    has no core (Stiefel-LoRA). A batch axis has a matrix of its own for each of its values. At the start factors are
+    made orthonormal and their neighbours take up the rest, so no delta changes; directions that a zero or
+    rank-deficient factor lacks are drawn from `seed`.
+
+    A step: P(Z) = Z - U sym(U^T Z); the gradient becomes P(gradient), `base` makes its step, of the change of U only
+    P(U' - U) is kept, and the retraction leads U + P(U' - U) back: `polar` to the nearest orthonormal columns, `qr` to
+    those of a QR decomposition. Both in float64, rounded to the factor's dtype: max |U^T U - 1| is below 1e-6 in
+    float32, and about 1e-2 in bfloat16. Moments are `base`'s own, of tangents at earlier points; they are not
+    transported, but what they have along the normal of today's point moves nothing. Weight decay would act along that
+    normal: these factors have parameter groups of their own, with weight_decay 0. With `polar` and SGD the change of
+    the delta does not depend on a rotation of the bonds; with `qr` it does, by the square of the step.
+
+    Raises SpecError on networks that are no trees (a CP has no such factors), on nodes that are frozen, have several
+    bonds, fewer rows than the bond has values or a frozen neighbour, and on differences whose factors are not
+    orthonormal; AdapterError on a merged adapter. Nothing is changed then.
+    Source: PoLAR, arXiv:2506.03133; StelLA, arXiv:2510.01938; Stiefel-LoRA, arXiv:2508.17901.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Callable[..., Optimizer] = torch.optim.AdamW,
+        params: Iterable[Any] | None = None,
+        *,
+        nodes: str | Iterable[str] | None = None,
+        retraction: str = "polar",
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if retraction not in RETRACTIONS:
+            raise SpecError(f"there is no retraction {retraction!r}", expected=", ".join(RETRACTIONS))
+        super().__init__(adapter, base, params, **options)
+        held = {p for group in self.base.param_groups for p in group["params"]}
+        self.frames = frames_of(adapter, nodes, held)
+        self.retraction = retraction
+        self._before: dict[Frame, Tensor] = {}
+        self.orthonormalize(seed)
+        _undecayed(self.base, {self._factor(frame) for frame in self.frames})
+
+    @torch.no_grad()
+    def orthonormalize(self, seed: int = 0) -> None:
+        """Make the factors orthonormal where they are not, no delta changed: after `ta.resize`, `ta.truncate`, a load.
+
+        Raises AdapterError on a merged adapter, SpecError on differences; nothing is changed then.
+        """
+        if self.adapter.merged:
+            raise AdapterError(f"adapter {self.adapter.name!r} is merged into the weights", hint="unmerge() first")
+        for group, tensors in orthonormal(self.adapter, self.frames, seed).items():
+            self.adapter.set_factors(group, tensors)
+
+    def _factor(self, frame: Frame) -> Tensor:
+        return self.adapter.factors(frame.group)[frame.edge.child]
+
+    def directions(self) -> dict[Tensor, Tensor]:
+        """The gradients of the orthonormal factors without their part along the normal."""
+        groups, found = self.adapter.groups, {}
+        self._before = {}
+        for frame in self.frames:
+            factor, diagram = self._factor(frame), groups[frame.group].diagram
+            if factor.grad is not None:
+                self._before[frame] = factor.detach().clone()
+                tangent = stiefel_tangent(frame.matrix(diagram, factor), frame.matrix(diagram, factor.grad))
+                found[factor] = frame.tensor(diagram, tangent, factor)
+        return found
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Lead the factors that moved back to orthonormal columns."""
+        groups, retract = self.adapter.groups, RETRACTIONS[self.retraction]
+        before, self._before = self._before, {}
+        for frame, old in before.items():
+            factor, diagram = self._factor(frame), groups[frame.group].diagram
+            x = frame.matrix(diagram, old)
+            step = stiefel_tangent(x, frame.matrix(diagram, factor) - x)
+            if bool(step.isfinite().all()):  # else the NaN of a gradient stays to be seen, as in any optimiser
+                factor.copy_(frame.tensor(diagram, retract(x, step), factor))
+
+
+def _undecayed(base: Optimizer, factors: Collection[Tensor]) -> None:
+    """Give the orthonormal factors parameter groups of their own, without weight decay."""
+    for group in list(base.param_groups):
+        group.pop("param_names", None)  # they would have to be cut too, and torch asks for all groups' or none
+        own = [p for p in group["params"] if p in factors]
+        if len(own) == len(group["params"]):
+            group["weight_decay"] = 0.0
+        elif own:
+            group["params"] = [p for p in group["params"] if p not in factors]
+            base.add_param_group({**group, "params": own, "weight_decay": 0.0})
