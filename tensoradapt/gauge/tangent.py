@@ -11,7 +11,7 @@ Invariant: all functions but `implied` work in the factors' space, and keep no s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,39 +38,48 @@ class Direction:
 def implied(diagram: Diagram, factors: Factors, directions: Factors) -> Tensor:
     """The change of the dense tensor along a direction, to first order: J d = sum_u T(theta with d_u in u's place).
 
-    Shape: the sizes of `diagram.open`. This forms the tensor: it is for tests and small networks.
+    Over the nodes that `directions` moves.  Shape: the sizes of `diagram.open`. This forms the tensor: it is for tests,
+    small networks, and moments that are dense.
     """
-    terms = [dense(diagram, {**factors, node: directions[node]}) for node in diagram.nodes]
+    terms = [dense(diagram, {**factors, node: directions[node]}) for node in diagram.nodes if node in directions]
     return sum(terms[1:], terms[0])
 
 
-def normal(diagram: Diagram, factors: Factors) -> Callable[[Factors], dict[str, Tensor]]:
+def normal(
+    diagram: Diagram, factors: Factors, nodes: Sequence[str] | None = None
+) -> Callable[[Factors], dict[str, Tensor]]:
     """J^T J as a function of directions, without J: contracted in the factors' space, made once for many directions.
+
+    Of all nodes, or of the `nodes` that move.
 
     With c(u, v) = <T(u), T(v)>, grad_u c at u = theta is J^T T(v), whose Jacobian in v is J^T J: symmetric, so that one
     more backward pass applies it.
     """
-    bra, ket = ({n: factors[n].detach().requires_grad_() for n in diagram.nodes} for _ in range(2))
+    moving = [n for n in diagram.nodes if nodes is None or n in nodes]
+    bra, ket = ({n: factors[n].detach().requires_grad_(n in moving) for n in diagram.nodes} for _ in range(2))
     with torch.enable_grad():
-        image = torch.autograd.grad(overlap(diagram, bra, ket), list(bra.values()), create_graph=True)
+        image = torch.autograd.grad(overlap(diagram, bra, ket), [bra[n] for n in moving], create_graph=True)
 
     def apply(directions: Factors) -> dict[str, Tensor]:
-        moves = [directions[node] for node in diagram.nodes]
-        found = torch.autograd.grad(image, list(ket.values()), moves, retain_graph=True)
-        return dict(zip(diagram.nodes, found, strict=True))
+        moves = [directions[node] for node in moving]
+        found = torch.autograd.grad(image, [ket[n] for n in moving], moves, retain_graph=True)
+        return dict(zip(moving, found, strict=True))
 
     return apply
 
 
-def damping_of(diagram: Diagram, factors: Factors, damping: float) -> Tensor:
-    """The shift damping * tr(J^T J) / entries, for every value of the batch.  Shape: the sizes of `diagram.batch`."""
-    batch = diagram.batch
+def damping_of(diagram: Diagram, factors: Factors, damping: float, nodes: Sequence[str] | None = None) -> Tensor:
+    """The shift damping * tr(J^T J) / entries, for every value of the batch, of all nodes or those that move.
+
+    Shape: the sizes of `diagram.batch`.
+    """
+    batch, moving = diagram.batch, [n for n in diagram.nodes if nodes is None or n in nodes]
     sizes = [diagram.sizes[axis] for axis in batch]
     like = factors[next(iter(diagram.nodes))]
     if not damping:
         return like.new_zeros(sizes)
-    entries = diagram.num_parameters / math.prod(sizes)
-    return torch.stack([_trace(diagram, factors, node) for node in diagram.nodes]).sum(0) * (damping / entries)
+    entries = sum(map(diagram.numel, moving)) / math.prod(sizes)
+    return torch.stack([_trace(diagram, factors, node) for node in moving]).sum(0) * (damping / entries)
 
 
 def _trace(diagram: Diagram, factors: Factors, node: str) -> Tensor:
@@ -94,10 +103,10 @@ def pseudo_inverse(
     """The direction J^+ g (or its damped form) from the gradients of the factors: in closed form where there is one.
 
     The delta is `scale` times the network, and `grads` are the gradients of the loss in the factors. Two nodes (LoRA)
-    and lines of three (LoTR, trains of three cores) up to rank 40 have closed forms; the rest is solved by
-    `pseudo_inverse_cg`.  Shapes: those of the factors.
+    and lines of three (LoTR, trains of three cores) up to rank 40 have closed forms; the rest, and networks of which
+    only some nodes have gradients and move, is solved by `pseudo_inverse_cg`.  Shapes: those of the factors.
     """
-    closed = _closed_form(diagram)
+    closed = _closed_form(diagram) if all(node in grads for node in diagram.nodes) else None
     if closed is None:
         return pseudo_inverse_cg(diagram, factors, grads, damping, scale=scale)
     held = {node: factors[node].detach() for node in diagram.nodes}
@@ -167,12 +176,13 @@ def pseudo_inverse_cg(
     Until the residual is `tolerance` of the gradient. Rounding sets a floor: eps * cond(J)^2.
     """
     held = {node: factors[node].detach() for node in diagram.nodes}
-    delta = damping_of(diagram, held, damping)
-    shifts = {node: _spread(diagram, node, delta) for node in diagram.nodes}
+    moving = [node for node in diagram.nodes if node in grads]
+    delta = damping_of(diagram, held, damping, moving)
+    shifts = {node: _spread(diagram, node, delta) for node in moving}
 
-    operator = normal(diagram, held)
-    left = {node: grads[node].detach().clone() for node in diagram.nodes}
-    found = {node: torch.zeros_like(tensor) for node, tensor in held.items()}
+    operator = normal(diagram, held, moving)
+    left = {node: grads[node].detach().clone() for node in moving}
+    found = {node: torch.zeros_like(held[node]) for node in moving}
     along, size = dict(left), _dot(left, left)
     start, done = size, 0
     while size > tolerance**2 * start and done < max_iterations:

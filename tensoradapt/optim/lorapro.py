@@ -1,0 +1,241 @@
+"""LoRA-Pro for every network: the step of the deltas is the gradient's projection on what the factors can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.errors import SpecError
+from tensoradapt.gauge import implied, pseudo_inverse, pseudo_inverse_cg
+from tensoradapt.gauge.metric import Metric
+from tensoradapt.grouping import Group
+from tensoradapt.lower import dense
+from tensoradapt.optim.batches import Batch, Nodes, batches, doubled, halves
+from tensoradapt.optim.moments import Betas, energy, spread, transported
+from tensoradapt.optim.preconditioned import Preconditioned, checked_damping
+
+Gauge = Literal["min_norm", "zero"]
+Moments = Literal["factors", "dense"]
+KEPT = ("direction_avg", "gradient_avg", "projected_sq", "dense_avg", "dense_sq", "directions")
+
+
+class LoRAPro(Preconditioned):
+    """J^+ of the gradient: among all steps of the factors, that whose effect on the deltas is closest to the gradient.
+
+        d = (s J)^+ g = s^-2 (J^T J)^+ (g_u, g_v, ..),    s J d = P g,    delta_new = delta - lr P g + O(lr^2)
+
+    with J the Jacobian of the network in its trained factors, s its scale, g_u what autograd gives for the factor u and
+    P the projection on the tangent space. LoRA: P g = g - (1 - B B^+) g (1 - A^+ A).
+
+    `gauge` says which of the d with that effect: `min_norm` the shortest (two nodes in closed form, others by conjugate
+    gradients to `tolerance`), `zero` that in which all nodes but one move orthogonally to themselves (the paper's
+    X = 0; a closed form for every tree, with matrices as wide as a bond). None takes min_norm for two nodes, zero for
+    other trees, min_norm for the rest.
+    `moments`: `factors` keeps a first moment in the factors' space and one second moment per group, the mean square of
+    P g over the deltas' entries, v = beta2 v + (1 - beta2) <g_u, d_u> / entries; the step is mhat / (sqrt vhat + eps),
+    bias corrected from the first step, so that the learning rate is the root mean square by which entries of deltas
+    change. It does not depend on the gauge of the factors. Under min_norm the first moment is carried over to new
+    factors as the change it meant, J_new^T J_old m, by overlaps; under zero, as factors turn. `dense` is the paper's:
+    Adam's moments of P g, entry by entry, projected again. None hands d to `base`: with AdamW, that depends on the
+    gauge. Weight decay of `base` decays factors.
+
+    `damping` is relative: delta = damping * tr(J^T J) / entries, one for all nodes of a network. A zero node (B = 0)
+    gets gB (A A^T + delta)^-1, the others none; in an all-zero network nothing moves.
+
+    State, beside that of `base`: as many entries as the factors have and one number per group; for `dense` two entries
+    per entry of the stacked deltas; for None nothing. After `ta.resize(adapter, optimizer=..)` moments are carried over
+    where they are gradients (min_norm) or dense, and begin anew otherwise. Clip gradients, and unscale those of a
+    gradient scaler, before `step`. Parameters that are no factors of the adapter are left to `base`.
+
+    Raises SpecError where groups share a bank of slices, and for gauge='zero' on what is no tree.
+    Source: arXiv:2407.18242; the closed forms are derived in the geometry page of the documentation.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Callable[..., Optimizer] = torch.optim.SGD,
+        params: Iterable[Any] | None = None,
+        *,
+        damping: float = 1e-4,
+        gauge: Gauge | None = None,
+        moments: Moments | None = "factors",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        tolerance: float = 1e-6,
+        **options: Any,
+    ) -> None:
+        self.damping, self.tolerance = checked_damping(damping), tolerance
+        self.gauge, self.moments, self.betas = gauge, moments, Betas(*betas, eps)
+        _check(gauge, moments, self.betas)
+        super().__init__(adapter, base, params, **options)
+        if gauge == "zero":
+            for group, owner in self.groups:
+                _check_tree(group, owner)
+        self._kept: dict[Tensor, dict[str, Any]] = {}
+        self._moved: list[tuple[Batch, dict[str, Tensor]]] = []
+
+    def directions(self) -> Mapping[Tensor, Tensor]:
+        """J^+ of the gradients, or of their moments, of every group."""
+        self._take()
+        move = {"factors": self._by_factors, "dense": self._by_tensor, None: self._plain}[self.moments]
+        found: dict[Tensor, Tensor] = {}
+        for batch in batches(self.groups, self.adapter.scale, self._steps):
+            found |= batch.spread(move(batch))
+        return found
+
+    def finish(self) -> None:
+        """Carry moments over to the factors of after the step, and put them into the state."""
+        for batch, moment in self._moved:
+            made = transported(batch.diagram, batch.factors, moment, batch.now)
+            self._keep(batch, "gradient_avg", {n: t * batch.kind.scale**2 for n, t in made.items()})
+        self._moved.clear()
+        for parameter, entries in self._kept.items():
+            self.state[parameter].update(entries)
+        self._kept.clear()
+
+    # -- what is kept -------------------------------------------------------------------------------------------
+
+    def _take(self) -> None:
+        """Take the moments out of the inner optimiser's state, which takes an empty one for a first step."""
+        self._moved.clear()
+        self._kept.clear()
+        for _, owner in self.groups:
+            for parameter in owner.values():
+                state = self.state.get(parameter)
+                if state:
+                    self._kept[parameter] = {name: state.pop(name) for name in KEPT if name in state}
+
+    def _steps(self, owner: Nodes) -> tuple[int, tuple[str, ...]]:
+        """The steps that a group has moments of, and which: groups of one batch have the same."""
+        states = [self._kept.get(p, {}) for p in owner.values() if p.grad is not None]
+        first = states[0] if states else {}
+        names = tuple(name for name in KEPT[:2] if all(name in state for state in states))
+        return (first.get("directions", 0), names) if names or "dense_avg" in first else (0, ())
+
+    def _held(self, batch: Batch, name: str) -> dict[str, Tensor]:
+        return batch.gathered([{n: self._kept[owner[n]][name] for n in batch.kind.moving} for owner in batch.owners])
+
+    def _one(self, batch: Batch, name: str) -> Tensor:
+        """What is kept once for a group, with its first node."""
+        first = batch.kind.moving[0]
+        return batch.gathered([{first: self._kept[owner[first]][name]} for owner in batch.owners])[first]
+
+    def _keep(self, batch: Batch, name: str, made: Nodes) -> None:
+        for parameter, part in batch.spread(made):
+            self._kept.setdefault(parameter, {})[name] = part
+
+    def _count(self, batch: Batch, step: int) -> None:
+        for owner in batch.owners:
+            self._kept.setdefault(owner[batch.kind.moving[0]], {})["directions"] = step
+
+    # -- directions ---------------------------------------------------------------------------------------------
+
+    def _zero(self, batch: Batch) -> bool:
+        """Whether a batch's directions are those of the gauge in which J^T J is block diagonal."""
+        diagram, moving = batch.diagram, batch.kind.moving
+        if self.gauge == "zero" or (diagram.is_tree and len(moving) == 1):
+            return True
+        two = len(diagram.nodes) == 2 and diagram.is_tree
+        return self.gauge is None and not two and self.metric(batch).connected
+
+    def _solved(self, batch: Batch, grads: Nodes) -> dict[str, Tensor]:
+        """J^+ g up to the scale, of gradients of a batch, or of a batch twice over."""
+        if self._zero(batch):
+            return self.metric(batch).directions(batch.factors, grads, self.damping)
+        if len(batch.diagram.nodes) == 2 and len(grads) == 2 and batch.diagram.is_tree:
+            return pseudo_inverse(batch.diagram, batch.factors, grads, self.damping).factors
+        found = pseudo_inverse_cg(batch.diagram, batch.factors, grads, self.damping, self.tolerance, 200)
+        return found.factors
+
+    def _plain(self, batch: Batch) -> dict[str, Tensor]:
+        made = self._solved(batch, batch.grads)
+        return {node: tensor / batch.kind.scale**2 for node, tensor in made.items()}
+
+    def _by_factors(self, batch: Batch) -> dict[str, Tensor]:
+        step = batch.tag[0] + 1
+        made, moment = self._blended(batch) if self._zero(batch) else self._carried(batch)
+        second = energy(batch.diagram, batch.grads, made) * ((1 - self.betas.second) / batch.kind.scale**2)
+        if step > 1:
+            second = second + self.betas.second * self._one(batch, "projected_sq")
+        self._keep(batch, "projected_sq", {batch.kind.moving[0]: second})
+        self._count(batch, step)
+        factor = self.betas.factor(second, step) / (1 - self.betas.first**step)
+        return {node: tensor * spread(batch.diagram, node, factor) for node, tensor in moment.items()}
+
+    def _blended(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The direction, and the moment in the factors themselves: both turn with the gauge as the factors do."""
+        made = self._solved(batch, batch.grads)
+        weight = (1 - self.betas.first) / batch.kind.scale**2
+        if "direction_avg" in batch.tag[1]:
+            moment = self._held(batch, "direction_avg")
+            for node, tensor in made.items():
+                moment[node] = moment[node].mul(self.betas.first).add_(tensor, alpha=weight)
+        else:
+            moment = {node: tensor * weight for node, tensor in made.items()}
+        self._keep(batch, "direction_avg", moment)
+        return made, moment
+
+    def _carried(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The direction, and the moment as J^+ of the change that it meant, projected on what is tangent now."""
+        if "gradient_avg" in batch.tag[1]:
+            both = doubled(batch, self._held(batch, "gradient_avg"))
+            made, before = halves(batch, self._solved(both, both.grads))
+        else:
+            made, before = self._solved(batch, batch.grads), {}
+        weight = batch.kind.scale**-2
+        moment = {node: tensor * (weight * (1 - self.betas.first)) for node, tensor in made.items()}
+        for node, tensor in before.items():
+            moment[node] = moment[node].add_(tensor, alpha=weight * self.betas.first)
+        old = {node: tensor.clone() for node, tensor in batch.factors.items()}
+        self._moved.append((batch.at(old), moment))
+        return made, moment
+
+    def _by_tensor(self, batch: Batch) -> dict[str, Tensor]:
+        """The paper's moments: Adam's of the dense implied gradient, projected again."""
+        step, scale = batch.tag[0] + 1, batch.kind.scale
+        change = implied(batch.diagram, batch.factors, self._plain(batch)) * scale
+        first, second = (1 - self.betas.first) * change, (1 - self.betas.second) * change.square()
+        if step > 1:
+            first += self.betas.first * self._one(batch, "dense_avg")
+            second += self.betas.second * self._one(batch, "dense_sq")
+        for name, tensor in (("dense_avg", first), ("dense_sq", second)):
+            self._keep(batch, name, {batch.kind.moving[0]: tensor})
+        self._count(batch, step)
+        again = _pulled(batch, self.betas.divided(first, second, step))
+        return {node: tensor / scale for node, tensor in self._solved(batch, again).items()}
+
+
+def _pulled(batch: Batch, tensor: Tensor) -> dict[str, Tensor]:
+    """J^T of a tensor."""
+    with torch.enable_grad():
+        held = {n: t.detach().requires_grad_(n in batch.kind.moving) for n, t in batch.factors.items()}
+        made = dense(batch.diagram, held)
+        found = torch.autograd.grad(made, [held[n] for n in batch.kind.moving], tensor)
+    return dict(zip(batch.kind.moving, found, strict=True))
+
+
+def _check(gauge: str | None, moments: str | None, betas: Betas) -> None:
+    if gauge not in (None, "min_norm", "zero"):
+        raise SpecError("unknown gauge", got=repr(gauge), expected="min_norm, zero, or None for the cheaper one")
+    if moments not in (None, "factors", "dense"):
+        raise SpecError("unknown moments", got=repr(moments), expected="factors, dense or None")
+    if not (0 <= betas.first < 1 and 0 <= betas.second < 1 and betas.eps >= 0):
+        raise SpecError(
+            "betas are from 0 up to 1, and eps is not negative", got=((betas.first, betas.second), betas.eps)
+        )
+
+
+def _check_tree(group: Group, owner: Nodes) -> None:
+    moving = [node for node, p in owner.items() if p.requires_grad]
+    if not group.diagram.is_tree or not Metric(group.diagram, moving).connected:
+        raise SpecError(
+            f"group {group.name!r}: gauge='zero' needs a tree whose trained nodes hang together",
+            got=str(group.diagram),
+            hint="use gauge='min_norm'",
+        )

@@ -1,0 +1,55 @@
+"""What optimisers of factors have in common: the adapter's groups at every step, whatever was done to it between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.diagram import Diagram
+from tensoradapt.errors import SpecError
+from tensoradapt.gauge.metric import Blocks, Metric
+from tensoradapt.grouping import Group
+from tensoradapt.optim.batches import Batch, factors_of
+from tensoradapt.optim.wrapper import Wrapper
+
+
+class Preconditioned(Wrapper):
+    """A wrapper that knows the groups of its adapter."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Callable[..., Optimizer] = torch.optim.SGD,
+        params: Iterable[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(adapter, base, params, **options)
+        self._known = (adapter.plan, factors_of(adapter))
+        self._metrics: dict[tuple[Diagram, tuple[str, ...]], Metric | Blocks] = {}
+
+    @property
+    def groups(self) -> list[tuple[Group, dict[str, Tensor]]]:
+        """Every group with the parameters of its nodes, anew where the adapter was resized."""
+        if self._known[0] is not self.adapter.plan:
+            self._known = (self.adapter.plan, factors_of(self.adapter))
+            self._metrics.clear()
+        return self._known[1]
+
+    def metric(self, batch: Batch) -> Metric | Blocks:
+        """The metric of a batch's factors: by Gram matrices of bonds for trees, by whole blocks for others."""
+        key = batch.diagram, batch.kind.moving
+        if key not in self._metrics:
+            self._metrics[key] = Metric(*key) if batch.diagram.is_tree else Blocks(*key)
+        return self._metrics[key]
+
+
+def checked_damping(damping: float) -> float:
+    """A relative damping. Raises SpecError where it is negative or not finite."""
+    if not 0 <= damping < float("inf"):
+        raise SpecError("a relative damping is a number from 0 on", got=damping, hint="write damping=1e-4")
+    return float(damping)
