@@ -58,10 +58,21 @@ def build(args: argparse.Namespace, seed: int) -> nn.Module:
     return model.to(args.device)
 
 
-def train(model: nn.Module, rows: Sequence[Row], args: argparse.Namespace, rate: float, seed: int) -> float:
-    """Train by AdamW with warm-up and linear decay; return the last tenth's mean loss, NaN if it diverges."""
+def train(
+    model: nn.Module,
+    rows: Sequence[Row],
+    args: argparse.Namespace,
+    rate: float,
+    seed: int,
+    optimiser: torch.optim.Optimizer | None = None,
+) -> float:
+    """Train with warm-up and linear decay, by AdamW or the optimiser given; return the last tenth's mean loss.
+
+    NaN if it diverges.
+    """
     parameters = [value for value in model.parameters() if value.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=args.weight_decay)
+    if optimiser is None:
+        optimiser = torch.optim.AdamW(parameters, lr=rate, weight_decay=args.weight_decay)
     steps = args.epochs * math.ceil(len(rows) / args.batch_size)
     warm = max(1, round(args.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -1,0 +1,214 @@
+"""The frontier's results: a CSV ledger with one row per finished run, and the table and figure drawn from it alone."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensoradapt.plots.page import COLOURS, GREY, INCH, INK, save, styled
+from tensoradapt.plots.panels import PAGE, ruled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KEY = (
+    *("task", "method", "rate", "seed", "split", "epochs", "train_rows", "judged_rows", "max_length", "batch"),
+    *("initialisation", "optimiser", "head_rate"),
+)
+FOUND = ("parameters", "metric", "value", "seconds", "cpu_seconds", "versions")
+FIELDS = (*KEY, *FOUND)
+OF_TASK = ("epochs", "train_rows", "judged_rows", "max_length", "batch", "head_rate")
+OF_METHOD = ("rate", "initialisation", "optimiser")
+REFERENCES = ("full", "LoRA r=8 all", "LoRA r=8 qv")
+TASKS = ("mrpc", "cola", "rte")
+LORA_ALL, LORA_QV = "LoRA r=8 all", "LoRA r=8 qv"
+
+
+class Ledger:
+    """The finished runs by their settings; one more is one more line, on the disk before the next begins."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, ...], dict[str, str]] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    if None not in row.values() and None not in row:  # a line torn by an interruption is run again
+                        self.rows[tuple(row[name] for name in KEY)] = row
+
+    def find(self, settings: Mapping[str, Any]) -> dict[str, str] | None:
+        """The row of these settings, if they were run."""
+        return self.rows.get(tuple(str(settings[name]) for name in KEY))
+
+    def add(self, settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
+        """Append a finished run."""
+        row = {name: str({**settings, **found}[name]) for name in FIELDS}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_bytes() if self.path.exists() else b""
+        with self.path.open("a", newline="") as file:
+            file.write("\n" if text and not text.endswith(b"\n") else "")
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if not text:
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows[tuple(row[name] for name in KEY)] = row
+        return row
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method over its validation runs: `scores[task][seed]` in points; `means` of the seeds with every task."""
+
+    method: str
+    parameters: int
+    rate: str
+    start: str
+    scores: dict[str, dict[str, float]]
+    seconds: float
+
+    @property
+    def means(self) -> list[float]:
+        seeds = set.intersection(*({*self.scores.get(task, {})} for task in TASKS))
+        return [statistics.fmean(self.scores[task][seed] for task in TASKS) for seed in sorted(seeds)]
+
+
+def summaries(rows: Iterable[Mapping[str, str]]) -> list[Summary]:
+    """The methods in the order of their first validation run; a diverged run's score is NaN."""
+    grouped: dict[str, list[Mapping[str, str]]] = {}
+    for row in comparable(rows):
+        grouped.setdefault(row["method"], []).append(row)
+    return [summary(method, runs) for method, runs in grouped.items()]
+
+
+def comparable(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The validation runs made as the last of their task were, at the rate and start that their method had last."""
+    found = [row for row in rows if row["split"] == "validation"]
+    last_task = {row["task"]: tuple(row[name] for name in OF_TASK) for row in found}
+    kept = [row for row in found if tuple(row[name] for name in OF_TASK) == last_task[row["task"]]]
+    last = {row["method"]: tuple(row[name] for name in OF_METHOD) for row in kept}
+    return [row for row in kept if tuple(row[name] for name in OF_METHOD) == last[row["method"]]]
+
+
+def summary(method: str, runs: Sequence[Mapping[str, str]]) -> Summary:
+    scores: dict[str, dict[str, float]] = {}
+    for run in runs:
+        scores.setdefault(run["task"], {})[run["seed"]] = 100 * float(run["value"])
+    start = f"{runs[0]['initialisation']}; {runs[0]['optimiser']}"
+    seconds = statistics.fmean(float(run["cpu_seconds"]) for run in runs)
+    rate = f"{float(runs[0]['rate']):g}"
+    return Summary(method, int(runs[0]["parameters"]), rate, start, scores, seconds)
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean and the sample's standard deviation, in points."""
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def table(rows: Iterable[Mapping[str, str]]) -> str:
+    """The Markdown table: validation scores in points, mean and standard deviation over the seeds."""
+    found = summaries(rows)
+    counts = {each.method: each.parameters for each in found}
+    names = [
+        "method",
+        "parameters",
+        "of LoRA r=8 all",
+        "rate",
+        "start; optimiser",
+        *TASKS,
+        "mean",
+        "seeds",
+        "CPU s per run",
+    ]
+    lines = [names, ["---"] + ["--:"] * (len(names) - 1)]
+    for each in found:
+        share = f"1/{counts[LORA_ALL] / each.parameters:.1f}" if LORA_ALL in counts else ""
+        cells = [spread([*each.scores.get(task, {}).values()]) for task in TASKS]
+        tail = [spread(each.means), str(len(each.means)), f"{each.seconds:.0f}"]
+        lines.append([each.method, f"{each.parameters:,}", share, each.rate, each.start, *cells, *tail])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def goals(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """What was reached of the goal: within 0.5 points of LoRA on all roles at a tenth; above LoRA q, v at a fifth."""
+    found = {each.method: each for each in summaries(rows) if each.means and not math.isnan(sum(each.means))}
+    lines = []
+    for reference, factor, least in ((LORA_ALL, 10, -0.5), (LORA_QV, 5, 0.0)):
+        if reference not in found:
+            continue
+        limit, level = found[reference].parameters / factor, statistics.fmean(found[reference].means)
+        ours = [x for x in found.values() if x.parameters <= limit and not x.method.startswith(("LoRA ", "full"))]
+        if ours:
+            best = max(ours, key=lambda each: statistics.fmean(each.means))
+            gap = statistics.fmean(best.means) - level
+            verdict = "reached" if gap >= least and (least or gap > 0) else "missed"
+            lines.append(f"at 1/{factor} of {reference}: best {best.method}, {gap:+.1f} points: goal {verdict}")
+    return lines
+
+
+def series_of(method: str) -> str:
+    """The line that a point belongs to: its method without rank or budget."""
+    return " ".join(word for word in method.replace(" of qv", "").split() if not word.startswith(("r=", "1/")))
+
+
+def figure(rows: Iterable[Mapping[str, str]]) -> Figure:
+    """Adapter parameters against the mean score over the tasks; bars are the standard deviation over the seeds."""
+    from matplotlib.figure import Figure
+
+    found = [each for each in summaries(rows) if each.means and not math.isnan(sum(each.means))]
+    lines: dict[str, list[Summary]] = {}
+    for each in found:
+        if each.method != "full":
+            lines.setdefault(series_of(each.method), []).append(each)
+    with styled():
+        result = Figure(figsize=(PAGE / INCH, 95 / INCH), layout="constrained")
+        axes = result.add_subplot()
+        for each in found:
+            if each.method in REFERENCES:
+                _reference(axes, each)
+        for number, (name, points) in enumerate(lines.items()):
+            _line(axes, name, sorted(points, key=lambda each: each.parameters), number)
+        axes.set(xscale="log", xlabel="trainable adapter parameters (head apart)")
+        axes.set_ylabel("mean of MRPC F1, CoLA Matthews, RTE accuracy, in points (%)")
+        ruled(axes)
+        result.legend(loc="outside right upper", frameon=False)
+    return result
+
+
+def _reference(axes: Any, each: Summary) -> None:
+    dash = {"full": (0, (1, 1)), LORA_ALL: (0, (6, 2)), LORA_QV: (0, (3, 2))}[each.method]
+    label = (
+        f"{each.method}, {each.parameters / 1e6:.1f} M parameters"
+        if each.method == "full"
+        else f"level of {each.method}"
+    )
+    axes.axhline(statistics.fmean(each.means), color=GREY, linewidth=0.9, linestyle=dash, zorder=1, label=label)
+
+
+def _line(axes: Any, name: str, points: Sequence[Summary], number: int) -> None:
+    colour, marker = (*COLOURS[:-1], INK)[number % len(COLOURS)], "os^DvP<>X*h"[number % 11]
+    means = [statistics.fmean(each.means) for each in points]
+    bars = [statistics.stdev(each.means) if len(each.means) > 1 else 0.0 for each in points]
+    filled = colour if number < len(COLOURS) else "white"
+    axes.errorbar(
+        [each.parameters for each in points],
+        means,
+        bars,
+        **{"color": colour, "marker": marker, "markersize": 4, "markerfacecolor": filled, "linewidth": 0.9},
+        **{"elinewidth": 0.7, "capsize": 2, "label": name},
+    )
+
+
+def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Write the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save(figure(rows), path)
