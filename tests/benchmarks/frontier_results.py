@@ -25,6 +25,7 @@ FOUND = ("parameters", "metric", "value", "seconds", "cpu_seconds", "versions")
 FIELDS = (*KEY, *FOUND)
 OF_TASK = ("epochs", "train_rows", "judged_rows", "max_length", "batch", "head_rate")
 OF_METHOD = ("rate", "initialisation", "optimiser")
+STEP = 1.012  # by which neighbours of one budget stand apart, so that their bars can be told apart
 REFERENCES = ("full", "LoRA r=8 all", "LoRA r=8 qv")
 TASKS = ("mrpc", "cola", "rte")
 LORA_ALL, LORA_QV = "LoRA r=8 all", "LoRA r=8 qv"
@@ -177,7 +178,12 @@ def figure(rows: Iterable[Mapping[str, str]]) -> Figure:
                 _reference(axes, each)
         for number, (name, points) in enumerate(lines.items()):
             _line(axes, name, sorted(points, key=lambda each: each.parameters), number)
-        axes.set(xscale="log", xlabel="trainable adapter parameters (head apart)")
+        axes.set(
+            xscale="log", xlabel="trainable adapter parameters, head apart (points of one budget set side by side)"
+        )
+        ticks = [1e4, 2e4, 5e4, 1e5, 2e5, 5e5]
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.set_ylabel("mean of MRPC F1, CoLA Matthews, RTE accuracy, in points (%)")
         ruled(axes)
         result.legend(loc="outside right upper", frameon=False)
@@ -200,7 +206,7 @@ def _line(axes: Any, name: str, points: Sequence[Summary], number: int) -> None:
     bars = [statistics.stdev(each.means) if len(each.means) > 1 else 0.0 for each in points]
     filled = colour if number < len(COLOURS) else "white"
     axes.errorbar(
-        [each.parameters for each in points],
+        [each.parameters * STEP ** (number - 6) for each in points],
         means,
         bars,
         **{"color": colour, "marker": marker, "markersize": 4, "markerfacecolor": filled, "linewidth": 0.9},
