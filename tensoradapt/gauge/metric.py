@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +33,18 @@ class Metric:
     def __init__(self, diagram: Diagram, trained: Collection[str] | None = None) -> None:
         require_tree(diagram, "a metric of Gram matrices")
         self.nodes = [n for n in diagram.nodes if trained is None or n in trained]
-        bonds, batch = diagram.bonds, diagram.batch
+        bonds = diagram.bonds
         self.root = max(reversed(self.nodes), key=lambda node: sum(i in bonds for i in diagram.nodes[node]))
         self.edges = inward(diagram, self.root)
         self.above = {edge.child: edge.bond for edge in self.edges}
         self.below = {n: [e.bond for e in self.edges if e.parent == n] for n in diagram.nodes}
         self.connected = all(edge.parent in self.nodes for edge in self.edges if edge.child in self.nodes)
-        self._legs = {(node, bond): _Leg(diagram, node, batch, bond) for bond, ends in bonds.items() for node in ends}
+        self._legs = {(node, bond): _leg(diagram, node, bond) for bond, ends in bonds.items() for node in ends}
+        self.pair = len(diagram.nodes) == len(self.nodes) == 2
         entries = sum(map(diagram.numel, self.nodes))
         self.shares = {node: diagram.numel(node) / entries for node in self.nodes}
-        self.blocks = {node: self._block(node) for node in self.nodes}
+        self._around = {node: self._block(node) for node in diagram.nodes}
+        self.blocks = {node: self._around[node] for node in self.nodes}
         self.alike: dict[int, list[tuple[str, bool]]] = {}
         for bond in bonds:
             self.alike.setdefault(diagram.sizes[bond], []).extend([(bond, True), (bond, False)])
@@ -61,15 +64,11 @@ class Metric:
         return found
 
     def _gram(self, factors: Factors, node: str, bond: str, found: dict[tuple[str, bool], Tensor]) -> Tensor:
-        leg = self._legs[node, bond]
         seen = factors[node]
-        for other in self._block_of_all(node):
+        for other in self._around[node]:
             if other[0] != bond:
                 seen = self._legs[node, other[0]].act(seen, found[other])
-        return leg.unfold(seen).mT @ leg.unfold(factors[node])
-
-    def _block_of_all(self, node: str) -> list[tuple[str, bool]]:
-        return self.blocks[node] if node in self.blocks else self._block(node)
+        return self._legs[node, bond].overlap(seen, factors[node])
 
     def inverses(self, factors: Factors, damping: float) -> dict[tuple[str, bool], Tensor]:
         """The inverse Gram matrices: pseudo-inverses without damping.
@@ -95,47 +94,49 @@ class Metric:
         means = {
             key: mean
             for size, keys in self.alike.items()
-            for key, mean in zip(keys, diagonals[size].mean(-1).unbind(), strict=True)
+            for key, mean in zip(keys, _numbers(diagonals[size].mean(-1)), strict=True)
         }
         traces = [math.prod((means[k] for k in block), start=self.shares[n]) for n, block in self.blocks.items()]
-        delta = sum(traces[1:], traces[0]) * damping
+        delta = sum(traces) * damping
         shifts = dict.fromkeys(means, delta)
         for block in self.blocks.values():
             if len(block) > 1:
                 for key in block:
-                    rest = math.prod(means[k] for k in block if k != key)
-                    shifts[key] = delta / rest.clamp(min=_TINY)
+                    shifts[key] = delta / (math.prod(means[k] for k in block if k != key) + _TINY)
         for size, keys in self.alike.items():
-            shift = torch.stack([shifts[key] for key in keys])
-            diagonals[size].add_(torch.where(shift > 0, shift, 1.0)[..., None])
+            shift = _tensor([shifts[key] for key in keys], diagonals[size])
+            diagonals[size].add_(shift[..., None])
 
     def directions(
-        self, factors: Factors, grads: Factors, damping: float = 0.0, *, project: bool = True
+        self, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, *, project: bool = True
     ) -> dict[str, Tensor]:
-        """The direction of every trained node from its gradient.  Shapes: those of the factors.
+        """The direction of every trained node from its gradient, of `scale` times the network.
 
         With `project`, J d is the projection of g on the tangent space; without, every node's own share of it, what
-        several nodes see counted several times.
+        several nodes see counted several times.  Shapes: those of the factors.
         """
         inverse = self.inverses(factors, damping)
-        return {node: self._direction(node, factors[node], grads[node], inverse, project) for node in self.nodes}
+        found = {}
+        for node in self.nodes:
+            weights = {key: inverse[key] for key in self.blocks[node]}
+            first = next(iter(weights), None)
+            if first is not None and scale != 1:  # on the smallest of what is multiplied
+                weights[first] = weights[first] * scale**-2
+            found[node] = self._direction(node, factors[node], grads[node], weights)
+            if project and node in self.above:
+                bond = self.above[node]
+                leg = self._legs[node, bond]
+                turn = inverse[bond, True] @ leg.overlap(factors[node], grads[node]) @ weights[bond, False]
+                found[node] = leg.less(found[node], factors[node], turn)
+            elif first is None:
+                found[node] = grads[node] * scale**-2
+        return found
 
-    def _direction(
-        self, node: str, factor: Tensor, grad: Tensor, inverse: dict[tuple[str, bool], Tensor], project: bool
-    ) -> Tensor:
-        made = grad
-        for bond in self.below[node]:
-            made = self._legs[node, bond].act(made, inverse[bond, True])
-        bond = self.above.get(node, "")
-        if not bond:
-            return made
-        leg, before = self._legs[node, bond], inverse[bond, False]
-        rows = leg.unfold(made) @ before
-        if project:
-            held = leg.unfold(factor)
-            seen = held.mT @ leg.unfold(grad)
-            rows = rows - held @ (inverse[bond, True] @ (seen @ before))
-        return leg.fold(rows)
+    def _direction(self, node: str, factor: Tensor, grad: Tensor, weights: dict[tuple[str, bool], Tensor]) -> Tensor:
+        """A node's gradient times a matrix on each of its bonds."""
+        for (bond, _), matrix in weights.items():
+            grad = self._legs[node, bond].act(grad, matrix)
+        return grad
 
 
 _TINY = 1e-100
@@ -144,24 +145,77 @@ _TINY = 1e-100
 class _Leg:
     """A node as matrices from one of its bonds to all else, and back.  Shape: (batch.., rows, bond)."""
 
-    def __init__(self, diagram: Diagram, node: str, batch: Sequence[str], bond: str) -> None:
-        indices = diagram.nodes[node]
+    def __init__(self, diagram: Diagram, node: str, bond: str) -> None:
+        indices, batch = diagram.nodes[node], diagram.batch
         order = [*batch, *(i for i in indices if i != bond and i not in batch), bond]
         self.order = [indices.index(i) for i in order]
         self.back = [order.index(i) for i in indices]
-        self.straight = self.order == sorted(self.order)
         self.sizes = [diagram.sizes[i] for i in order]
         self.shape = (*self.sizes[: len(batch)], -1, self.sizes[-1])
 
     def unfold(self, tensor: Tensor) -> Tensor:
-        return (tensor if self.straight else tensor.permute(self.order)).reshape(self.shape)
+        return tensor.permute(self.order).reshape(self.shape)
 
     def fold(self, matrix: Tensor) -> Tensor:
-        made = matrix.reshape(self.sizes)
-        return made if self.straight else made.permute(self.back)
+        return matrix.reshape(self.sizes).permute(self.back)
 
     def act(self, tensor: Tensor, matrix: Tensor) -> Tensor:
+        """The node times a matrix on the bond: new[.., c] = sum_b old[.., b] matrix[b, c]."""
         return self.fold(self.unfold(tensor) @ matrix)
+
+    def overlap(self, one: Tensor, two: Tensor) -> Tensor:
+        """Both contracted over all but the bond.  Shape: (batch.., bond, bond)."""
+        return self.unfold(one).mT @ self.unfold(two)
+
+    def less(self, made: Tensor, tensor: Tensor, matrix: Tensor) -> Tensor:
+        """`made` less the node times a matrix on the bond."""
+        return made - self.act(tensor, matrix)
+
+
+class _Last(_Leg):
+    """The bond is the last index, behind the batch: the node is these matrices already."""
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.shape)
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.sizes)
+
+    def less(self, made: Tensor, tensor: Tensor, matrix: Tensor) -> Tensor:
+        if len(self.sizes) > 2:
+            return super().less(made, tensor, matrix)
+        return torch.addmm(made, tensor, matrix, alpha=-1)
+
+
+class _Rows(_Leg):
+    """The bond is the last index but one and there is no batch: rows of matrices, which need not be copied."""
+
+    def act(self, tensor: Tensor, matrix: Tensor) -> Tensor:
+        return matrix.mT @ tensor
+
+    def overlap(self, one: Tensor, two: Tensor) -> Tensor:
+        made = one @ two.mT
+        return made.sum(tuple(range(made.ndim - 2))) if made.ndim > 2 else made
+
+
+def _leg(diagram: Diagram, node: str, bond: str) -> _Leg:
+    indices, batch = diagram.nodes[node], diagram.batch
+    if indices[-1] == bond and indices[: len(batch)] == batch:
+        return _Last(diagram, node, bond)
+    return (_Rows if indices[-2] == bond and not batch else _Leg)(diagram, node, bond)
+
+
+def _numbers(means: Tensor) -> Sequence[Any]:
+    """The entries of a first axis: as numbers where there is no other, which are cheaper than tensors on a CPU."""
+    return means.tolist() if means.ndim == 1 and means.device.type == "cpu" else means.unbind()
+
+
+def _tensor(shifts: Sequence[Any], like: Tensor) -> Tensor:
+    """Shifts of matrices, 1 where all that there is is zero: the inverse of a zero matrix meets zeros alone."""
+    if isinstance(shifts[0], float):
+        return like.new_tensor([shift or 1.0 for shift in shifts])
+    made = torch.stack(list(shifts))
+    return torch.where(made > 0, made, 1.0)
 
 
 def _pinv(gram: Tensor, like: torch.dtype) -> Tensor:
@@ -175,7 +229,7 @@ def _pinv(gram: Tensor, like: torch.dtype) -> Tensor:
 class Blocks:
     """The same for networks that are no trees, without the projection: every block of J^T J as a matrix over bonds."""
 
-    connected = False
+    connected = pair = False
 
     def __init__(self, diagram: Diagram, trained: Collection[str] | None = None) -> None:
         self.nodes = [n for n in diagram.nodes if trained is None or n in trained]
@@ -184,7 +238,7 @@ class Blocks:
         self.shares = {node: diagram.numel(node) / entries for node in self.nodes}
 
     def directions(
-        self, factors: Factors, grads: Factors, damping: float = 0.0, *, project: bool = False
+        self, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, *, project: bool = False
     ) -> dict[str, Tensor]:
         """The direction of every trained node from its gradient, its own share of J^+ g.  Shapes: the factors'."""
         blocks = {node: term.gram(factors).double() for node, term in self.terms.items()}
@@ -199,7 +253,7 @@ class Blocks:
         for node, block in blocks.items():
             like = factors[node].dtype
             inverse = torch.linalg.inv_ex(block).inverse.to(like) if damping else _pinv(block, like)
-            found[node] = self.terms[node].apply(grads[node], inverse)
+            found[node] = self.terms[node].apply(grads[node], inverse * scale**-2)
         return found
 
 

@@ -60,7 +60,7 @@ class Batch:
     @property
     def now(self) -> dict[str, Tensor]:
         """The factors as they are at this moment."""
-        return self.gathered([{node: _wide(p.detach()) for node, p in owner.items()} for owner in self.owners])
+        return self.gathered([{node: wide(p.detach()) for node, p in owner.items()} for owner in self.owners])
 
     def gathered(self, held: Sequence[Nodes]) -> dict[str, Tensor]:
         """Tensors by node of every group, as the batch's."""
@@ -99,8 +99,8 @@ def batches(
 
 
 def _batch(kind: Kind, tag: Any, owners: Sequence[Nodes]) -> Batch:
-    held = [{node: _wide(p.detach()) for node, p in owner.items()} for owner in owners]
-    grads = [{node: _wide(owner[node].grad) for node in kind.moving} for owner in owners]
+    held = [{node: wide(p.detach()) for node, p in owner.items()} for owner in owners]
+    grads = [{node: wide(owner[node].grad) for node in kind.moving} for owner in owners]
     if len(owners) == 1:
         return Batch(kind, tag, kind.diagram, held[0], grads[0], owners)
     network = stacked(kind.diagram, held)
@@ -108,7 +108,8 @@ def _batch(kind: Kind, tag: Any, owners: Sequence[Nodes]) -> Batch:
     return Batch(kind, tag, network.diagram, network.factors, together, owners)
 
 
-def _wide(tensor: Any) -> Tensor:
+def wide(tensor: Any) -> Tensor:
+    """A tensor in float32 where it is of half precision: small matrices are inverted."""
     made: Tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
     return made
 

@@ -12,15 +12,16 @@ from torch.optim import Optimizer
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import SpecError
 from tensoradapt.gauge import implied, pseudo_inverse, pseudo_inverse_cg
-from tensoradapt.gauge.metric import Metric
+from tensoradapt.gauge.metric import Blocks, Metric
 from tensoradapt.grouping import Group
 from tensoradapt.lower import dense
-from tensoradapt.optim.batches import Batch, Nodes, batches, doubled, halves
+from tensoradapt.optim.batches import Batch, Nodes, batches, doubled, halves, wide
 from tensoradapt.optim.moments import Betas, energy, spread, transported
 from tensoradapt.optim.preconditioned import Preconditioned, checked_damping
 
 Gauge = Literal["min_norm", "zero"]
 Moments = Literal["factors", "dense"]
+MOST = 200  # iterations of conjugate gradients in one step
 KEPT = ("direction_avg", "gradient_avg", "projected_sq", "dense_avg", "dense_sq", "directions")
 
 
@@ -33,7 +34,7 @@ class LoRAPro(Preconditioned):
     P the projection on the tangent space. LoRA: P g = g - (1 - B B^+) g (1 - A^+ A).
 
     `gauge` says which of the d with that effect: `min_norm` the shortest (two nodes in closed form, others by conjugate
-    gradients to `tolerance`), `zero` that in which all nodes but one move orthogonally to themselves (the paper's
+    gradients), `zero` that in which all nodes but one move orthogonally to themselves (the paper's
     X = 0; a closed form for every tree, with matrices as wide as a bond). None takes min_norm for two nodes, zero for
     other trees, min_norm for the rest.
     `moments`: `factors` keeps a first moment in the factors' space and one second moment per group, the mean square of
@@ -67,10 +68,9 @@ class LoRAPro(Preconditioned):
         moments: Moments | None = "factors",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        tolerance: float = 1e-6,
         **options: Any,
     ) -> None:
-        self.damping, self.tolerance = checked_damping(damping), tolerance
+        self.damping = checked_damping(damping)
         self.gauge, self.moments, self.betas = gauge, moments, Betas(*betas, eps)
         _check(gauge, moments, self.betas)
         super().__init__(adapter, base, params, **options)
@@ -119,63 +119,64 @@ class LoRAPro(Preconditioned):
         return (first.get("directions", 0), names) if names or "dense_avg" in first else (0, ())
 
     def _held(self, batch: Batch, name: str) -> dict[str, Tensor]:
-        return batch.gathered([{n: self._kept[owner[n]][name] for n in batch.kind.moving} for owner in batch.owners])
+        return batch.gathered(
+            [{n: wide(self._kept[owner[n]][name]) for n in batch.kind.moving} for owner in batch.owners]
+        )
 
-    def _one(self, batch: Batch, name: str) -> Tensor:
+    def _one(self, batch: Batch, name: str) -> Any:
         """What is kept once for a group, with its first node."""
-        first = batch.kind.moving[0]
-        return batch.gathered([{first: self._kept[owner[first]][name]} for owner in batch.owners])[first]
+        held = [self._kept[owner[batch.kind.moving[0]]][name] for owner in batch.owners]
+        return held[0] if len(held) == 1 else torch.stack(held)
 
     def _keep(self, batch: Batch, name: str, made: Nodes) -> None:
         for parameter, part in batch.spread(made):
             self._kept.setdefault(parameter, {})[name] = part
 
-    def _count(self, batch: Batch, step: int) -> None:
-        for owner in batch.owners:
-            self._kept.setdefault(owner[batch.kind.moving[0]], {})["directions"] = step
+    def _keep_one(self, batch: Batch, step: int, **made: Any) -> None:
+        for k, owner in enumerate(batch.owners):
+            parts = {name: held if len(batch.owners) == 1 else held[k] for name, held in made.items()}
+            self._kept.setdefault(owner[batch.kind.moving[0]], {}).update(parts, directions=step)
 
     # -- directions ---------------------------------------------------------------------------------------------
 
-    def _zero(self, batch: Batch) -> bool:
-        """Whether a batch's directions are those of the gauge in which J^T J is block diagonal."""
-        diagram, moving = batch.diagram, batch.kind.moving
-        if self.gauge == "zero" or (diagram.is_tree and len(moving) == 1):
+    def _zero(self, metric: Metric | Blocks) -> bool:
+        """Whether directions are those of the gauge in which J^T J is block diagonal."""
+        if self.gauge == "zero" or (metric.connected and len(metric.nodes) == 1):
             return True
-        two = len(diagram.nodes) == 2 and diagram.is_tree
-        return self.gauge is None and not two and self.metric(batch).connected
+        return self.gauge is None and metric.connected and not metric.pair
 
     def _solved(self, batch: Batch, grads: Nodes) -> dict[str, Tensor]:
-        """J^+ g up to the scale, of gradients of a batch, or of a batch twice over."""
-        if self._zero(batch):
-            return self.metric(batch).directions(batch.factors, grads, self.damping)
-        if len(batch.diagram.nodes) == 2 and len(grads) == 2 and batch.diagram.is_tree:
-            return pseudo_inverse(batch.diagram, batch.factors, grads, self.damping).factors
-        found = pseudo_inverse_cg(batch.diagram, batch.factors, grads, self.damping, self.tolerance, 200)
-        return found.factors
+        """The direction (s J)^+ g of gradients of the factors."""
+        metric, scale = self.metric(batch), batch.kind.scale
+        if self._zero(metric):
+            return metric.directions(batch.factors, grads, self.damping, scale)
+        if metric.pair:
+            return pseudo_inverse(batch.diagram, batch.factors, grads, self.damping, scale).factors
+        tolerance = torch.finfo(next(iter(grads.values())).dtype).eps ** 0.75
+        return pseudo_inverse_cg(
+            batch.diagram, batch.factors, grads, self.damping, tolerance, MOST, scale=scale
+        ).factors
 
     def _plain(self, batch: Batch) -> dict[str, Tensor]:
-        made = self._solved(batch, batch.grads)
-        return {node: tensor / batch.kind.scale**2 for node, tensor in made.items()}
+        return self._solved(batch, batch.grads)
 
     def _by_factors(self, batch: Batch) -> dict[str, Tensor]:
         step = batch.tag[0] + 1
-        made, moment = self._blended(batch) if self._zero(batch) else self._carried(batch)
-        second = energy(batch.diagram, batch.grads, made) * ((1 - self.betas.second) / batch.kind.scale**2)
+        made, moment = self._blended(batch) if self._zero(self.metric(batch)) else self._carried(batch)
+        second = energy(batch.diagram, batch.grads, made) * (1 - self.betas.second)
         if step > 1:
             second = second + self.betas.second * self._one(batch, "projected_sq")
-        self._keep(batch, "projected_sq", {batch.kind.moving[0]: second})
-        self._count(batch, step)
-        factor = self.betas.factor(second, step) / (1 - self.betas.first**step)
+        self._keep_one(batch, step, projected_sq=second)
+        factor = self.betas.factor(second, step)
         return {node: tensor * spread(batch.diagram, node, factor) for node, tensor in moment.items()}
 
     def _blended(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The direction, and the moment in the factors themselves: both turn with the gauge as the factors do."""
         made = self._solved(batch, batch.grads)
-        weight = (1 - self.betas.first) / batch.kind.scale**2
+        weight = 1 - self.betas.first
         if "direction_avg" in batch.tag[1]:
-            moment = self._held(batch, "direction_avg")
-            for node, tensor in made.items():
-                moment[node] = moment[node].mul(self.betas.first).add_(tensor, alpha=weight)
+            held = self._held(batch, "direction_avg")
+            moment = {node: held[node].lerp_(tensor, weight) for node, tensor in made.items()}
         else:
             moment = {node: tensor * weight for node, tensor in made.items()}
         self._keep(batch, "direction_avg", moment)
@@ -188,10 +189,9 @@ class LoRAPro(Preconditioned):
             made, before = halves(batch, self._solved(both, both.grads))
         else:
             made, before = self._solved(batch, batch.grads), {}
-        weight = batch.kind.scale**-2
-        moment = {node: tensor * (weight * (1 - self.betas.first)) for node, tensor in made.items()}
+        moment = {node: tensor * (1 - self.betas.first) for node, tensor in made.items()}
         for node, tensor in before.items():
-            moment[node] = moment[node].add_(tensor, alpha=weight * self.betas.first)
+            moment[node].add_(tensor, alpha=self.betas.first)
         old = {node: tensor.clone() for node, tensor in batch.factors.items()}
         self._moved.append((batch.at(old), moment))
         return made, moment
@@ -199,16 +199,13 @@ class LoRAPro(Preconditioned):
     def _by_tensor(self, batch: Batch) -> dict[str, Tensor]:
         """The paper's moments: Adam's of the dense implied gradient, projected again."""
         step, scale = batch.tag[0] + 1, batch.kind.scale
-        change = implied(batch.diagram, batch.factors, self._plain(batch)) * scale
+        change = implied(batch.diagram, batch.factors, self._solved(batch, batch.grads)) * scale
         first, second = (1 - self.betas.first) * change, (1 - self.betas.second) * change.square()
         if step > 1:
             first += self.betas.first * self._one(batch, "dense_avg")
             second += self.betas.second * self._one(batch, "dense_sq")
-        for name, tensor in (("dense_avg", first), ("dense_sq", second)):
-            self._keep(batch, name, {batch.kind.moving[0]: tensor})
-        self._count(batch, step)
-        again = _pulled(batch, self.betas.divided(first, second, step))
-        return {node: tensor / scale for node, tensor in self._solved(batch, again).items()}
+        self._keep_one(batch, step, dense_avg=first, dense_sq=second)
+        return self._solved(batch, _pulled(batch, first * self.betas.factor(second, step) * scale))
 
 
 def _pulled(batch: Batch, tensor: Tensor) -> dict[str, Tensor]:

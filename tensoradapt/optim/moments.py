@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,34 +26,31 @@ class Betas:
     second: float
     eps: float
 
-    def divided(self, first: Tensor, second: Tensor, step: int) -> Tensor:
-        """mhat / (sqrt(vhat) + eps)."""
-        return first / (1 - self.first**step) * self.factor(second, step)
-
-    def factor(self, second: Tensor, step: int) -> Tensor:
-        """1 / (sqrt(vhat) + eps)."""
-        return 1 / ((second / (1 - self.second**step)).sqrt() + self.eps)
+    def factor(self, second: Any, step: int) -> Any:
+        """What the first moment is multiplied with, both corrected for their start at zero: 1 / (sqrt(vhat) + eps)."""
+        return 1 / ((1 - self.first**step) * ((second / (1 - self.second**step)) ** 0.5 + self.eps))
 
 
-def energy(diagram: Diagram, grads: Factors, directions: Factors) -> Tensor:
+def energy(diagram: Diagram, grads: Factors, directions: Factors) -> Any:
     """<J^T g, d> over the entries of the tensor, for every value of the batch: the mean square of the projected g.
 
-    Shape: the sizes of `diagram.batch`.
+    Shape: the sizes of `diagram.batch`; a plain number on a CPU where there are none, which is cheaper.
     """
     batch = diagram.batch
-    parts = []
+    entries = math.prod(diagram.sizes[axis] for axis in diagram.open if axis not in batch)
+    if not batch:
+        parts = [torch.dot(grads[node].reshape(-1), d.reshape(-1)) for node, d in directions.items()]
+        total: Any = sum(map(float, parts)) if parts[0].device.type == "cpu" else sum(parts)
+        return max(total, 0.0) / entries if isinstance(total, float) else total.clamp(min=0) / entries
+    found = []
     for node, direction in directions.items():
         indices = diagram.nodes[node]
-        if not batch:
-            parts.append(torch.sum(grads[node] * direction))
-            continue
         order = [indices.index(i) for i in (*batch, *(i for i in indices if i not in batch))]
-        parts.append((grads[node] * direction).permute(order).flatten(len(batch)).sum(-1))
-    entries = math.prod(diagram.sizes[axis] for axis in diagram.open if axis not in batch)
-    return sum(parts[1:], parts[0]).clamp(min=0) / entries
+        found.append((grads[node] * direction).permute(order).flatten(len(batch)).sum(-1))
+    return torch.stack(found).sum(0).clamp(min=0) / entries
 
 
-def spread(diagram: Diagram, node: str, values: Tensor) -> Tensor:
+def spread(diagram: Diagram, node: str, values: Any) -> Any:
     """Values for each value of the batch, to be multiplied with a node's tensor."""
     indices, batch = diagram.nodes[node], diagram.batch
     if not batch:

@@ -43,9 +43,10 @@ class Preconditioned(Wrapper):
     def metric(self, batch: Batch) -> Metric | Blocks:
         """The metric of a batch's factors: by Gram matrices of bonds for trees, by whole blocks for others."""
         key = batch.diagram, batch.kind.moving
-        if key not in self._metrics:
-            self._metrics[key] = Metric(*key) if batch.diagram.is_tree else Blocks(*key)
-        return self._metrics[key]
+        found = self._metrics.get(key)
+        if found is None:
+            found = self._metrics[key] = Metric(*key) if batch.diagram.is_tree else Blocks(*key)
+        return found
 
 
 def checked_damping(damping: float) -> float:

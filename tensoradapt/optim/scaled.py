@@ -49,6 +49,6 @@ class ScaledGD(Preconditioned):
         """Every factor's gradient in its own metric."""
         found: dict[Tensor, Tensor] = {}
         for batch in batches(self.groups, self.adapter.scale):
-            made = self.metric(batch).directions(batch.factors, batch.grads, self.damping, project=False)
-            found |= batch.spread({node: tensor / batch.kind.scale**2 for node, tensor in made.items()})
+            metric, scale = self.metric(batch), batch.kind.scale
+            found |= batch.spread(metric.directions(batch.factors, batch.grads, self.damping, scale, project=False))
         return found
