@@ -431,6 +431,14 @@ def test_what_a_factor_spans_is_kept_and_the_rest_is_the_seeds():
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
+def test_a_factor_of_full_rank_becomes_the_nearest_orthonormal_one():
+    _, adapter = one_site()
+    before = arrays(adapter)
+    Stiefel(adapter)
+    for node in ("factor_out", "factor_in"):
+        np.testing.assert_allclose(arrays(adapter)[node], polar_of(before[node]), atol=1e-12)
+
+
 def test_a_fresh_lora_gets_random_columns_and_its_other_factor_is_zero():
     """Stiefel-LoRA: B on the manifold, A = 0 at first; both learn."""
     model, adapter = attached("lora", shaken=0)
@@ -494,8 +502,30 @@ def test_after_a_resize_factors_are_made_orthonormal_again():
     before = deltas(adapter)
     optimizer.orthonormalize()
     assert_same_deltas(before, deltas(adapter), 1e-6)
+    assert defect(adapter, ("factor_out", "factor_in")) <= 1e-6
     for _ in train(model, optimizer, 3):
         assert defect(adapter, ("factor_out", "factor_in")) <= 1e-6
+
+
+CHANGES = {
+    "resize": lambda adapter, optimizer: ta.resize(adapter, 5, optimizer=optimizer),
+    "truncate": lambda adapter, optimizer: ta.truncate(adapter, rank=2, optimizer=optimizer),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_right_after_a_change_of_ranks_is_the_base_optimisers(change):
+    """The factors' lengths are not lost: the delta moves as by plain SGD, and the factors are orthonormal after."""
+    found = []
+    for plain in (False, True):
+        model, adapter = attached("lotr", shaken=0.5)
+        optimizer = Stiefel(adapter, SGD, lr=0.02)
+        CHANGES[change](adapter, optimizer)
+        optimizer = SGD(adapter.parameters(), lr=0.02) if plain else optimizer
+        list(train(model, optimizer, 1))
+        found.append(deltas(adapter))
+        assert (defect(adapter, ("factor_out", "factor_in")) <= 1e-6) != plain
+    assert_same_deltas(*found, 1e-6)
 
 
 # -- an optimiser like any other --------------------------------------------------------------------------------------
@@ -528,13 +558,18 @@ def test_parameter_groups_keep_their_options():
         (0.25, 0.1, 1),
         (0.25, 0.0, len(others)),
     ]
-    named = Stiefel(attached("polar")[1], params=None, lr=0.25)
-    assert [g["weight_decay"] for g in named.param_groups] == [0.01, 0.0]
+    whole = Stiefel(adapter, params=[{"params": cores, "weight_decay": 0.5}, {"params": others}])
+    assert [(g["weight_decay"], len(g["params"])) for g in whole.param_groups] == [
+        (0.5, len(cores)),
+        (0.0, len(others)),
+    ]
 
 
 def test_named_parameters_are_taken_too():
     model, adapter = attached("polar")
     optimizer = Stiefel(adapter, params=adapter.named_parameters(), lr=0.01)
+    for group in optimizer.state_dict()["param_groups"]:
+        assert len(group.get("param_names", group["params"])) == len(group["params"])
     for _ in train(model, optimizer, 2):
         assert defect(adapter, ("factor_out", "factor_in")) <= 1e-6
 
@@ -628,6 +663,11 @@ REFUSED = {
     "cp": (ta.preset("lorta", rank=2, targets=["q_proj"]), {}, "a CP has no orthonormal factors: one bond joins all"),
     "rows": (ta.preset("polar", **KEPT, targets=["q_proj"]), {"nodes": "factor_out"}, "12 rows for the 16.*rank of 12"),
     "rows by default": (ta.preset("polar", **KEPT, targets=["q_proj"]), {}, "no factor can be.*12 rows for the 16"),
+    "rows of one layer": (
+        ta.Spec(rules=(ta.Rule(**{**BATCHED, **KEPT}, targets=("q_proj",), zero="G"),)),
+        {"nodes": ["U"]},
+        "12 rows for the 16",
+    ),
     "no such node": (spec_of("polar"), {"nodes": ["U"]}, "no group has a node 'U'.*expected: core, factor_out"),
     "no node": (spec_of("polar"), {"nodes": []}, "no factor to keep"),
     "core": (spec_of("polar"), {"nodes": ["core"]}, "'core' cannot be orthonormal: it has 2 bonds"),

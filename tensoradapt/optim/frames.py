@@ -160,7 +160,7 @@ def _straightened(adapter: Adapter, group: Group, frames: Sequence[Frame], seed:
     for frame in frames:
         node, parent, bond = frame.edge.child, frame.edge.parent, frame.edge.bond
         x = frame.matrix(diagram, held[node])
-        if _defect(x) <= 8 * torch.finfo(network.factors[node].dtype).eps:
+        if is_orthonormal(x, network.factors[node].dtype):
             continue
         factor = replace(adapter.plan.factors[group.store[node]], law="normal(1)")
         q = completed(x, frame.matrix(diagram, draw(factor, seed)).to(x))
@@ -170,9 +170,10 @@ def _straightened(adapter: Adapter, group: Group, frames: Sequence[Frame], seed:
     return {node: held[node] for node in diagram.nodes if node in changed}
 
 
-def _defect(x: Tensor) -> float:
-    """The largest entry of |X^T X - 1|."""
-    return float((x.mT @ x - torch.eye(x.shape[-1]).to(x)).abs().max())
+def is_orthonormal(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether X^T X = 1 within the rounding of a dtype; so are columns that are not finite, which nothing can help."""
+    off = (x.mT @ x - torch.eye(x.shape[-1]).to(x)).abs().max()
+    return not bool(off > 8 * torch.finfo(dtype).eps)
 
 
 def completed(x: Tensor, noise: Tensor) -> Tensor:
@@ -183,6 +184,4 @@ def completed(x: Tensor, noise: Tensor) -> Tensor:
     """
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     kept = (s > s[..., :1] * x.shape[-2] * torch.finfo(x.dtype).eps)[..., None, :]
-    spanned = torch.where(kept, u, 0.0)
-    rest = noise - spanned @ (spanned.mT @ noise)
-    return positive_qr(torch.where(kept, u, rest))[0] @ vh
+    return positive_qr(torch.where(kept, u, noise))[0] @ vh  # orthonormal columns that come first are left by a QR

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.gauge import retract_polar, retract_qr, stiefel_tangent
-from tensoradapt.optim.frames import Frame, frames_of, orthonormal
+from tensoradapt.optim.frames import Frame, frames_of, is_orthonormal, orthonormal
 from tensoradapt.optim.wrapper import Wrapper
 
 RETRACTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"polar": retract_polar, "qr": retract_qr}
@@ -36,8 +36,10 @@ class Stiefel(Wrapper):
     those of a QR decomposition. Both in float64, rounded to the factor's dtype: max |U^T U - 1| is below 1e-6 in
     float32, and about 1e-2 in bfloat16. Moments are `base`'s own, of tangents at earlier points; they are not
     transported, but what they have along the normal of today's point moves nothing. Weight decay would act along that
-    normal: these factors have parameter groups of their own, with weight_decay 0. With `polar` and SGD the change of
-    the delta does not depend on a rotation of the bonds; with `qr` it does, by the square of the step.
+    normal: these factors have parameter groups of their own, with weight_decay 0. Factors that are not orthonormal any
+    more, after `ta.resize` or `ta.truncate`, make one step of `base` as it is, and are made so again after it. With
+    `polar` and SGD the change of the delta does not depend on a rotation of the bonds; with `qr` it does, by the square
+    of the step.
 
     Raises SpecError on networks that are no trees (a CP has no such factors), on nodes that are frozen, have several
     bonds, fewer rows than the bond has values or a frozen neighbour, and on differences whose factors are not
@@ -62,13 +64,14 @@ class Stiefel(Wrapper):
         held = {p for group in self.base.param_groups for p in group["params"]}
         self.frames = frames_of(adapter, nodes, held)
         self.retraction = retraction
-        self._before: dict[Frame, Tensor] = {}
+        self._before: dict[Frame, Tensor] = {}  # of one step: the factors that are led back from where they were
+        self._loose = False  # and whether there are others, which are not orthonormal
         self.orthonormalize(seed)
         _undecayed(self.base, {self._factor(frame) for frame in self.frames})
 
     @torch.no_grad()
     def orthonormalize(self, seed: int = 0) -> None:
-        """Make the factors orthonormal where they are not, no delta changed: after `ta.resize`, `ta.truncate`, a load.
+        """Make the factors orthonormal where they are not, no delta changed: after `ta.resize` or `set_factors`, say.
 
         Raises AdapterError on a merged adapter, SpecError on differences; nothing is changed then.
         """
@@ -82,19 +85,21 @@ class Stiefel(Wrapper):
 
     def directions(self) -> dict[Tensor, Tensor]:
         """The gradients of the orthonormal factors without their part along the normal."""
-        groups, found = self.adapter.groups, {}
-        self._before = {}
+        groups, found, before, loose = self.adapter.groups, {}, {}, False
         for frame in self.frames:
             factor, diagram = self._factor(frame), groups[frame.group].diagram
-            if factor.grad is not None:
-                self._before[frame] = factor.detach().clone()
-                tangent = stiefel_tangent(frame.matrix(diagram, factor), frame.matrix(diagram, factor.grad))
-                found[factor] = frame.tensor(diagram, tangent, factor)
+            x = frame.matrix(diagram, factor)
+            if not is_orthonormal(x, factor.dtype):
+                loose = True
+            elif factor.grad is not None:
+                before[frame] = factor.detach().clone()
+                found[factor] = frame.tensor(diagram, stiefel_tangent(x, frame.matrix(diagram, factor.grad)), factor)
+        self._before, self._loose = before, loose
         return found
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Lead the factors that moved back to orthonormal columns."""
+        """Lead the factors that moved back to orthonormal columns; make those so that were not before the step."""
         groups, retract = self.adapter.groups, RETRACTIONS[self.retraction]
         before, self._before = self._before, {}
         for frame, old in before.items():
@@ -103,6 +108,8 @@ class Stiefel(Wrapper):
             step = stiefel_tangent(x, frame.matrix(diagram, factor) - x)
             if bool(step.isfinite().all()):  # else the NaN of a gradient stays to be seen, as in any optimiser
                 factor.copy_(frame.tensor(diagram, retract(x, step), factor))
+        if self._loose:
+            self.orthonormalize()
 
 
 def _undecayed(base: Optimizer, factors: Collection[Tensor]) -> None:
