@@ -75,6 +75,15 @@ def test_slices_of_one_bank_are_in_one_group():
     assert len(held) == len(set(held)) and set(held) == set(adapter.parameters())
 
 
+def test_what_does_not_train_is_in_no_group():
+    _, adapter = attached("lora", train=["classifier"])
+    still = [adapter.factors(group)["core_in"] for group in adapter.groups]
+    for p in still:
+        p.requires_grad_(False)
+    groups = parameter_groups(adapter, 1e-3)
+    assert [g["name"] for g in groups] == ["out", "extra"]
+
+
 def test_the_ratio_of_lora_plus_is_that_of_b_to_a():
     _, adapter = attached("lora", train=["classifier"])
     groups = parameter_groups(adapter, 1e-3, weight_decay=0.1)

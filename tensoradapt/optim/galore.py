@@ -79,10 +79,9 @@ class GaLore(Optimizer):
         own = {"rank": rank, "gap": gap, "scale": scale, "projector": projector, "side": side}
         defaults = base([nn.Parameter(torch.zeros(1))], **options).defaults
         self.families: list[Family] = []
-        self._inner: list[tuple[int, bool]] = []  # of every group of `base`: the user's group, and whether projected
         self.base: Any = None
         super().__init__(params, {**defaults, **own})
-        inner = [made for index in range(len(self.param_groups)) for made in self._enrol(index)]
+        inner = [self._enrol(index) for index in range(len(self.param_groups))]
         if not self.families:
             raise SpecError(
                 "nothing would be projected",
@@ -96,20 +95,16 @@ class GaLore(Optimizer):
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self.base is not None:
-            for made in self._enrol(len(self.param_groups) - 1):
-                self.base.add_param_group(made)
+            self.base.add_param_group(self._enrol(len(self.param_groups) - 1))
 
-    def _enrol(self, index: int) -> list[dict[str, Any]]:
-        """The inner optimiser's groups for a group of the user's: stand-ins of what is projected, and the rest."""
+    def _enrol(self, index: int) -> dict[str, Any]:
+        """The inner optimiser's group for one of the user's: in the place of what is projected its stand-ins."""
         group = self.param_groups[index]
         projected = [p for p in group["params"] if _is_projected(p, group)]
         families = [_family(index, weights, group) for weights in _alike(projected, group["projector"])]
         self.families += families
-        stand_ins = [stand_in for family in families for stand_in in family.stand_ins]
-        rest = [p for p in group["params"] if not _is_projected(p, group)]
-        halves = [(held, first) for held, first in ((stand_ins, True), (rest, False)) if held]
-        self._inner += [(index, first) for _, first in halves]
-        return [{"params": held, **_options(group, first)} for held, first in halves]
+        stand_ins = _stand_ins(families)
+        return {"params": [stand_ins.get(p, p) for p in group["params"]], **_options(group)}
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -120,8 +115,8 @@ class GaLore(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for (index, projected), inner in zip(self._inner, self.base.param_groups, strict=True):
-            inner.update(_options(self.param_groups[index], projected))  # what schedulers have set
+        for group, inner in zip(self.param_groups, self.base.param_groups, strict=True):
+            inner.update(_options(group))  # what schedulers have set
         active = [family for family in self.families if any(w.grad is not None for w in family.weights)]
         found = [self._subspace(family) for family in active]
         for family, (subspace, _) in zip(active, found, strict=True):
@@ -166,14 +161,11 @@ class GaLore(Optimizer):
 
     def _share(self) -> None:
         """Show the inner optimiser's states as those of the weights."""
-        for weight, held in self._held():
+        stand_ins = _stand_ins(self.families)
+        for weight in (p for group in self.param_groups for p in group["params"]):
+            held = stand_ins.get(weight, weight)
             if held in self.base.state:
                 self.state[weight] = self.base.state[held]
-
-    def _held(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Every parameter with what the inner optimiser has in its place."""
-        stand_ins = {w: s for f in self.families for w, s in zip(f.weights, f.stand_ins, strict=True)}
-        return [(p, stand_ins.get(p, p)) for group in self.param_groups for p in group["params"]]
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -183,12 +175,9 @@ class GaLore(Optimizer):
         theirs, mine = _layout(saved), _layout(self.param_groups)
         if theirs != mine:
             raise AdapterError("the saved state has other parameter groups or projectors", got=theirs, expected=mine)
-        inner = self.base.state_dict()
-        places = {p: k for k, p in enumerate(p for group in self.base.param_groups for p in group["params"])}
+        inner, states = self.base.state_dict(), state_dict["state"]
         keys = [key for group in saved for key in group["params"]]
-        held = self._held()
-        states = state_dict["state"]
-        inner["state"] = {places[s]: states[k] for k, (_, s) in zip(keys, held, strict=True) if k in states}
+        inner["state"] = {place: states[key] for place, key in enumerate(keys) if key in states}
         self.base.load_state_dict(inner)
         for group, other in zip(self.param_groups, saved, strict=True):
             group.update(copy.deepcopy({name: value for name, value in other.items() if name != "params"}))
@@ -209,10 +198,14 @@ def _layout(groups: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _options(group: dict[str, Any], projected: bool) -> dict[str, Any]:
-    """What the inner optimiser is told of a group: all but what is ours; weights that it never sees do not decay."""
-    told = {name: value for name, value in group.items() if name not in (*OWN, "params", "param_names")}
-    return told | ({"weight_decay": 0.0} if projected and "weight_decay" in told else {})
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What the inner optimiser is told of a group: all but what is ours. It decays stand-ins too, which are zero."""
+    return {name: value for name, value in group.items() if name not in (*OWN, "params", "param_names")}
+
+
+def _stand_ins(families: Iterable[Family]) -> dict[nn.Parameter, nn.Parameter]:
+    """The stand-in of every projected weight."""
+    return {w: s for family in families for w, s in zip(family.weights, family.stand_ins, strict=True)}
 
 
 def _is_projected(parameter: Tensor, group: dict[str, Any]) -> bool:
