@@ -48,6 +48,11 @@ class Metric:
         self.alike: dict[int, list[tuple[str, bool]]] = {}
         for bond in bonds:
             self.alike.setdefault(diagram.sizes[bond], []).extend([(bond, True), (bond, False)])
+        place = {key: k for k, key in enumerate(key for keys in self.alike.values() for key in keys)}
+        spans = {node: [place[key] for key in block] for node, block in self.blocks.items()}
+        self._traces = [(self.shares[node], span) for node, span in spans.items()]
+        beside = {k: [other for other in span if other != k] for span in spans.values() for k in span}
+        self._rest = [beside.get(k, []) for k in range(len(place))]  # what else is in a matrix's block
 
     def _block(self, node: str) -> list[tuple[str, bool]]:
         """The Gram matrices of a node's block: by bond, and whether of what lies behind it, seen from the root."""
@@ -90,22 +95,13 @@ class Metric:
 
     def _damp(self, wide: dict[int, Tensor], damping: float) -> None:
         """Add to every matrix of the stacks, in place, what damps it."""
-        diagonals = {size: stack.diagonal(dim1=-2, dim2=-1) for size, stack in wide.items()}
-        means = {
-            key: mean
-            for size, keys in self.alike.items()
-            for key, mean in zip(keys, _numbers(diagonals[size].mean(-1)), strict=True)
-        }
-        traces = [math.prod((means[k] for k in block), start=self.shares[n]) for n, block in self.blocks.items()]
-        delta = sum(traces) * damping
-        shifts = dict.fromkeys(means, delta)
-        for block in self.blocks.values():
-            if len(block) > 1:
-                for key in block:
-                    shifts[key] = delta / (math.prod(means[k] for k in block if k != key) + _TINY)
-        for size, keys in self.alike.items():
-            shift = _tensor([shifts[key] for key in keys], diagonals[size])
-            diagonals[size].add_(shift[..., None])
+        diagonals = [stack.diagonal(dim1=-2, dim2=-1) for stack in wide.values()]
+        means = [mean for diagonal in diagonals for mean in _numbers(diagonal.mean(-1))]
+        delta = sum(math.prod([means[k] for k in spans], start=share) for share, spans in self._traces) * damping
+        shifts = [delta / (math.prod([means[k] for k in rest]) + _TINY) if rest else delta for rest in self._rest]
+        for diagonal in diagonals:
+            mine, shifts = shifts[: len(diagonal)], shifts[len(diagonal) :]
+            diagonal.add_(_tensor(mine, diagonal)[..., None])
 
     def directions(
         self, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, *, project: bool = True

@@ -6,7 +6,7 @@ tensors of its shapes back to the parameters they belong to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,12 +85,18 @@ def factors_of(adapter: Adapter) -> list[tuple[Group, dict[str, Tensor]]]:
 
 
 def batches(
-    groups: Sequence[tuple[Group, Nodes]], scale: float, tag: Callable[[Nodes], Any] = lambda _: None
+    groups: Sequence[tuple[Group, Nodes]],
+    held: Collection[Tensor],
+    scale: float,
+    tag: Callable[[Nodes], Any] = lambda _: None,
 ) -> list[Batch]:
-    """The groups that move at this step, equal ones of one tag together; `scale` multiplies each group's own."""
+    """The groups of which parameters of `held` have gradients, equal ones of one tag together.
+
+    `scale` multiplies each group's own.
+    """
     alike: dict[Any, list[Nodes]] = {}
     for group, owner in groups:
-        moving = tuple(node for node, p in owner.items() if p.grad is not None)
+        moving = tuple(node for node, p in owner.items() if p.grad is not None and p in held)
         size = group.scale * scale
         if moving and size:
             like = tuple((p.dtype, p.device) for p in owner.values())

@@ -85,7 +85,7 @@ class LoRAPro(Preconditioned):
         self._take()
         move = {"factors": self._by_factors, "dense": self._by_tensor, None: self._plain}[self.moments]
         found: dict[Tensor, Tensor] = {}
-        for batch in batches(self.groups, self.adapter.scale, self._steps):
+        for batch in batches(self.groups, self.held, self.adapter.scale, self._steps):
             found |= batch.spread(move(batch))
         return found
 

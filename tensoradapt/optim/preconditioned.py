@@ -40,6 +40,11 @@ class Preconditioned(Wrapper):
             self._metrics.clear()
         return self._known[1]
 
+    @property
+    def held(self) -> set[Tensor]:
+        """The parameters that are trained."""
+        return {parameter for group in self.param_groups for parameter in group["params"]}
+
     def metric(self, batch: Batch) -> Metric | Blocks:
         """The metric of a batch's factors: by Gram matrices of bonds for trees, by whole blocks for others."""
         key = batch.diagram, batch.kind.moving

@@ -48,7 +48,7 @@ class ScaledGD(Preconditioned):
     def directions(self) -> Mapping[Tensor, Tensor]:
         """Every factor's gradient in its own metric."""
         found: dict[Tensor, Tensor] = {}
-        for batch in batches(self.groups, self.adapter.scale):
+        for batch in batches(self.groups, self.held, self.adapter.scale):
             metric, scale = self.metric(batch), batch.kind.scale
             found |= batch.spread(metric.directions(batch.factors, batch.grads, self.damping, scale, project=False))
         return found
