@@ -22,6 +22,8 @@ from tensoradapt.gauge.tree import Edge, act, batch_of, fold, positive_qr, requi
 from tensoradapt.grouping import Group
 from tensoradapt.init import draw
 
+ROUNDING = 1e-12  # what a retraction in float64 itself leaves
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -173,7 +175,7 @@ def _straightened(adapter: Adapter, group: Group, frames: Sequence[Frame], seed:
 def is_orthonormal(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether X^T X = 1 within the rounding of a dtype; so are columns that are not finite, which nothing can help."""
     off = (x.mT @ x - torch.eye(x.shape[-1]).to(x)).abs().max()
-    return not bool(off > 8 * torch.finfo(dtype).eps)
+    return not bool(off > max(8 * torch.finfo(dtype).eps, ROUNDING))
 
 
 def completed(x: Tensor, noise: Tensor) -> Tensor:
