@@ -21,7 +21,6 @@ from tensoradapt.optim.preconditioned import Preconditioned, checked_damping
 
 Gauge = Literal["min_norm", "zero"]
 Moments = Literal["factors", "dense"]
-MOST = 200  # iterations of conjugate gradients in one step
 KEPT = ("direction_avg", "gradient_avg", "projected_sq", "dense_avg", "dense_sq", "directions")
 
 
@@ -56,6 +55,8 @@ class LoRAPro(Preconditioned):
     Raises SpecError where groups share a bank of slices, and for gauge='zero' on what is no tree.
     Source: arXiv:2407.18242; the closed forms are derived in the geometry page of the documentation.
     """
+
+    max_iterations = 200  # of conjugate gradients in one step; damping keeps them far below
 
     def __init__(
         self,
@@ -154,7 +155,7 @@ class LoRAPro(Preconditioned):
             return pseudo_inverse(batch.diagram, batch.factors, grads, self.damping, scale).factors
         tolerance = torch.finfo(next(iter(grads.values())).dtype).eps ** 0.75
         return pseudo_inverse_cg(
-            batch.diagram, batch.factors, grads, self.damping, tolerance, MOST, scale=scale
+            batch.diagram, batch.factors, grads, self.damping, tolerance, self.max_iterations, scale=scale
         ).factors
 
     def _plain(self, batch: Batch) -> dict[str, Tensor]:
