@@ -624,6 +624,7 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_moves(projecto
         ([WIDE], {"rank": 50}, (7, 12)),
         ([TALL], {"rank": 50, "side": "full"}, (7, 7)),
         ([WIDE], {"rank": 50, "side": "reverse_std"}, (7, 7)),
+        ([WIDE], {"rank": (2, 4), "side": "full"}, (2, 2)),
         ([(1, 5)], {"rank": 3, "side": "right"}, (1, 1)),
         ([WIDE, WIDE], {"rank": 50, "projector": "group"}, (7, 12)),
         ([WIDE, WIDE], {"rank": (6, 1), "projector": "group"}, (2, 1)),

@@ -306,6 +306,8 @@ def test_what_a_schedule_cannot_do_is_said_before_training():
     _, frozen = attached("vera")
     with pytest.raises(SpecError, match="frozen"):
         RankSchedule(frozen, task.optimizer, max_parameters=budget)
+    with pytest.raises(SpecError, match="frozen"):
+        RankSchedule(frozen, task.optimizer, rank=CubicSchedule(3, 2, total=10))
 
 
 def test_an_optimiser_of_something_else_is_refused_and_nothing_changes():

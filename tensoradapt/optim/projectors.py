@@ -67,9 +67,8 @@ def ranks_of(shape: Sequence[int], axes: Sequence[int], rank: int | Sequence[int
     if len(asked) != len(shape):
         raise RankError("the ranks do not fit a weight's axes", got=asked, expected=f"one for each of {tuple(shape)}")
     sizes = [min(r, n) if k in axes else n for k, (r, n) in enumerate(zip(asked, shape, strict=True))]
-    for _ in shape:  # a smaller axis lets its neighbours use less
-        for k in axes:
-            sizes[k] = min(sizes[k], count * math.prod(sizes[:k] + sizes[k + 1 :]))
+    for k in axes:  # once is enough: an axis cut to the product of the others leaves them below theirs
+        sizes[k] = min(sizes[k], count * math.prod(sizes[:k] + sizes[k + 1 :]))
     return {k: sizes[k] for k in axes if len(shape) == 2 or sizes[k] < shape[k]}
 
 
@@ -82,7 +81,7 @@ def find(tensors: Sequence[Tensor], ranks: Mapping[int, int], method: str = "exa
     """
     if len(tensors) == 1 and tensors[0].dim() == 2:
         found = truncated_svd(tensors[0], max(ranks.values()), method=method)
-        return Subspace({k: _clean((found.u, found.v)[k][:, :r]) for k, r in ranks.items()})
+        return Subspace({k: _clean((found.u, found.v)[k]) for k in ranks})  # of both axes they are equal
     stack = torch.stack(list(tensors))
     stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
     bases = {k: truncated_svd(stack.movedim(k + 1, 0).flatten(1), r, method=method).u for k, r in ranks.items()}
