@@ -28,6 +28,9 @@ class Wrapper(Optimizer):
     of the adapter's factors is trained.
     """
 
+    adapter: Adapter
+    base: Optimizer
+
     def __init__(
         self,
         adapter: Adapter,
