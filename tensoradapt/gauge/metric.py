@@ -14,94 +14,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.gauge.tree import Factors, inward, product, require_tree
+from tensoradapt.gauge.legs import Leg, leg
+from tensoradapt.gauge.tree import Factors, inward, require_tree
 
 
 class Metric:
     """The Gram matrices of a tree of which the nodes `trained` move, and the directions they give.
 
     The root is the trained node with most bonds, the last of several. `connected` says whether the trained nodes hang
-    together, without which there is no gauge that makes the blocks orthogonal. Raises SpecError on what is no tree.
+    together, without which there is no gauge that makes the blocks orthogonal; `pair` whether they are all there
+    is, and two. Raises SpecError on what is no tree.
     """
 
     def __init__(self, diagram: Diagram, trained: Collection[str] | None = None) -> None:
         require_tree(diagram, "a metric of Gram matrices")
-        self.nodes = [n for n in diagram.nodes if trained is None or n in trained]
         bonds = diagram.bonds
+        self.nodes = [n for n in diagram.nodes if trained is None or n in trained]
         self.root = max(reversed(self.nodes), key=lambda node: sum(i in bonds for i in diagram.nodes[node]))
-        self.edges = inward(diagram, self.root)
-        self.above = {edge.child: edge.bond for edge in self.edges}
-        self.below = {n: [e.bond for e in self.edges if e.parent == n] for n in diagram.nodes}
-        self.connected = all(edge.parent in self.nodes for edge in self.edges if edge.child in self.nodes)
-        self._legs = {(node, bond): _leg(diagram, node, bond) for bond, ends in bonds.items() for node in ends}
+        edges = inward(diagram, self.root)
+        self.connected = all(edge.parent in self.nodes for edge in edges if edge.child in self.nodes)
         self.pair = len(diagram.nodes) == len(self.nodes) == 2
-        entries = sum(map(diagram.numel, self.nodes))
-        self.shares = {node: diagram.numel(node) / entries for node in self.nodes}
-        self._around = {node: self._block(node) for node in diagram.nodes}
-        self.blocks = {node: self._around[node] for node in self.nodes}
-        self.alike: dict[int, list[tuple[str, bool]]] = {}
-        for bond in bonds:
-            self.alike.setdefault(diagram.sizes[bond], []).extend([(bond, True), (bond, False)])
-        place = {key: k for k, key in enumerate(key for keys in self.alike.values() for key in keys)}
-        spans = {node: [place[key] for key in block] for node, block in self.blocks.items()}
-        self._traces = [(self.shares[node], span) for node, span in spans.items()]
-        beside = {k: [other for other in span if other != k] for span in spans.values() for k in span}
-        self._rest = [beside.get(k, []) for k in range(len(place))]  # what else is in a matrix's block
+        names = sorted(bonds, key=lambda bond: diagram.sizes[bond])
+        keys = [
+            (bond, behind) for bond in names for behind in (True, False)
+        ]  # behind a bond, seen from the root, or not
+        self.place = {key: k for k, key in enumerate(keys)}
+        self._runs = [len(list(run)) for _, run in groupby(keys, key=lambda key: diagram.sizes[key[0]])]
+        legs = {(node, bond): leg(diagram, node, bond) for bond, ends in bonds.items() for node in ends}
+        above = {edge.child: edge.bond for edge in edges}
 
-    def _block(self, node: str) -> list[tuple[str, bool]]:
-        """The Gram matrices of a node's block: by bond, and whether of what lies behind it, seen from the root."""
-        up = [(self.above[node], False)] if node in self.above else []
-        return up + [(bond, True) for bond in self.below[node]]
+        def around(node: str, but: str = "") -> list[tuple[int, Leg]]:
+            mine = [(bond, bond != above.get(node)) for bond, ends in bonds.items() if node in ends and bond != but]
+            return [(self.place[key], legs[node, key[0]]) for key in sorted(mine, key=lambda key: key[1])]
 
-    def grams(self, factors: Factors) -> dict[tuple[str, bool], Tensor]:
-        """Every bond's Gram matrix of all behind it (True) and of all before it (False).  Shape: (batch.., r, r)."""
-        found: dict[tuple[str, bool], Tensor] = {}
-        for edge in self.edges:
-            found[edge.bond, True] = self._gram(factors, edge.child, edge.bond, found)
-        for edge in reversed(self.edges):
-            found[edge.bond, False] = self._gram(factors, edge.parent, edge.bond, found)
+        ways = [(e.child, e.bond, True) for e in edges] + [(e.parent, e.bond, False) for e in reversed(edges)]
+        self._sweep = [(self.place[b, to], n, around(n, b), legs[n, b]) for n, b, to in ways]
+        self._moves = [_Move(node, around(node), self.place.get((above.get(node, ""), True))) for node in self.nodes]
+        self._damping = _Damping(diagram, self._moves, len(keys))
+
+    def grams(self, factors: Factors) -> list[Tensor]:
+        """Every bond's Gram matrix of all behind it and of all before it, in the order of `place`.
+
+        Shape: (batch.., r, r).
+        """
+        found: list[Any] = [None] * len(self.place)
+        for k, node, others, end in self._sweep:
+            seen = factor = factors[node]
+            for other, its in others:
+                seen = its.act(seen, found[other])
+            found[k] = end.overlap(seen, factor)
         return found
 
-    def _gram(self, factors: Factors, node: str, bond: str, found: dict[tuple[str, bool], Tensor]) -> Tensor:
-        seen = factors[node]
-        for other in self._around[node]:
-            if other[0] != bond:
-                seen = self._legs[node, other[0]].act(seen, found[other])
-        return self._legs[node, bond].overlap(seen, factors[node])
-
-    def inverses(self, factors: Factors, damping: float) -> dict[tuple[str, bool], Tensor]:
+    def inverses(self, factors: Factors, damping: float) -> list[Tensor]:
         """The inverse Gram matrices: pseudo-inverses without damping.
 
         With damping, delta = damping * tr(J^T J) / entries is the network's, the same for all blocks: a matrix alone in
         its block gets delta, one of several delta over the mean eigenvalues of the others.
         """
-        grams = self.grams(factors)
-        like = factors[self.root].dtype
-        wide = {size: torch.stack([grams[key] for key in keys]).double() for size, keys in self.alike.items()}
-        if damping:
-            self._damp(wide, damping)
-            made = {size: torch.linalg.inv_ex(stack).inverse.to(like) for size, stack in wide.items()}
-        else:
-            made = {size: _pinv(stack, like) for size, stack in wide.items()}
-        return {
-            key: one for size, keys in self.alike.items() for key, one in zip(keys, made[size].unbind(), strict=True)
-        }
-
-    def _damp(self, wide: dict[int, Tensor], damping: float) -> None:
-        """Add to every matrix of the stacks, in place, what damps it."""
-        diagonals = [stack.diagonal(dim1=-2, dim2=-1) for stack in wide.values()]
-        means = [mean for diagonal in diagonals for mean in _numbers(diagonal.mean(-1))]
-        delta = sum(math.prod([means[k] for k in spans], start=share) for share, spans in self._traces) * damping
-        shifts = [delta / (math.prod([means[k] for k in rest]) + _TINY) if rest else delta for rest in self._rest]
-        for diagonal in diagonals:
-            mine, shifts = shifts[: len(diagonal)], shifts[len(diagonal) :]
-            diagonal.add_(_tensor(mine, diagonal)[..., None])
+        grams, like = self.grams(factors), factors[self.root].dtype
+        stacks = []
+        for run in self._runs:
+            stacks.append(torch.stack(grams[:run]).double())
+            grams = grams[run:]
+        if not damping:
+            return [one for stack in stacks for one in pinv(stack, like).unbind()]
+        self._damping.add(stacks, damping)
+        return [one for stack in stacks for one in _inverse(stack).to(like).unbind()]
 
     def directions(
         self, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, *, project: bool = True
@@ -112,93 +98,57 @@ class Metric:
         several nodes see counted several times.  Shapes: those of the factors.
         """
         inverse = self.inverses(factors, damping)
-        found = {}
-        for node in self.nodes:
-            weights = {key: inverse[key] for key in self.blocks[node]}
-            first = next(iter(weights), None)
-            if first is not None and scale != 1:  # on the smallest of what is multiplied
-                weights[first] = weights[first] * scale**-2
-            found[node] = self._direction(node, factors[node], grads[node], weights)
-            if project and node in self.above:
-                bond = self.above[node]
-                leg = self._legs[node, bond]
-                turn = inverse[bond, True] @ leg.overlap(factors[node], grads[node]) @ weights[bond, False]
-                found[node] = leg.less(found[node], factors[node], turn)
-            elif first is None:
-                found[node] = grads[node] * scale**-2
-        return found
+        return {
+            move.node: move.direction(factors[move.node], grads[move.node], inverse, scale**-2, project)
+            for move in self._moves
+        }
 
-    def _direction(self, node: str, factor: Tensor, grad: Tensor, weights: dict[tuple[str, bool], Tensor]) -> Tensor:
-        """A node's gradient times a matrix on each of its bonds."""
-        for (bond, _), matrix in weights.items():
-            grad = self._legs[node, bond].act(grad, matrix)
-        return grad
+
+@dataclass(frozen=True)
+class _Move:
+    """How one node's direction is made: its bonds, that towards the root first, and the Gram matrix of the node."""
+
+    node: str
+    bonds: list[tuple[int, Leg]]
+    own: int | None
+
+    def direction(
+        self, factor: Tensor, grad: Tensor, inverse: Sequence[Tensor], weight: float, project: bool
+    ) -> Tensor:
+        if not self.bonds:
+            return grad * weight
+        (k, first), *others = self.bonds
+        before = inverse[k] * weight if weight != 1 else inverse[k]  # on the smallest of what is multiplied
+        made = first.act(grad, before)
+        for other, its in others:
+            made = its.act(made, inverse[other])
+        if self.own is None or not project:
+            return made
+        return first.less(made, factor, inverse[self.own] @ first.overlap(factor, grad) @ before)
+
+
+class _Damping:
+    """What is added to Gram matrices: from the mean of their diagonals, by the blocks they are in."""
+
+    def __init__(self, diagram: Diagram, moves: Sequence[_Move], count: int) -> None:
+        entries = sum(diagram.numel(move.node) for move in moves)
+        spans = [[k for k, _ in move.bonds] for move in moves]
+        self.shares = [(diagram.numel(m.node) / entries, span) for m, span in zip(moves, spans, strict=True)]
+        beside = {k: [other for other in span if other != k] for span in spans for k in span}
+        self.beside = [beside.get(k, []) for k in range(count)]
+
+    def add(self, stacks: Sequence[Tensor], damping: float) -> None:
+        """Damp every matrix of the stacks, in place."""
+        diagonals = [stack.diagonal(dim1=-2, dim2=-1) for stack in stacks]
+        means = [mean for diagonal in diagonals for mean in _numbers(diagonal.mean(-1))]
+        delta = sum(math.prod([means[k] for k in span], start=share) for share, span in self.shares) * damping
+        shifts = [delta / (math.prod([means[k] for k in rest]) + _TINY) if rest else delta for rest in self.beside]
+        for diagonal in diagonals:
+            diagonal.add_(_tensor(shifts[: len(diagonal)], diagonal)[..., None])
+            shifts = shifts[len(diagonal) :]
 
 
 _TINY = 1e-100
-
-
-class _Leg:
-    """A node as matrices from one of its bonds to all else, and back.  Shape: (batch.., rows, bond)."""
-
-    def __init__(self, diagram: Diagram, node: str, bond: str) -> None:
-        indices, batch = diagram.nodes[node], diagram.batch
-        order = [*batch, *(i for i in indices if i != bond and i not in batch), bond]
-        self.order = [indices.index(i) for i in order]
-        self.back = [order.index(i) for i in indices]
-        self.sizes = [diagram.sizes[i] for i in order]
-        self.shape = (*self.sizes[: len(batch)], -1, self.sizes[-1])
-
-    def unfold(self, tensor: Tensor) -> Tensor:
-        return tensor.permute(self.order).reshape(self.shape)
-
-    def fold(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.sizes).permute(self.back)
-
-    def act(self, tensor: Tensor, matrix: Tensor) -> Tensor:
-        """The node times a matrix on the bond: new[.., c] = sum_b old[.., b] matrix[b, c]."""
-        return self.fold(self.unfold(tensor) @ matrix)
-
-    def overlap(self, one: Tensor, two: Tensor) -> Tensor:
-        """Both contracted over all but the bond.  Shape: (batch.., bond, bond)."""
-        return self.unfold(one).mT @ self.unfold(two)
-
-    def less(self, made: Tensor, tensor: Tensor, matrix: Tensor) -> Tensor:
-        """`made` less the node times a matrix on the bond."""
-        return made - self.act(tensor, matrix)
-
-
-class _Last(_Leg):
-    """The bond is the last index, behind the batch: the node is these matrices already."""
-
-    def unfold(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(self.shape)
-
-    def fold(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.sizes)
-
-    def less(self, made: Tensor, tensor: Tensor, matrix: Tensor) -> Tensor:
-        if len(self.sizes) > 2:
-            return super().less(made, tensor, matrix)
-        return torch.addmm(made, tensor, matrix, alpha=-1)
-
-
-class _Rows(_Leg):
-    """The bond is the last index but one and there is no batch: rows of matrices, which need not be copied."""
-
-    def act(self, tensor: Tensor, matrix: Tensor) -> Tensor:
-        return matrix.mT @ tensor
-
-    def overlap(self, one: Tensor, two: Tensor) -> Tensor:
-        made = one @ two.mT
-        return made.sum(tuple(range(made.ndim - 2))) if made.ndim > 2 else made
-
-
-def _leg(diagram: Diagram, node: str, bond: str) -> _Leg:
-    indices, batch = diagram.nodes[node], diagram.batch
-    if indices[-1] == bond and indices[: len(batch)] == batch:
-        return _Last(diagram, node, bond)
-    return (_Rows if indices[-2] == bond and not batch else _Leg)(diagram, node, bond)
 
 
 def _numbers(means: Tensor) -> Sequence[Any]:
@@ -214,84 +164,14 @@ def _tensor(shifts: Sequence[Any], like: Tensor) -> Tensor:
     return torch.where(made > 0, made, 1.0)
 
 
-def _pinv(gram: Tensor, like: torch.dtype) -> Tensor:
+def _inverse(gram: Tensor) -> Tensor:
+    """Inverses of damped Gram matrices; of others NaN, and no error: a gradient scaler may have met an overflow."""
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L)
+
+
+def pinv(gram: Tensor, like: torch.dtype) -> Tensor:
     """Pseudo-inverses: what is rounding of the dtype that a Gram matrix was computed in counts as zero."""
     values, vectors = torch.linalg.eigh(gram)
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(like).eps
     kept = torch.where(values > floor, 1 / values.clamp(min=_TINY), 0.0)
     return (vectors * kept[..., None, :] @ vectors.mT).to(like)
-
-
-class Blocks:
-    """The same for networks that are no trees, without the projection: every block of J^T J as a matrix over bonds."""
-
-    connected = pair = False
-
-    def __init__(self, diagram: Diagram, trained: Collection[str] | None = None) -> None:
-        self.nodes = [n for n in diagram.nodes if trained is None or n in trained]
-        self.terms = {node: _Environment(diagram, node) for node in self.nodes}
-        entries = sum(map(diagram.numel, self.nodes))
-        self.shares = {node: diagram.numel(node) / entries for node in self.nodes}
-
-    def directions(
-        self, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, *, project: bool = False
-    ) -> dict[str, Tensor]:
-        """The direction of every trained node from its gradient, its own share of J^+ g.  Shapes: the factors'."""
-        blocks = {node: term.gram(factors).double() for node, term in self.terms.items()}
-        if damping:
-            diagonals = {node: block.diagonal(dim1=-2, dim2=-1) for node, block in blocks.items()}
-            means = [self.shares[n] * self.terms[n].mean(d) for n, d in diagonals.items()]
-            delta = sum(means[1:], means[0]) * damping
-            for node, diagonal in diagonals.items():
-                shift = self.terms[node].spread(delta)
-                diagonal.add_(torch.where(shift > 0, shift, 1.0)[..., None])
-        found = {}
-        for node, block in blocks.items():
-            like = factors[node].dtype
-            inverse = torch.linalg.inv_ex(block).inverse.to(like) if damping else _pinv(block, like)
-            found[node] = self.terms[node].apply(grads[node], inverse * scale**-2)
-        return found
-
-
-class _Environment:
-    """A node's block of J^T J: for every value of the axes that others carry too, a matrix over its bonds."""
-
-    def __init__(self, diagram: Diagram, node: str) -> None:
-        self.nodes, indices, bonds = diagram.nodes, diagram.nodes[node], diagram.bonds
-        self.others = [n for n in diagram.nodes if n != node]
-        carried = {i for n in self.others for i in diagram.nodes[n]}
-        self.axes = [i for i in indices if i not in bonds and i in carried]
-        self.ends = [i for i in indices if i in bonds]
-        self.renamed = {bond: f"{bond} ket" for bond in bonds}
-        order = [*self.axes, *(i for i in indices if i not in self.axes and i not in self.ends), *self.ends]
-        self.order, self.back = [indices.index(i) for i in order], [order.index(i) for i in indices]
-        self.sizes = [diagram.sizes[i] for i in order]
-        self.width = math.prod(diagram.sizes[i] for i in self.ends)
-        self.batch = diagram.batch
-
-    def gram(self, factors: Factors) -> Tensor:
-        """Shape: (axes.., bonds, bonds)."""
-        bra = [(factors[n], self.nodes[n]) for n in self.others]
-        ket = [(factors[n], tuple(self.renamed.get(i, i) for i in self.nodes[n])) for n in self.others]
-        made = product(bra + ket, [*self.axes, *self.ends, *(self.renamed[i] for i in self.ends)])
-        return made.reshape(*self.sizes[: len(self.axes)], self.width, self.width)
-
-    def mean(self, diagonal: Tensor) -> Tensor:
-        """The mean of a block's diagonal for each value of the batch.  Shape: (batch..)."""
-        made = diagonal.mean(-1)
-        lone = [k for k, axis in enumerate(self.axes) if axis not in self.batch]
-        made = made.mean(lone) if lone else made
-        kept = [axis for axis in self.axes if axis in self.batch]
-        return made.permute([kept.index(axis) for axis in self.batch])
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Values for each value of the batch, for every value of the axes.  Shape: (axes..)."""
-        kept = [axis for axis in self.axes if axis in self.batch]
-        ordered = values.permute([self.batch.index(axis) for axis in kept])
-        sizes = self.sizes[: len(self.axes)]
-        return ordered.reshape([n if a in self.batch else 1 for a, n in zip(self.axes, sizes, strict=True)])
-
-    def apply(self, grad: Tensor, matrix: Tensor) -> Tensor:
-        """A node's gradient times a matrix over its bonds.  Shape: the node's."""
-        rows = grad.permute(self.order).reshape(*self.sizes[: len(self.axes)], -1, self.width)
-        return (rows @ matrix).reshape(self.sizes).permute(self.back)

@@ -51,7 +51,8 @@ class Batch:
         for node, tensor in made.items():
             parts = [tensor] if len(self.owners) == 1 else tensor.unbind()
             for owner, part in zip(self.owners, parts, strict=True):
-                yield owner[node], part.to(owner[node].dtype)
+                parameter = owner[node]
+                yield parameter, part if part.dtype is parameter.dtype else part.to(parameter.dtype)
 
     def at(self, factors: Nodes) -> Batch:
         """The same with other factors."""

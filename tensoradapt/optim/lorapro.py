@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import SpecError
 from tensoradapt.gauge import implied, pseudo_inverse, pseudo_inverse_cg
-from tensoradapt.gauge.metric import Blocks, Metric
+from tensoradapt.gauge.environment import Blocks
+from tensoradapt.gauge.metric import Metric
 from tensoradapt.grouping import Group
 from tensoradapt.lower import dense
 from tensoradapt.optim.batches import Batch, Nodes, batches, doubled, halves, wide

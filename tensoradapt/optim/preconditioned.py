@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from tensoradapt.adapter import Adapter
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import SpecError
-from tensoradapt.gauge.metric import Blocks, Metric
+from tensoradapt.gauge.environment import Blocks
+from tensoradapt.gauge.metric import Metric
 from tensoradapt.grouping import Group
 from tensoradapt.optim.batches import Batch, factors_of
 from tensoradapt.optim.wrapper import Wrapper

@@ -1,0 +1,85 @@
+"""A node of a tree as matrices from one of its bonds to all else, without copies where its indices lie well.
+
+Invariant: all kinds of legs give the same; they differ in what they cost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tensoradapt.diagram import Diagram
+
+
+class Leg:
+    """A node as matrices from one of its bonds to all else, and back.  Shape: (batch.., rows, bond)."""
+
+    def __init__(self, diagram: Diagram, node: str, bond: str) -> None:
+        indices, batch = diagram.nodes[node], diagram.batch
+        order = [*batch, *(i for i in indices if i != bond and i not in batch), bond]
+        self.order = [indices.index(i) for i in order]
+        self.back = [order.index(i) for i in indices]
+        self.sizes = [diagram.sizes[i] for i in order]
+        self.shape = (*self.sizes[: len(batch)], -1, self.sizes[-1])
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """The node as matrices."""
+        return tensor.permute(self.order).reshape(self.shape)
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        """The node of these matrices."""
+        return matrix.reshape(self.sizes).permute(self.back)
+
+    def act(self, tensor: Tensor, matrix: Tensor) -> Tensor:
+        """The node times a matrix on the bond: new[.., c] = sum_b old[.., b] matrix[b, c]."""
+        return self.fold(self.unfold(tensor) @ matrix)
+
+    def overlap(self, one: Tensor, two: Tensor) -> Tensor:
+        """Both contracted over all but the bond.  Shape: (batch.., bond, bond)."""
+        return self.unfold(one).mT @ self.unfold(two)
+
+    def less(self, made: Tensor, tensor: Tensor, matrix: Tensor) -> Tensor:
+        """`made` less the node times a matrix on the bond."""
+        return made - self.act(tensor, matrix)
+
+
+class _Last(Leg):
+    """The bond is the last index, behind the batch: the node is these matrices already."""
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.shape)
+
+    def fold(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.sizes)
+
+
+class _Matrix(Leg):
+    """The node is one matrix with the bond last."""
+
+    def act(self, tensor: Tensor, matrix: Tensor) -> Tensor:
+        return torch.mm(tensor, matrix)
+
+    def overlap(self, one: Tensor, two: Tensor) -> Tensor:
+        return torch.mm(one.t(), two)
+
+    def less(self, made: Tensor, tensor: Tensor, matrix: Tensor) -> Tensor:
+        return torch.addmm(made, tensor, matrix, alpha=-1)
+
+
+class _Rows(Leg):
+    """The bond is the last index but one and there is no batch: rows of matrices, which need not be copied."""
+
+    def act(self, tensor: Tensor, matrix: Tensor) -> Tensor:
+        return matrix.mT @ tensor
+
+    def overlap(self, one: Tensor, two: Tensor) -> Tensor:
+        made = one @ two.mT
+        return made.sum(tuple(range(made.ndim - 2))) if made.ndim > 2 else made
+
+
+def leg(diagram: Diagram, node: str, bond: str) -> Leg:
+    """The cheapest way to see a node from one of its bonds."""
+    indices, batch = diagram.nodes[node], diagram.batch
+    if indices[-1] == bond and indices[: len(batch)] == batch:
+        return (_Matrix if len(indices) == 2 and not batch else _Last)(diagram, node, bond)
+    return (_Rows if indices[-2] == bond and not batch else Leg)(diagram, node, bond)
