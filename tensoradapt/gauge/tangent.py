@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,17 +99,18 @@ def _trace(diagram: Diagram, factors: Factors, node: str) -> Tensor:
 
 
 def pseudo_inverse(
-    diagram: Diagram, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0
+    diagram: Diagram, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, **iterations: Any
 ) -> Direction:
     """The direction J^+ g (or its damped form) from the gradients of the factors: in closed form where there is one.
 
     The delta is `scale` times the network, and `grads` are the gradients of the loss in the factors. Two nodes (LoRA)
     and lines of three (LoTR, trains of three cores) up to rank 40 have closed forms; the rest, and networks of which
-    only some nodes have gradients and move, is solved by `pseudo_inverse_cg`.  Shapes: those of the factors.
+    only some nodes have gradients and move, is solved by `pseudo_inverse_cg`, which `iterations` are handed to.
+    Shapes: those of the factors.
     """
     closed = _closed_form(diagram) if all(node in grads for node in diagram.nodes) else None
     if closed is None:
-        return pseudo_inverse_cg(diagram, factors, grads, damping, scale=scale)
+        return pseudo_inverse_cg(diagram, factors, grads, damping, scale=scale, **iterations)
     held = {node: factors[node].detach() for node in diagram.nodes}
     delta = damping_of(diagram, held, damping)
     found = closed(diagram, held, {node: grads[node].detach() for node in diagram.nodes}, delta)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import SpecError
-from tensoradapt.gauge import implied, pseudo_inverse, pseudo_inverse_cg
+from tensoradapt.gauge import implied, pseudo_inverse
 from tensoradapt.gauge.environment import Blocks
 from tensoradapt.gauge.metric import Metric
 from tensoradapt.grouping import Group
@@ -152,12 +152,11 @@ class LoRAPro(Preconditioned):
         metric, scale = self.metric(batch), batch.kind.scale
         if self._zero(metric):
             return metric.directions(batch.factors, grads, self.damping, scale)
-        if metric.pair:
-            return pseudo_inverse(batch.diagram, batch.factors, grads, self.damping, scale).factors
-        tolerance = torch.finfo(next(iter(grads.values())).dtype).eps ** 0.75
-        return pseudo_inverse_cg(
-            batch.diagram, batch.factors, grads, self.damping, tolerance, self.max_iterations, scale=scale
-        ).factors
+        how = {
+            "tolerance": torch.finfo(next(iter(grads.values())).dtype).eps ** 0.75,
+            "max_iterations": self.max_iterations,
+        }
+        return pseudo_inverse(batch.diagram, batch.factors, grads, self.damping, scale, **how).factors
 
     def _plain(self, batch: Batch) -> dict[str, Tensor]:
         return self._solved(batch, batch.grads)
