@@ -17,7 +17,7 @@ from tensoradapt.plots.labels import extent
 from tensoradapt.plots.page import INCH, INK
 from tensoradapt.plots.panels import PAGE, blues, letters_on
 from tensoradapt.plots.places import Table, tabulated
-from tensoradapt.plots.words import brief_name, fitted, has_noise, listed, plain, rule_words, some
+from tensoradapt.plots.words import brief_name, fitted, has_noise, listed, plain, rule_label, rule_words, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,4 +239,4 @@ def _scale(figure: Figure, axes: Axes, bar: Axes, rule: str) -> None:
     bar.set_yticks([], minor=True)
     bar.tick_params(length=2, width=0.5)
     bar.spines[:].set_visible(False)
-    bar.set_ylabel("rank above noise" if rule == "noise" else fitted(f"rank, {rule}", height, 7), color=INK)
+    bar.set_ylabel("rank above noise" if rule == "noise" else fitted(rule_label(rule), height, 7), color=INK)

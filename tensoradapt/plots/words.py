@@ -82,6 +82,12 @@ def rule_words(rule: str) -> str:
     )
 
 
+def rule_label(rule: str) -> str:
+    """The same for an axis."""
+    share = rule.removeprefix("energy_")
+    return f"rank, {percent(float(share))} of energy" if share != rule else f"rank, {rule}"
+
+
 def has_noise(report: Mapping[str, Any]) -> bool:
     """Whether any weight has rounding noise: float32 weights have none."""
     return any(site["noise"]["edge"] for site in report["sites"].values())

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs/serving.md", *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+GUIDES = [ROOT / "docs/serving.md", ROOT / "docs/optimisers.md"]
+PAGES = [ROOT / "README.md", *GUIDES, *sorted((ROOT / "docs/tutorials").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)")
 
 RUN = "import sys; page, code = sys.argv[1:]; exec(compile(code, page, 'exec'), {'__name__': '__main__'})"
