@@ -434,9 +434,10 @@ def test_dense_moments_are_adams_of_the_projected_gradient():
         assert_near(j @ step_of(adapter, optimizer), 1e-3 * expected, 1e-6)
 
 
-def test_a_transported_moment_is_the_projection_of_the_change_that_it_meant():
+@pytest.mark.parametrize("preset", ["lora", "lotr"])
+def test_a_transported_moment_is_the_projection_of_the_change_that_it_meant(preset):
     """min_norm: m2 = beta P2 m1 + (1 - beta) P2 g2, of dense changes."""
-    model, adapter = adapted("lora")
+    model, adapter = adapted(preset)
     optimizer = LoRAPro(adapter, gauge="min_norm", damping=0.0, lr=1e-2, betas=(0.7, 0.9), eps=0.0)
     first = second = 0
     for t in (1, 2, 3):
@@ -636,14 +637,25 @@ def test_factors_that_are_not_passed_stay_and_steps_are_those_of_the_others():
     model, adapter = adapted("lotr")
     (group,) = adapter.plan.groups
     held = adapter.factors(group.name)
-    optimizer = plain(adapter, params=[held["core"]])
+    optimizer = plain(adapter, params=[held["factor_out"]])
     backward(model, optimizer, batch())
     before = {n: t.detach().clone() for n, t in held.items()}
-    u, v = before["factor_out"], before["factor_in"]
-    inner = torch.linalg.inv(u.mT @ u) @ held["core"].grad @ torch.linalg.inv(v.mT @ v) / group.scale**2
+    v, cores = before["factor_in"], before["core"]
+    seen = sum(core @ v.mT @ v @ core.mT for core in cores)
+    expected = before["factor_out"] - held["factor_out"].grad @ torch.linalg.inv(seen) / group.scale**2
     optimizer.step()
-    torch.testing.assert_close(held["core"].detach(), before["core"] - inner)
-    assert torch.equal(held["factor_out"], u) and torch.equal(held["factor_in"], v)
+    torch.testing.assert_close(held["factor_out"].detach(), expected)
+    assert torch.equal(held["core"], cores) and torch.equal(held["factor_in"], v)
+
+
+def test_moments_of_factors_that_are_passed_alone_go_on():
+    model, adapter = adapted("lotr")
+    core = adapter.factors(adapter.plan.groups[0].name)["core"]
+    optimizer = LoRAPro(adapter, params=[core], lr=1e-3)
+    for _ in range(3):
+        backward(model, optimizer, batch())
+        optimizer.step()
+    assert optimizer.state[core]["directions"] == 3
 
 
 def test_a_closure_is_evaluated_once():

@@ -87,7 +87,8 @@ class LoRAPro(Preconditioned):
         self._take()
         move = {"factors": self._by_factors, "dense": self._by_tensor, None: self._plain}[self.moments]
         found: dict[Tensor, Tensor] = {}
-        for batch in batches(self.groups, self.held, self.adapter.scale, self._steps):
+        held = self.held
+        for batch in batches(self.groups, held, self.adapter.scale, lambda owner: self._steps(owner, held)):
             found |= batch.spread(move(batch))
         return found
 
@@ -113,9 +114,9 @@ class LoRAPro(Preconditioned):
                 if state:
                     self._kept[parameter] = {name: state.pop(name) for name in KEPT if name in state}
 
-    def _steps(self, owner: Nodes) -> tuple[int, tuple[str, ...]]:
+    def _steps(self, owner: Nodes, held: set[Tensor]) -> tuple[int, tuple[str, ...]]:
         """The steps that a group has moments of, and which: groups of one batch have the same."""
-        states = [self._kept.get(p, {}) for p in owner.values() if p.grad is not None]
+        states = [self._kept.get(p, {}) for p in owner.values() if p.grad is not None and p in held]
         first = states[0] if states else {}
         names = tuple(name for name in KEPT[:2] if all(name in state for state in states))
         return (first.get("directions", 0), names) if names or "dense_avg" in first else (0, ())
