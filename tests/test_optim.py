@@ -620,6 +620,23 @@ def test_ranks_change_in_the_middle(make, preset):
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.parametrize("preset", ["lora", "lotr"])
+def test_moments_of_the_shortest_step_follow_into_another_gauge(preset):
+    """A form that keeps the deltas keeps the steps that follow: to first order in the rate, so of a small one."""
+    paths = []
+    for turned in (False, True):
+        model, adapter = adapted(preset)
+        optimizer = LoRAPro(adapter, gauge="min_norm", damping=1e-10, lr=1e-6)
+        for k in range(5):
+            if turned and k == 3:
+                ta.orthogonalize(adapter, optimizer=optimizer)
+            before = deltas(adapter)
+            backward(model, optimizer, batch(seed=k))
+            optimizer.step()
+        paths.append(flat([now - then for now, then in zip(deltas(adapter), before, strict=True)]))
+    assert_near(paths[1], paths[0], 1e-4)
+
+
 @pytest.mark.parametrize("make", [LoRAPro, ScaledGD])
 def test_what_is_no_factor_is_left_to_the_base(make):
     """`train:` modules take the plain step of SGD."""

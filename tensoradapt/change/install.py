@@ -22,7 +22,7 @@ from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
 from tensoradapt.plan import START, Plan
 
-FIRST = ("exp_avg", "momentum_buffer")  # states that change as gradients do
+FIRST = ("exp_avg", "momentum_buffer", "gradient_avg")  # states that change as gradients do
 SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")  # those that change as their squares
 
 

@@ -11,9 +11,9 @@ from tensoradapt.gauge import implied, pseudo_inverse_cg
 from tensoradapt.gauge.metric import Metric
 from tensoradapt.lower import dense
 
-# Times AdamW's step, which is some forty operations on three small tensors, 0.1 ms. The goal was 2.0 for all;
-# reached on one core that was busy otherwise too: 2.2, 2.6 and 3.3.
-BOUNDS = {"ScaledGD": 3.0, "LoRAPro without moments": 3.5, "LoRAPro": 4.5}
+# Times AdamW's step, which is some forty operations on three small tensors, 0.1 ms.
+MOST = 2.0
+BOUNDED = ("ScaledGD", "LoRAPro")
 FASTER = 10.0  # times conjugate gradients
 
 
@@ -48,8 +48,8 @@ def test_step():
     print(f"\n{hardware()}; one step on LoTR r=16, {2 * LAYERS} sites of width {WIDTH}")
     timings = timed(MADE, 201)
     timed({"AdamW": MADE["AdamW"]} | SLOW, 5)
-    for name, bound in BOUNDS.items():
-        assert ratio(timings[name], timings["AdamW"])[0] <= bound, name
+    for name in BOUNDED:
+        assert ratio(timings[name], timings["AdamW"])[0] <= MOST, name
 
 
 def timed(made, repeats):
