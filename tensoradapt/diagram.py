@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from opt_einsum import get_symbol
@@ -83,7 +84,7 @@ class Diagram:
         weight = {part for axis in WEIGHT_AXES for part in self.fold(axis)}
         return tuple(axis for axis in self.open if axis not in weight)
 
-    @property
+    @cached_property
     def batch(self) -> tuple[str, ...]:
         """The open axes that sit on every node: each of their values is a network of its own."""
         return tuple(axis for axis in self.open if all(axis in indices for indices in self.nodes.values()))

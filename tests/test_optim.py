@@ -688,6 +688,35 @@ def test_a_closure_is_evaluated_once():
     assert optimizer.step(closure) == calls[0] and len(calls) == 1
 
 
+def lose_a_gradient(adapter):
+    factors(adapter)[-1].grad = None
+
+
+def grow_the_scale(adapter):
+    adapter.scale = 3.0
+
+
+CHANGES = {"nothing": lambda adapter: None, "gradient": lose_a_gradient, "scale": grow_the_scale}
+
+
+@pytest.mark.parametrize("preset", ["lora", "lotr", "loha"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_steps_is_seen(change, preset):
+    """The step is that of an optimiser that knew nothing of the steps before."""
+    model, adapter = adapted(preset)
+    worn, new = (ScaledGD(adapter, torch.optim.SGD, **SGD) for _ in range(2))
+    backward(model, worn, batch())
+    worn.step()
+    backward(model, worn, batch())
+    CHANGES[change](adapter)
+    start = [p.detach().clone() for p in factors(adapter)]
+    found = step_of(adapter, worn)
+    with torch.no_grad():
+        for parameter, value in zip(factors(adapter), start, strict=True):
+            parameter.copy_(value)
+    assert_near(found, step_of(adapter, new), 1e-12)
+
+
 def test_the_scale_of_the_adapter_is_part_of_the_delta():
     """The step of the deltas is the same however the scale is split between the group and the adapter."""
     found = []

@@ -24,6 +24,7 @@ from tensoradapt.gauge import (
     retract_truncated,
     stiefel_tangent,
 )
+from tensoradapt.gauge.legs import leg
 
 LORA = Diagram({"out": 7, "in": 6, "r": 3}, {"B": ("out", "r"), "A": ("r", "in")}, ("out", "in"))
 LOTR = Diagram(
@@ -248,6 +249,27 @@ def test_gradients_that_no_function_of_the_tensor_has_give_no_nan():
             assert not any(
                 t.any() for t in solve(diagram, zero, torches(draw(diagram), torch.float32)).factors.values()
             )
+
+
+# -- nodes as matrices --------------------------------------------------------------------------------------------
+
+
+PLAIN = [(i, "") for i in ("xr", "rx", "xyr", "xry", "rxy", "xryz", "xyrz", "rxyz", "r")]
+
+
+@pytest.mark.parametrize("indices, batch", [*PLAIN, *((i, "l") for i in ("lxr", "xlr", "rlx", "xlry"))])
+def test_every_view_of_a_node_from_a_bond_is_a_matrix(indices, batch):
+    sizes = dict(zip("lrxyzw", (2, 3, 4, 5, 6, 7), strict=True))
+    nodes = {"node": tuple(indices), "end": (*batch, "r", "w")}
+    diagram = Diagram(sizes, nodes, tuple(i for i in "lxyzw" if i in indices + "w"))
+    one, two, three = (draw(diagram, seed)["node"] for seed in range(3))
+    matrix = np.random.default_rng(0).normal(size=[sizes[i] for i in batch + "rr"])
+    view, (a, b, c, m) = leg(diagram, "node", "r"), map(torch.from_numpy, (one, two, three, matrix))
+    acted = np.einsum(f"{indices},{batch}rs->{indices.replace('r', 's')}", one, matrix)
+    np.testing.assert_allclose(view.act(a, m, 0.5), 0.5 * acted)
+    np.testing.assert_allclose(view.less(c, a, m), three - acted)
+    twice = np.einsum(f"{indices},{indices.replace('r', 's')}->{batch}rs", one, two)
+    np.testing.assert_allclose(view.overlap(a, b), twice)
 
 
 # -- e, f: full rank, ScaledGD ------------------------------------------------------------------------------------

@@ -18,9 +18,14 @@ STACK = "stacked networks"  # no name that a spec can give an axis
 
 def stacked(diagram: Diagram, factors: Sequence[Factors]) -> Network:
     """Factors of several networks of one diagram as one network with a batch axis in front.  Shape: (network, ..)."""
+    wide = stacked_diagram(diagram, len(factors))
+    return Network(wide, {node: torch.stack([held[node] for held in factors]) for node in wide.nodes})
+
+
+def stacked_diagram(diagram: Diagram, count: int) -> Diagram:
+    """The diagram of several networks as one."""
     nodes = {node: (STACK, *indices) for node, indices in diagram.nodes.items()}
-    wide = replace(diagram, sizes={STACK: len(factors), **diagram.sizes}, nodes=nodes, open=(STACK, *diagram.open))
-    return Network(wide, {node: torch.stack([held[node] for held in factors]) for node in nodes})
+    return replace(diagram, sizes={STACK: count, **diagram.sizes}, nodes=nodes, open=(STACK, *diagram.open))
 
 
 def unstacked(network: Network) -> list[Network]:

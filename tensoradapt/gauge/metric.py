@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +47,9 @@ class Metric:
             (bond, behind) for bond in names for behind in (True, False)
         ]  # behind a bond, seen from the root, or not
         self.place = {key: k for k, key in enumerate(keys)}
-        self._runs = [len(list(run)) for _, run in groupby(keys, key=lambda key: diagram.sizes[key[0]])]
+        sizes = [diagram.sizes[bond] for bond, _ in keys]
+        starts = [k for k, size in enumerate(sizes) if not k or size != sizes[k - 1]]
+        self._runs = [slice(*run) for run in pairwise([*starts, len(keys)])]
         legs = {(node, bond): leg(diagram, node, bond) for bond, ends in bonds.items() for node in ends}
         above = {edge.child: edge.bond for edge in edges}
 
@@ -74,20 +76,17 @@ class Metric:
         return found
 
     def inverses(self, factors: Factors, damping: float) -> list[Tensor]:
-        """The inverse Gram matrices: pseudo-inverses without damping.
+        """The inverse Gram matrices, in the order of `place`: pseudo-inverses without damping.
 
         With damping, delta = damping * tr(J^T J) / entries is the network's, the same for all blocks: a matrix alone in
         its block gets delta, one of several delta over the mean eigenvalues of the others.
         """
         grams, like = self.grams(factors), factors[self.root].dtype
-        stacks = []
-        for run in self._runs:
-            stacks.append(torch.stack(grams[:run]).double())
-            grams = grams[run:]
-        if not damping:
-            return [one for stack in stacks for one in pinv(stack, like).unbind()]
-        self._damping.add(stacks, damping)
-        return [one for stack in stacks for one in _inverse(stack).to(like).unbind()]
+        stacks = [torch.stack(grams[run]).double() for run in self._runs]
+        if damping:
+            self._damping.add(stacks, damping)
+        made = [_inverse(stack, like) if damping else pinv(stack, like) for stack in stacks]
+        return [one for stack in made for one in stack.unbind()]
 
     def directions(
         self, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, *, project: bool = True
@@ -97,9 +96,9 @@ class Metric:
         With `project`, J d is the projection of g on the tangent space; without, every node's own share of it, what
         several nodes see counted several times.  Shapes: those of the factors.
         """
-        inverse = self.inverses(factors, damping)
+        inverse, weight = self.inverses(factors, damping), scale**-2
         return {
-            move.node: move.direction(factors[move.node], grads[move.node], inverse, scale**-2, project)
+            move.node: move.direction(factors[move.node], grads[move.node], inverse, weight, project)
             for move in self._moves
         }
 
@@ -117,14 +116,12 @@ class _Move:
     ) -> Tensor:
         if not self.bonds:
             return grad * weight
-        (k, first), *others = self.bonds
-        before = inverse[k] * weight if weight != 1 else inverse[k]  # on the smallest of what is multiplied
-        made = first.act(grad, before)
-        for other, its in others:
+        made, (k, first) = grad, self.bonds[0]
+        for other, its in self.bonds[1:]:
             made = its.act(made, inverse[other])
-        if self.own is None or not project:
-            return made
-        return first.less(made, factor, inverse[self.own] @ first.overlap(factor, grad) @ before)
+        if project and self.own is not None:
+            made = first.less(made, factor, torch.matmul(inverse[self.own], first.overlap(factor, grad)))
+        return first.act(made, inverse[k], weight)
 
 
 class _Damping:
@@ -139,34 +136,36 @@ class _Damping:
 
     def add(self, stacks: Sequence[Tensor], damping: float) -> None:
         """Damp every matrix of the stacks, in place."""
-        diagonals = [stack.diagonal(dim1=-2, dim2=-1) for stack in stacks]
-        means = [mean for diagonal in diagonals for mean in _numbers(diagonal.mean(-1))]
-        delta = sum(math.prod([means[k] for k in span], start=share) for share, span in self.shares) * damping
+        diagonals = [stack.diagonal(0, -2, -1) for stack in stacks]
+        means = [mean for diagonal in diagonals for mean in _means(diagonal)]
+        delta = sum([math.prod([means[k] for k in span], start=share) for share, span in self.shares]) * damping
         shifts = [delta / (math.prod([means[k] for k in rest]) + _TINY) if rest else delta for rest in self.beside]
         for diagonal in diagonals:
-            diagonal.add_(_tensor(shifts[: len(diagonal)], diagonal)[..., None])
+            diagonal.add_(_column(shifts[: len(diagonal)], diagonal))
             shifts = shifts[len(diagonal) :]
 
 
 _TINY = 1e-100
 
 
-def _numbers(means: Tensor) -> Sequence[Any]:
-    """The entries of a first axis: as numbers where there is no other, which are cheaper than tensors on a CPU."""
-    return means.tolist() if means.ndim == 1 and means.device.type == "cpu" else means.unbind()
+def _means(diagonal: Tensor) -> Sequence[Any]:
+    """The mean of every matrix's diagonal: as numbers on a CPU, where these are cheaper than tensors of one entry."""
+    if diagonal.ndim > 2 or diagonal.device.type != "cpu":
+        return diagonal.mean(-1).unbind()
+    return [sum(entries) / len(entries) for entries in diagonal.tolist()]
 
 
-def _tensor(shifts: Sequence[Any], like: Tensor) -> Tensor:
+def _column(shifts: Sequence[Any], like: Tensor) -> Tensor:
     """Shifts of matrices, 1 where all that there is is zero: the inverse of a zero matrix meets zeros alone."""
     if isinstance(shifts[0], float):
-        return like.new_tensor([shift or 1.0 for shift in shifts])
+        return torch.tensor([[shift or 1.0] for shift in shifts], dtype=like.dtype)
     made = torch.stack(list(shifts))
-    return torch.where(made > 0, made, 1.0)
+    return torch.where(made > 0, made, 1.0).unsqueeze(-1)
 
 
-def _inverse(gram: Tensor) -> Tensor:
+def _inverse(gram: Tensor, like: torch.dtype) -> Tensor:
     """Inverses of damped Gram matrices; of others NaN, and no error: a gradient scaler may have met an overflow."""
-    return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L)
+    return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L).to(like)
 
 
 def pinv(gram: Tensor, like: torch.dtype) -> Tensor:

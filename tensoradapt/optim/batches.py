@@ -17,7 +17,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import SpecError
 from tensoradapt.gauge import stacked
-from tensoradapt.gauge.batch import STACK
+from tensoradapt.gauge.batch import STACK, stacked_diagram
 from tensoradapt.grouping import Group
 
 Nodes = Mapping[str, Tensor]
@@ -61,13 +61,7 @@ class Batch:
     @property
     def now(self) -> dict[str, Tensor]:
         """The factors as they are at this moment."""
-        return self.gathered([{node: wide(p.detach()) for node, p in owner.items()} for owner in self.owners])
-
-    def gathered(self, held: Sequence[Nodes]) -> dict[str, Tensor]:
-        """Tensors by node of every group, as the batch's."""
-        if len(held) == 1:
-            return dict(held[0])
-        return {node: torch.stack([one[node] for one in held]) for node in held[0]}
+        return gathered([{node: wide(p.detach()) for node, p in owner.items()} for owner in self.owners])
 
 
 def factors_of(adapter: Adapter) -> list[tuple[Group, dict[str, Tensor]]]:
@@ -85,34 +79,58 @@ def factors_of(adapter: Adapter) -> list[tuple[Group, dict[str, Tensor]]]:
     return found
 
 
-def batches(
-    groups: Sequence[tuple[Group, Nodes]],
-    held: Collection[Tensor],
-    scale: float,
-    tag: Callable[[Nodes], Any] = lambda _: None,
-) -> list[Batch]:
-    """The groups of which parameters of `held` have gradients, equal ones of one tag together.
+class Sorter:
+    """Groups in batches, sorted anew only where other parameters have gradients than before."""
 
-    `scale` multiplies each group's own.
-    """
-    alike: dict[Any, list[Nodes]] = {}
-    for group, owner in groups:
-        moving = tuple(node for node, p in owner.items() if p.grad is not None and p in held)
-        size = group.scale * scale
-        if moving and size:
-            like = tuple((p.dtype, p.device) for p in owner.values())
-            alike.setdefault((Kind(group.diagram, moving, size), tag(owner), like), []).append(owner)
-    return [_batch(kind, mark, owners) for (kind, mark, _), owners in alike.items()]
+    def __init__(self, groups: Sequence[tuple[Group, Nodes]]) -> None:
+        self.groups = groups
+        self._key: Any = None
+        self._lots: list[_Lot] = []
+
+    def batches(
+        self, held: Collection[Tensor], scale: float, tag: Callable[[Nodes, Sequence[str]], Any] | None = None
+    ) -> list[Batch]:
+        """The groups of which parameters of `held` have gradients, equal ones of one tag together.
+
+        `scale` multiplies each group's own; `tag` sees a group's parameters and which of its nodes move.
+        """
+        owners = [owner for _, owner in self.groups]
+        moving = [tuple([node for node, p in o.items() if p.grad is not None and p in held]) for o in owners]
+        tags = [tag(*pair) for pair in zip(owners, moving, strict=True)] if tag else [None] * len(owners)
+        like = [tuple([(p.dtype, p.device) for p in owner.values()]) for owner in owners]
+        key = scale, moving, [tags.index(mark) for mark in tags], like
+        if key != self._key:
+            self._key, self._lots = key, self._sorted(*key)
+        return [lot.batch(tags[lot.first]) for lot in self._lots]
+
+    def _sorted(self, scale: float, moving: Sequence[tuple[str, ...]], *others: Sequence[Any]) -> list[_Lot]:
+        alike: dict[Any, list[int]] = {}
+        for k, (group, _) in enumerate(self.groups):
+            kind = Kind(group.diagram, moving[k], group.scale * scale)
+            if kind.moving and kind.scale:
+                alike.setdefault((kind, *(other[k] for other in others)), []).append(k)
+        return [_Lot(kind, places[0], [self.groups[k][1] for k in places]) for (kind, *_), places in alike.items()]
 
 
-def _batch(kind: Kind, tag: Any, owners: Sequence[Nodes]) -> Batch:
-    held = [{node: wide(p.detach()) for node, p in owner.items()} for owner in owners]
-    grads = [{node: wide(owner[node].grad) for node in kind.moving} for owner in owners]
-    if len(owners) == 1:
-        return Batch(kind, tag, kind.diagram, held[0], grads[0], owners)
-    network = stacked(kind.diagram, held)
-    together = {node: torch.stack([one[node] for one in grads]) for node in kind.moving}
-    return Batch(kind, tag, network.diagram, network.factors, together, owners)
+class _Lot:
+    """Which groups make a batch: all of it but the tensors."""
+
+    def __init__(self, kind: Kind, first: int, owners: Sequence[Nodes]) -> None:
+        self.kind, self.first, self.owners = kind, first, owners
+        self.diagram = kind.diagram if len(owners) == 1 else stacked_diagram(kind.diagram, len(owners))
+
+    def batch(self, tag: Any) -> Batch:
+        """The batch of this moment."""
+        factors = gathered([{node: wide(p.detach()) for node, p in owner.items()} for owner in self.owners])
+        grads = gathered([{node: wide(owner[node].grad) for node in self.kind.moving} for owner in self.owners])
+        return Batch(self.kind, tag, self.diagram, factors, grads, self.owners)
+
+
+def gathered(held: Sequence[Nodes]) -> dict[str, Tensor]:
+    """Tensors by node of every group, as a batch's."""
+    if len(held) == 1:
+        return dict(held[0])
+    return {node: torch.stack([one[node] for one in held]) for node in held[0]}
 
 
 def wide(tensor: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from tensoradapt.gauge.environment import Blocks
 from tensoradapt.gauge.metric import Metric
 from tensoradapt.grouping import Group
 from tensoradapt.lower import dense
-from tensoradapt.optim.batches import Batch, Nodes, batches, doubled, halves, wide
+from tensoradapt.optim.batches import Batch, Nodes, doubled, gathered, halves, wide
 from tensoradapt.optim.moments import Betas, energy, spread, transported
 from tensoradapt.optim.preconditioned import Preconditioned, checked_damping
 
@@ -87,8 +87,7 @@ class LoRAPro(Preconditioned):
         self._take()
         move = {"factors": self._by_factors, "dense": self._by_tensor, None: self._plain}[self.moments]
         found: dict[Tensor, Tensor] = {}
-        held = self.held
-        for batch in batches(self.groups, held, self.adapter.scale, lambda owner: self._steps(owner, held)):
+        for batch in self.batches(self._steps):
             found |= batch.spread(move(batch))
         return found
 
@@ -114,17 +113,15 @@ class LoRAPro(Preconditioned):
                 if state:
                     self._kept[parameter] = {name: state.pop(name) for name in KEPT if name in state}
 
-    def _steps(self, owner: Nodes, held: set[Tensor]) -> tuple[int, tuple[str, ...]]:
+    def _steps(self, owner: Nodes, moving: Sequence[str]) -> tuple[int, tuple[str, ...]]:
         """The steps that a group has moments of, and which: groups of one batch have the same."""
-        states = [self._kept.get(p, {}) for p in owner.values() if p.grad is not None and p in held]
+        states = [self._kept.get(owner[node], {}) for node in moving]
         first = states[0] if states else {}
-        names = tuple(name for name in KEPT[:2] if all(name in state for state in states))
+        names = tuple([name for name in KEPT[:2] if all([name in state for state in states])])
         return (first.get("directions", 0), names) if names or "dense_avg" in first else (0, ())
 
     def _held(self, batch: Batch, name: str) -> dict[str, Tensor]:
-        return batch.gathered(
-            [{n: wide(self._kept[owner[n]][name]) for n in batch.kind.moving} for owner in batch.owners]
-        )
+        return gathered([{n: wide(self._kept[owner[n]][name]) for n in batch.kind.moving} for owner in batch.owners])
 
     def _one(self, batch: Batch, name: str) -> Any:
         """What is kept once for a group, with its first node."""

@@ -37,9 +37,9 @@ def energy(diagram: Diagram, grads: Factors, directions: Factors) -> Any:
     Shape: the sizes of `diagram.batch`; a plain number on a CPU where there are none, which is cheaper.
     """
     batch = diagram.batch
-    entries = math.prod(diagram.sizes[axis] for axis in diagram.open if axis not in batch)
+    entries = math.prod([diagram.sizes[axis] for axis in diagram.open if axis not in batch])
     if not batch:
-        parts = [torch.dot(grads[node].reshape(-1), d.reshape(-1)) for node, d in directions.items()]
+        parts = [torch.dot(grads[node].ravel(), d.ravel()) for node, d in directions.items()]
         total: Any = sum(map(float, parts)) if parts[0].device.type == "cpu" else sum(parts)
         return max(total, 0.0) / entries if isinstance(total, float) else total.clamp(min=0) / entries
     found = []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
@@ -15,7 +14,7 @@ from tensoradapt.errors import SpecError
 from tensoradapt.gauge.environment import Blocks
 from tensoradapt.gauge.metric import Metric
 from tensoradapt.grouping import Group
-from tensoradapt.optim.batches import Batch, factors_of
+from tensoradapt.optim.batches import Batch, Nodes, Sorter, factors_of
 from tensoradapt.optim.wrapper import Wrapper
 
 
@@ -30,21 +29,25 @@ class Preconditioned(Wrapper):
         **options: Any,
     ) -> None:
         super().__init__(adapter, base, params, **options)
-        self._known = (adapter.plan, factors_of(adapter))
+        self._known = (adapter.plan, Sorter(factors_of(adapter)))
         self._metrics: dict[tuple[Diagram, tuple[str, ...]], Metric | Blocks] = {}
 
     @property
-    def groups(self) -> list[tuple[Group, dict[str, Tensor]]]:
+    def groups(self) -> Sequence[tuple[Group, Nodes]]:
         """Every group with the parameters of its nodes, anew where the adapter was resized."""
+        return self._sorter.groups
+
+    @property
+    def _sorter(self) -> Sorter:
         if self._known[0] is not self.adapter.plan:
-            self._known = (self.adapter.plan, factors_of(self.adapter))
+            self._known = (self.adapter.plan, Sorter(factors_of(self.adapter)))
             self._metrics.clear()
         return self._known[1]
 
-    @property
-    def held(self) -> set[Tensor]:
-        """The parameters that are trained."""
-        return {parameter for group in self.param_groups for parameter in group["params"]}
+    def batches(self, tag: Callable[[Nodes, Sequence[str]], Any] | None = None) -> list[Batch]:
+        """The groups that have gradients of parameters that are trained, equal ones of one tag together."""
+        held = {parameter for group in self.param_groups for parameter in group["params"]}
+        return self._sorter.batches(held, self.adapter.scale, tag)
 
     def metric(self, batch: Batch) -> Metric | Blocks:
         """The metric of a batch's factors: by Gram matrices of bonds for trees, by whole blocks for others."""

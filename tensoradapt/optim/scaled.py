@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
-from tensoradapt.optim.batches import batches
 from tensoradapt.optim.preconditioned import Preconditioned, checked_damping
 
 
@@ -48,7 +47,7 @@ class ScaledGD(Preconditioned):
     def directions(self) -> Mapping[Tensor, Tensor]:
         """Every factor's gradient in its own metric."""
         found: dict[Tensor, Tensor] = {}
-        for batch in batches(self.groups, self.held, self.adapter.scale):
+        for batch in self.batches():
             metric, scale = self.metric(batch), batch.kind.scale
             found |= batch.spread(metric.directions(batch.factors, batch.grads, self.damping, scale, project=False))
         return found
