@@ -39,9 +39,10 @@ def energy(diagram: Diagram, grads: Factors, directions: Factors) -> Any:
     batch = diagram.batch
     entries = math.prod([diagram.sizes[axis] for axis in diagram.open if axis not in batch])
     if not batch:
-        parts = [torch.dot(grads[node].ravel(), d.ravel()) for node, d in directions.items()]
-        total: Any = sum(map(float, parts)) if parts[0].device.type == "cpu" else sum(parts)
-        return max(total, 0.0) / entries if isinstance(total, float) else total.clamp(min=0) / entries
+        parts = (torch.dot(grads[node].ravel(), d.ravel()) for node, d in directions.items())
+        if next(iter(directions.values())).device.type == "cpu":
+            return max(sum([part.item() for part in parts]), 0.0) / entries
+        return torch.stack(list(parts)).sum().clamp(min=0) / entries
     found = []
     for node, direction in directions.items():
         indices = diagram.nodes[node]
