@@ -59,5 +59,5 @@ def compared(
     height = max(1, STRIP // max(1, delta.shape[1]))
     for start in range(0, len(delta), height):
         rows = delta[start : start + height]
-        lost += squares(rows - outer[start : start + height] @ pair[1])
+        lost += squares(torch.addmm(rows, outer[start : start + height], pair[1], alpha=-1))
     return site_row(lost, found.square)

@@ -136,9 +136,10 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
 def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
     """Write tuned - base of a block; whether it is finite, which it is only where both sides are."""
     precise = torch.promote_types(torch.promote_types(tuned.dtype, base.dtype), out.dtype)
-    block = tuned.to(precise) - base.to(precise)
-    out.copy_(block)
-    total = block.sum() if out.dtype == precise else out.sum(dtype=precise)
+    if out.dtype == precise:
+        total = torch.sub(tuned.to(precise), base.to(precise), out=out).sum()
+    else:
+        total = out.copy_(tuned.to(precise) - base.to(precise)).sum(dtype=precise)
     return bool(total.isfinite()) or bool(out.isfinite().all())
 
 

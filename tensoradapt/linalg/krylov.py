@@ -13,6 +13,7 @@ from torch import Tensor
 from tensoradapt.linalg.parts import LowRank, Seed, leftover, orthonormal, signed, square
 
 OVERSAMPLE = 10
+BLOCK = 16  # sketches are as wide as a multiple of it: the products with further columns cost nothing
 STEPS = 6
 # A step gains at least this share of what the one before it gained on the flattest spectra we measured; the first steps
 # on a spectrum with a gap look far better than what follows.
@@ -93,8 +94,8 @@ def krylov_space(
 
     K = [Q1 .. Qk], Q1 = orth(A W), Q(i+1) = orth(A A^T Qi).
     """
-    width = min(rank + oversample, *a.shape[-2:])
-    q = orthonormal(a @ (seed or Seed()).noise(a.shape[-1], width, like=a))
+    width = min(BLOCK * -(-(rank + oversample) // BLOCK), *a.shape[-2:])
+    q = orthonormal(_times(a, (seed or Seed()).noise(a.shape[-1], width, like=a)))
     basis, image = q, (q.mT @ a).mT
     gram = _gram(image, image)
     held = Held(rank, square(a))
@@ -103,7 +104,7 @@ def krylov_space(
         done = held.converged(tolerance)
         if done or step == steps or basis.shape[-1] + width > min(a.shape[-2:]):
             break
-        q = orthonormal(a @ image[..., -width:], basis)
+        q = orthonormal(_times(a, image[..., -width:]), basis)
         new = (q.mT @ a).mT
         cross = _gram(image, new)
         gram = torch.cat([torch.cat([gram, cross], -1), torch.cat([cross.mT, _gram(new, new)], -1)], -2)
@@ -134,6 +135,11 @@ def krylov(
         residual = leftover(a, u, sv)
     u, v = signed(u, v)
     return LowRank(u, s, v, space.total, residual.to(a.dtype), "krylov", space.steps), space.done
+
+
+def _times(a: Tensor, x: Tensor) -> Tensor:
+    """A X as (X^T A^T)^T: with few columns the product is a quarter faster this way round."""
+    return (x.mT @ a.mT).mT
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
