@@ -94,7 +94,7 @@ def krylov_space(
 
     K = [Q1 .. Qk], Q1 = orth(A W), Q(i+1) = orth(A A^T Qi).
     """
-    width = min(BLOCK * -(-(rank + oversample) // BLOCK), *a.shape[-2:])
+    width = min(rank + oversample, *a.shape[-2:])
     q = orthonormal(_times(a, (seed or Seed()).noise(a.shape[-1], width, like=a)))
     basis, image = q, (q.mT @ a).mT
     gram = _gram(image, image)
@@ -125,7 +125,8 @@ def krylov(
 
     A ~ K K^T A with the basis K of a Krylov space.  Shape: (.., m, n).
     """
-    space = krylov_space(a, rank, oversample=oversample, tolerance=tolerance, steps=steps, seed=seed)
+    wide = BLOCK * -(-(rank + oversample) // BLOCK) - rank
+    space = krylov_space(a, rank, oversample=wide, tolerance=tolerance, steps=steps, seed=seed)
     values, vectors = space.directions(rank)
     s = values.sqrt().to(a.dtype)
     u, sv = space.basis @ vectors, space.image @ vectors
