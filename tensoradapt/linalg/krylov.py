@@ -13,7 +13,7 @@ from torch import Tensor
 from tensoradapt.linalg.parts import LowRank, Seed, leftover, orthonormal, signed, square
 
 OVERSAMPLE = 10
-BLOCK = 16  # sketches are as wide as a multiple of it: the products with further columns cost nothing
+LANES = 16  # sketches are as wide as a multiple of it: the products with further columns cost nothing
 STEPS = 6
 # A step gains at least this share of what the one before it gained on the flattest spectra we measured; the first steps
 # on a spectrum with a gap look far better than what follows.
@@ -125,7 +125,7 @@ def krylov(
 
     A ~ K K^T A with the basis K of a Krylov space.  Shape: (.., m, n).
     """
-    wide = BLOCK * -(-(rank + oversample) // BLOCK) - rank
+    wide = LANES * -(-(rank + oversample) // LANES) - rank
     space = krylov_space(a, rank, oversample=wide, tolerance=tolerance, steps=steps, seed=seed)
     values, vectors = space.directions(rank)
     s = values.sqrt().to(a.dtype)

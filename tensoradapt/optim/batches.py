@@ -61,7 +61,7 @@ class Batch:
     @property
     def now(self) -> dict[str, Tensor]:
         """The factors as they are at this moment."""
-        return gathered([{node: wide(p.detach()) for node, p in owner.items()} for owner in self.owners])
+        return _values(self.owners)
 
 
 def factors_of(adapter: Adapter) -> list[tuple[Group, dict[str, Tensor]]]:
@@ -121,9 +121,14 @@ class _Lot:
 
     def batch(self, tag: Any) -> Batch:
         """The batch of this moment."""
-        factors = gathered([{node: wide(p.detach()) for node, p in owner.items()} for owner in self.owners])
+        factors = _values(self.owners)
         grads = gathered([{node: wide(owner[node].grad) for node in self.kind.moving} for owner in self.owners])
         return Batch(self.kind, tag, self.diagram, factors, grads, self.owners)
+
+
+def _values(owners: Sequence[Nodes]) -> dict[str, Tensor]:
+    """What the parameters of every group hold, as a batch's tensors."""
+    return gathered([{node: wide(p.detach()) for node, p in owner.items()} for owner in owners])
 
 
 def gathered(held: Sequence[Nodes]) -> dict[str, Tensor]:

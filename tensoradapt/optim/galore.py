@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from tensoradapt.errors import AdapterError, RankError, SpecError
 from tensoradapt.optim.projectors import PROJECTORS, SIDES, Subspace, axes_of, find, ranks_of
+from tensoradapt.optim.wrapper import evaluated
 
 OWN = ("rank", "gap", "scale", "projector", "side")  # what a parameter group holds beside the inner optimiser's options
 BASIS, STEPS = "basis_", "projected_steps"
@@ -111,10 +112,7 @@ class GaLore(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of `base` on projected gradients, taken back to the weights. Returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group, inner in zip(self.param_groups, self.base.param_groups, strict=True):
             inner.update(_options(group))  # what schedulers have set
         active = [family for family in self.families if any(w.grad is not None for w in family.weights)]

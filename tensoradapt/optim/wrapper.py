@@ -58,10 +58,7 @@ class Wrapper(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of `base` along the directions; parameters without gradients stay. Returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         replaced = dict(self.directions())
         kept = {parameter: parameter.grad for parameter in replaced}
         try:
@@ -110,3 +107,11 @@ class Wrapper(Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimiser's defaults."""
         return self.base.defaults
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """What a step's closure returns, called with autograd; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

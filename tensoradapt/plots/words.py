@@ -76,16 +76,20 @@ def listed(names: Sequence[object], limit: int = 5) -> str:
 
 def rule_words(rule: str) -> str:
     """What a rule for the rank counts: `noise`, `energy_0.95`."""
-    share = rule.removeprefix("energy_")
-    return (
-        f"rank that holds {percent(float(share))} of the energy" if share != rule else RULES.get(rule, f"rank ({rule})")
-    )
+    share = _energy(rule)
+    return f"rank that holds {share} of the energy" if share else RULES.get(rule, f"rank ({rule})")
 
 
 def rule_label(rule: str) -> str:
     """The same for an axis."""
+    share = _energy(rule)
+    return f"rank, {share} of energy" if share else f"rank, {rule}"
+
+
+def _energy(rule: str) -> str:
+    """The share of the energy that a rule asks for, in percent; empty for other rules."""
     share = rule.removeprefix("energy_")
-    return f"rank, {percent(float(share))} of energy" if share != rule else f"rank, {rule}"
+    return percent(float(share)) if share != rule else ""
 
 
 def has_noise(report: Mapping[str, Any]) -> bool:
