@@ -1,6 +1,7 @@
 """The frontier's benchmark: its ledger resumes, rates are chosen off the validation split, budgets hold, plots draw."""
 
 import csv
+import dataclasses
 import itertools
 import math
 import statistics
@@ -60,6 +61,34 @@ def test_other_settings_are_other_runs(args, tmp_path):
     make(Ledger(tmp_path / "runs.csv"), args)
     args.epochs += 1
     assert len(make(Ledger(tmp_path / "runs.csv"), args)) == 18
+
+
+@pytest.mark.parametrize("how", ["variant", "choose"])
+def test_rates_alone_are_chosen(args, tmp_path, how):
+    """For a variant that is tried on the held-out tenth only, and for all where --choose is given."""
+    entry = dataclasses.replace(PAIR[0], held_out_only=how == "variant")
+    args.choose = how == "choose"
+    ledger = Ledger(tmp_path / "runs.csv")
+    made = []
+    while run := next(frontier.pending([entry], ledger, args), None):
+        ledger.add(frontier.settings_of(run, args), found(0.5))
+        made.append(run.split)
+    assert made == ["held-out"] * 6 and frontier.left([entry], ledger, args) == 0
+
+
+def test_the_precision_is_that_of_the_forward_pass(args, data, tmp_path, monkeypatch):
+    config = transformers.BertConfig(vocab_size=600, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    args.rows, args.model, args.epochs = 40, str(tmp_path), 1
+    seen = []
+    plain = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a, **k: seen.append(plain(*a, **k)) or seen[-1])
+    entry = Entry("full", "full", "full", {}, (1e-4,))
+    for precision in ("bfloat16", "float32"):
+        args.precision = precision
+        frontier_methods.perform(Run(entry, "mrpc", 1e-4, 0, "validation"), args)
+        assert {each.dtype for each in seen} == {getattr(torch, precision)}
+        seen.clear()
 
 
 def test_the_rate_is_the_best_on_the_held_out_tenth_alone(args, tmp_path):

@@ -331,6 +331,11 @@ PAPERS: dict[str, Paper] = {
     "lotr mixed": Paper(
         {"targets": (*ATTENTION, *FEED_FORWARD), "rank": 3, "alpha": 3.0}, 1.0, lotr, of_shape, preset="lotr"
     ),
+    "lotr by role": Paper(
+        {"targets": (*ATTENTION, *FEED_FORWARD), "rank": 3, "alpha": 3.0, "over": "layer"},
+        *(1.0, lotr, of_role),
+        preset="lotr",
+    ),
     "lorta": Paper({"targets": ATTENTION, "rank": 2, "alpha": 3.0}, 1.5, lorta, of_shape),
     "tt_lora": Paper({"targets": ("q_proj",), "rank": 2, "folds": TT_FOLDS, "alpha": 5.0}, 5.0, tt_lora, alone),
     "loretta": Paper({"targets": ("q_proj",), "rank": 3, "tt_rank": 2, "folds": TT_FOLDS}, 16 / 3, loretta, alone),
@@ -507,6 +512,11 @@ def test_default_scale(name):
 def test_alpha_is_refused_where_the_scale_does_not_use_it(name):
     with pytest.raises(ta.SpecError, match="alpha"):
         ta.preset(name, alpha=4.0)
+
+
+def test_lotr_over_what_is_no_stack_is_refused():
+    with pytest.raises(ta.SpecError, match="over site or layer, not 'role'"):
+        ta.preset("lotr", over="role")
 
 
 def test_a_rank_without_effect_is_refused():

@@ -15,10 +15,15 @@ from tensoradapt.presets.sides import (
 )
 
 
-def lotr(rank: int = 8) -> dict[str, Any]:
-    """Tucker-2 over the stack of all weights of a shape: D[s,o,i] = sum_ab L[o,a] G[s,a,b] R[i,b]."""
+def lotr(rank: int = 8, over: str = "site") -> dict[str, Any]:
+    """Tucker-2 over the stack of all weights of a shape: D[s,o,i] = sum_ab L[o,a] G[s,a,b] R[i,b].
+
+    `over="layer"` stacks the weights of one role alone, each role with an L and an R of its own.
+    """
+    if over not in ("site", "layer"):
+        raise SpecError(f"lotr stacks weights over site or layer, not {over!r}", hint="write over: layer for each role")
     return {
-        **{"format": "tucker", "axes": ("site", "out", "in"), "compress": ("out", "in"), "rank": rank, "excess": "cap"},
+        **{"format": "tucker", "axes": (over, "out", "in"), "compress": ("out", "in"), "rank": rank, "excess": "cap"},
         **{"scale": "alpha/rank", "alpha": 1.0},
         "init": {"core": "zero", "factor_out": "normal(1)", "factor_in": "normal(1)"},
     }

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 KEY = (
     *("task", "method", "rate", "seed", "split", "epochs", "train_rows", "judged_rows", "max_length", "batch"),
-    *("initialisation", "optimiser", "head_rate"),
+    *("precision", "initialisation", "optimiser", "head_rate"),
 )
 FOUND = ("parameters", "metric", "value", "seconds", "cpu_seconds", "versions")
 FIELDS = (*KEY, *FOUND)
-OF_TASK = ("epochs", "train_rows", "judged_rows", "max_length", "batch", "head_rate")
+OF_TASK = ("epochs", "train_rows", "judged_rows", "max_length", "batch", "precision", "head_rate")
 OF_METHOD = ("rate", "initialisation", "optimiser")
 STEP = 1.012  # by which neighbours of one budget stand apart, so that their bars can be told apart
 REFERENCES = ("full", "LoRA r=8 all", "LoRA r=8 qv")
