@@ -212,7 +212,7 @@ OWN: dict[str, dict] = {
     "loretta": {"rank": 2, "tt_rank": 2}, "fact_tt": {"rank": 3}, "fact_tk": {"rank": 3}, "metatt_4d": {"rank": 3},
     "metatt_5d": {"rank": 3, "heads": 4}, "cara": {"rank": 2, "heads": 4}, "lokr": {"rank": 2, "factor": 3},
     "krona": {}, "loha": {"rank": 1}, "vera": {"rank": 8}, "lora_xs": {"rank": 4}, "quanta": {}, "dota": {"rank": 2},
-    "mpo_shared": {"rank": 2}, "locon": {"rank": 2}, "polar": {"rank": 3},
+    "mpo_shared": {"rank": 2}, "locon": {"rank": 2}, "polar": {"rank": 3}, "lotr_by_role": {"rank": 4},
     **{name: {"rank": 3} for name in PRESETS if name.startswith("tenslora")},
 }  # fmt: skip
 HEADS = ("tenslora_att", "tenslora_att_qkv", "tenslora_att_depth", "tenslora_att_qkv_depth")

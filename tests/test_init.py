@@ -134,6 +134,7 @@ LAWS = {
     ),
     "lora_xs": ({"rank": 16}, {"R": normal(1e-5)}),
     "polar": ({"rank": 16}, {"core": zero, "*": orthogonal}),
+    "lotr_by_role": ({"rank": 16}, {"core": zero, "*": orthogonal}),
     "quanta": (
         {"folds": {"in": [12, 8, 8], "out": [12, 8, 8]}},
         {"gate_12": uniform(1 / 8), "gate_02": uniform(96**-0.5), "gate_01": uniform(96**-0.5)},

@@ -331,11 +331,7 @@ PAPERS: dict[str, Paper] = {
     "lotr mixed": Paper(
         {"targets": (*ATTENTION, *FEED_FORWARD), "rank": 3, "alpha": 3.0}, 1.0, lotr, of_shape, preset="lotr"
     ),
-    "lotr by role": Paper(
-        {"targets": (*ATTENTION, *FEED_FORWARD), "rank": 3, "alpha": 3.0, "over": "layer"},
-        *(1.0, lotr, of_role),
-        preset="lotr",
-    ),
+    "lotr_by_role": Paper({"targets": (*ATTENTION, *FEED_FORWARD), "rank": 3, "alpha": 3.0}, 3.0, lotr, of_role),
     "lorta": Paper({"targets": ATTENTION, "rank": 2, "alpha": 3.0}, 1.5, lorta, of_shape),
     "tt_lora": Paper({"targets": ("q_proj",), "rank": 2, "folds": TT_FOLDS, "alpha": 5.0}, 5.0, tt_lora, alone),
     "loretta": Paper({"targets": ("q_proj",), "rank": 3, "tt_rank": 2, "folds": TT_FOLDS}, 16 / 3, loretta, alone),
@@ -494,7 +490,16 @@ def test_the_output_moves_by_the_delta_once(name):
 
 
 DEFAULT_SCALES = {
-    **{"lora": 8 / 8, "lotr": 1 / 8, "lorta": 8 / 8, "tt_lora": 16, "loretta": 16 / 8, "fact_tt": 1, "fact_tk": 1},
+    **{
+        "lora": 8 / 8,
+        "lotr": 1 / 8,
+        "lotr_by_role": 4,
+        "lorta": 8 / 8,
+        "tt_lora": 16,
+        "loretta": 16 / 8,
+        "fact_tt": 1,
+        "fact_tk": 1,
+    },
     **{"metatt_4d": 1, "metatt_5d": 1, "cara": 1, "lokr": 8 / 8, "krona": 1, "loha": 8 / 8, "vera": 1},
     **{"lora_xs": 16 / 16, "polar": 8 / 8, "quanta": 1, "dota": 1, "mpo_shared": 1, "locon": 8 / 8},
     **{name: 1 for name in ta.PRESETS if name.startswith("tenslora")},
@@ -514,18 +519,19 @@ def test_alpha_is_refused_where_the_scale_does_not_use_it(name):
         ta.preset(name, alpha=4.0)
 
 
-def test_lotr_over_what_is_no_stack_is_refused():
-    with pytest.raises(ta.SpecError, match="over site or layer, not 'role'"):
-        ta.preset("lotr", over="role")
-
-
 def test_a_rank_without_effect_is_refused():
     with pytest.raises(ta.SpecError, match="no rank"):
         ta.preset("lokr", rank=4, decompose=False)
 
 
 DEFAULTS = {
-    **{"lora": {"rank": 8}, "lotr": {"rank": 8}, "lorta": {"rank": 8}, "tt_lora": {"rank": 5}},
+    **{
+        "lora": {"rank": 8},
+        "lotr": {"rank": 8},
+        "lotr_by_role": {"rank": 8},
+        "lorta": {"rank": 8},
+        "tt_lora": {"rank": 5},
+    },
     **{"loretta": {"rank": 8, "tt_rank": 5}, "lokr": {"rank": 8, "factor": -1}, "loha": {"rank": 8}},
     **{"vera": {"rank": 256}, "cara": {"rank": 32}, "tenslora_qkv": {"rank": 4, "form": "tucker"}},
 }

@@ -21,6 +21,7 @@ from tensoradapt.presets.stacks import (
     fact_tt,
     lorta,
     lotr,
+    lotr_by_role,
     metatt_4d,
     metatt_5d,
     tenslora_heads,
@@ -77,6 +78,12 @@ _TENSLORA = "arXiv:2509.19391"
 PRESETS: dict[str, Preset] = {
     "lora": Preset(lora, "D = B A", "arXiv:2106.09685"),
     "lotr": Preset(lotr, "D[s] = L G[s] R^T", "arXiv:2402.01376", "L and R shared by all sites of one shape"),
+    "lotr_by_role": Preset(
+        lotr_by_role,
+        "D[l,m] = L[m] G[l,m] R[m]^T",
+        "arXiv:2402.01376",
+        "LoTR with the sharing, start and scale that were best in our measurements",
+    ),
     "lorta": Preset(lorta, "D[l,m][h j, i] = sum_r A[i,r] B[j,r] H[h,r] L[l,r] M[m,r]", "arXiv:2410.04060", _HEAD_NOTE),
     "tt_lora": Preset(
         tt_lora,

@@ -178,7 +178,9 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="make the runs that are not in the ledger")
     run.add_argument("--data", required=True, help="a folder with <task>/train.parquet and validation.parquet")
     run.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    run.add_argument("--only", default="", help="only the methods whose label has this in it")
+    run.add_argument(
+        "--only", nargs="+", choices=[x.label for x in METHODS], metavar="LABEL", help="these methods, in this order"
+    )
     run.add_argument("--choose", action="store_true", help="only the runs that choose the rates")
     run.add_argument("--minutes", type=float, default=math.inf, help="start no run that would end later")
     run.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -209,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             log("no method has finished all three tasks yet: nothing to draw")
         return 0
-    entries = [entry for entry in available() if args.only in entry.label]
+    offered = {entry.label: entry for entry in available()}
+    entries = [offered[label] for label in args.only or offered if label in offered]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run in the background is stopped by `kill`
     try:
         log(f"{len(entries)} methods, about {left(entries, ledger, args) / args.workers / 60:.0f} min of training")

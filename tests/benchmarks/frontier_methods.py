@@ -65,7 +65,7 @@ def lora(rank: int, targets: list[str]) -> dict[str, Any]:
 
 ORTHO = {"targets": ALL, "scale": 4.0, "init": {"factor_out": "orthogonal", "factor_in": "orthogonal"}}
 OURS = {"targets": ALL}
-BY_ROLE = {**ORTHO, "over": "layer"}
+BY_ROLE = {"targets": ALL, "init": ORTHO["init"]}  # the preset's own laws, by name
 FIFTH, TENTH, THIRTIETH = LORA_ALL // 5, LORA_ALL // 10, LORA_ALL // 30
 USUAL = (5e-4, 1.5e-3)
 SMALL, MIDDLE, LARGE = (4e-4, 1.2e-3), (2e-3, 6e-3), (1e-2, 3e-2)
@@ -79,16 +79,16 @@ METHODS = (
     Entry("LoRA r=8 all", "lora all", "peft-lora", lora(8, ALL), USUAL),
     Entry("LoRA r=8 qv", "lora qv", "peft-lora", lora(8, QV), USUAL),
     Entry("LoTR 1/10 orthonormal", "lotr orthonormal", "lotr", ORTHO, SPHERE, TENTH),
-    Entry("LoTR 1/10 by role", "lotr by role", "lotr", BY_ROLE, ROLES, TENTH),
-    Entry("LoTR 1/30 by role", "lotr by role", "lotr", BY_ROLE, ROLES, THIRTIETH),
+    Entry("LoTR 1/10 by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, TENTH),
+    Entry("LoTR 1/30 by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, THIRTIETH),
     Entry("MetaTT 1/10", "metatt", "metatt_4d", OURS, SMALL, TENTH),
     Entry("LoRTA 1/10", "lorta", "lorta", OURS, LARGE, TENTH),
     Entry("TT-LoRA 1/10", "tt_lora", "tt_lora", OURS, MIDDLE, TENTH),
     Entry("LoRA r=1 all", "lora all r=1", "peft-lora", lora(1, ALL), USUAL),
     Entry("full", "full", "full", {}, (1e-4, 3e-4)),
     Entry("LoTR 1/10", "lotr", "lotr", OURS, PLAIN, TENTH),
-    Entry("LoTR 1/5 by role", "lotr by role", "lotr", BY_ROLE, ROLES, FIFTH),
-    Entry("LoTR 1/10 LoRAPro by role", "lotr pro", "lotr", BY_ROLE, DELTA, TENTH, optimiser="LoRAPro"),
+    Entry("LoTR 1/5 by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, FIFTH),
+    Entry("LoTR 1/10 LoRAPro by role", "lotr pro", "lotr_by_role", BY_ROLE, DELTA, TENTH, optimiser="LoRAPro"),
     Entry("LoTR 1/30", "lotr", "lotr", OURS, PLAIN, THIRTIETH),
     Entry("LoTR 1/5", "lotr", "lotr", OURS, PLAIN, FIFTH),
     Entry("MetaTT 1/30", "metatt", "metatt_4d", OURS, SMALL, THIRTIETH),
