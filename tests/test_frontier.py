@@ -63,6 +63,13 @@ def test_other_settings_are_other_runs(args, tmp_path):
     assert len(make(Ledger(tmp_path / "runs.csv"), args)) == 18
 
 
+def test_one_rate_is_no_choice(args, tmp_path, monkeypatch):
+    lone = dataclasses.replace(PAIR[0], rates=(1.0,))
+    monkeypatch.setattr(frontier, "METHODS", (lone,))
+    ready = [*frontier.pending([lone], Ledger(tmp_path / "runs.csv"), args)]
+    assert {run.split for run in ready} == {"validation"} and len(ready) == 3 * 2
+
+
 @pytest.mark.parametrize("how", ["variant", "choose"])
 def test_rates_alone_are_chosen(args, tmp_path, how):
     """For a variant that is tried on the held-out tenth only, and for all where --choose is given."""

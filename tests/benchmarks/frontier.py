@@ -52,9 +52,14 @@ def settings_of(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def choices(entry: Entry, entries: Sequence[Entry], args: argparse.Namespace) -> dict[float, list[Run]]:
-    """The runs on the held-out tenth that choose the entry's rate: those of the first entry of its family."""
+    """The runs on the held-out tenth that choose the entry's rate: those of the first entry of its family.
+
+    None where there is one rate alone.
+    """
     first = next(each for each in entries if each.family == entry.family)
     tasks = [task for task in args.tasks if task in TUNED] or args.tasks
+    if len(first.rates) == 1:
+        return {first.rates[0]: []}
     return {rate: [Run(first, task, rate, SEEDS[0], HELD_OUT) for task in tasks] for rate in first.rates}
 
 
@@ -63,7 +68,7 @@ def chosen(runs: dict[float, list[Run]], ledger: Ledger, args: argparse.Namespac
 
     def quality(rate: float) -> float:
         scores = [float(ledger.rows[key(run, args)]["value"]) for run in runs[rate]]
-        return -math.inf if any(map(math.isnan, scores)) else statistics.fmean(scores)
+        return -math.inf if any(map(math.isnan, scores)) else sum(scores)
 
     done = all(ledger.find(settings_of(run, args)) for group in runs.values() for run in group)
     return max(runs, key=quality) if done else None

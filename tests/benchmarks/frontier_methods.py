@@ -85,7 +85,7 @@ METHODS = (
     Entry("LoRTA 1/10", "lorta", "lorta", OURS, LARGE, TENTH),
     Entry("TT-LoRA 1/10", "tt_lora", "tt_lora", OURS, MIDDLE, TENTH),
     Entry("LoRA r=1 all", "lora all r=1", "peft-lora", lora(1, ALL), USUAL),
-    Entry("full", "full", "full", {}, (1e-4, 3e-4)),
+    Entry("full", "full", "full", {}, (1e-4,)),
     Entry("LoTR 1/10", "lotr", "lotr", OURS, PLAIN, TENTH),
     Entry("LoTR 1/5 by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, FIFTH),
     Entry("LoTR 1/10 LoRAPro by role", "lotr pro", "lotr_by_role", BY_ROLE, DELTA, TENTH, optimiser="LoRAPro"),
