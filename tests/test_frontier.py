@@ -213,6 +213,7 @@ def test_table_and_goals_from_the_csv(filled):
     lines = frontier_results.table(Ledger(filled.path).rows.values()).splitlines()
     cells = {cell[0]: cell for cell in ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:])}
     assert cells["LoTR 1/10"][1:4] == ["32,328", "1/10.3", "0.001"]
+    assert cells["LoRA r=8 all"][2] == "1/1.0" and cells["full"][2] == "66 times"
     assert cells["full"][5] == "84.5 ± 0.7"
     deviation = f"{statistics.stdev([0, 1]):.1f}"
     assert cells["LoTR 1/10"][5:10] == [f"{82.1} ± {deviation}", "32.1 ± 0.7", "52.1 ± 0.7", "55.4 ± 0.7", "2"]

@@ -115,6 +115,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def of_lora(parameters: int, reference: int) -> str:
+    """How many times fewer or more parameters than the reference."""
+    return f"1/{reference / parameters:.1f}" if parameters <= reference else f"{parameters / reference:.0f} times"
+
+
 def table(rows: Iterable[Mapping[str, str]]) -> str:
     """The Markdown table: validation scores in points, mean and standard deviation over the seeds."""
     found = summaries(rows)
@@ -132,7 +137,7 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
     ]
     lines = [names, ["---"] + ["--:"] * (len(names) - 1)]
     for each in found:
-        share = f"1/{counts[LORA_ALL] / each.parameters:.1f}" if LORA_ALL in counts else ""
+        share = of_lora(each.parameters, counts[LORA_ALL]) if LORA_ALL in counts else ""
         cells = [spread([*each.scores.get(task, {}).values()]) for task in TASKS]
         tail = [spread(each.means), str(len(each.means)), f"{each.seconds:.0f}"]
         lines.append([each.method, f"{each.parameters:,}", share, each.rate, each.start, *cells, *tail])
