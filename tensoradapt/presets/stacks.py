@@ -30,8 +30,8 @@ def lotr_by_role(rank: int = 8) -> dict[str, Any]:
     Grouping, start and scale are those that scored best among LoTR's variants on held-out rows (docs/benchmarks.md).
     """
     return {
-        **{"format": "tucker", "axes": ("layer", "out", "in"), "compress": ("out", "in"), "rank": rank},
-        **{"excess": "cap", "scale": "alpha", "alpha": 4.0},
+        **lotr(rank),
+        **{"axes": ("layer", "out", "in"), "scale": "alpha", "alpha": 4.0},
         "init": {"core": "zero", "factor_out": "orthogonal", "factor_in": "orthogonal"},
     }
 

@@ -83,16 +83,14 @@ def pending(entries: Sequence[Entry], ledger: Ledger, args: argparse.Namespace) 
     for entry in entries:
         runs = choices(entry, METHODS, args)
         rate = chosen(runs, ledger, args)
-        ready = (
-            validations(entry, rate, args.seeds, args) if rate else [run for group in runs.values() for run in group]
-        )
+        ready = validations(entry, rate, args) if rate else [run for group in runs.values() for run in group]
         yield from (run for run in ready if ledger.find(settings_of(run, args)) is None)
 
 
-def validations(entry: Entry, rate: float, seeds: Sequence[int], args: argparse.Namespace) -> list[Run]:
+def validations(entry: Entry, rate: float, args: argparse.Namespace) -> list[Run]:
     """An entry's runs on the validation split; none for a variant tried on the held-out tenth alone."""
     tasks = [] if entry.held_out_only or args.choose else args.tasks
-    return [Run(entry, task, rate, seed, VALIDATION) for seed in seeds for task in tasks]
+    return [Run(entry, task, rate, seed, VALIDATION) for seed in args.seeds for task in tasks]
 
 
 def left(entries: Sequence[Entry], ledger: Ledger, args: argparse.Namespace) -> float:
@@ -103,7 +101,7 @@ def left(entries: Sequence[Entry], ledger: Ledger, args: argparse.Namespace) -> 
         total += sum(cost(run.task, ledger) for run in runs if ledger.find(settings_of(run, args)) is None)
     for entry in entries:
         rate = chosen(choices(entry, METHODS, args), ledger, args) or math.nan
-        runs = validations(entry, rate, args.seeds, args)
+        runs = validations(entry, rate, args)
         total += sum(cost(run.task, ledger) for run in runs if ledger.find(settings_of(run, args)) is None)
     return total
 

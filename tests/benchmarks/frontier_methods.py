@@ -32,7 +32,7 @@ from finetune_text_methods import HEAD, Method, apply, head_of, num_trainable
 
 QV = ["query", "value"]
 ALL = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-LORA_ALL, LORA_QV = 331_776, 73_728  # the parameters of LoRA r=8 on all roles and on query and value
+LORA_ALL = 331_776  # the parameters of LoRA r=8 on all roles
 ROWS = {"mrpc": 3300, "cola": 7690, "rte": 1600}  # training rows: the first after a fixed shuffle
 HELD_OUT, VALIDATION = "held-out", "validation"
 HEAD_RATE = 1e-3  # of pooler and classifier, one for all methods, so that the rate chosen is the adapter's alone
