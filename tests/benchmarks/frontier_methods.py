@@ -67,8 +67,9 @@ ORTHO = {"targets": ALL, "scale": 4.0, "init": {"factor_out": "orthogonal", "fac
 OURS = {"targets": ALL}
 BY_ROLE = {"targets": ALL, "init": ORTHO["init"]}  # the preset's own laws, by name
 FIFTH, TENTH, THIRTIETH = LORA_ALL // 5, LORA_ALL // 10, LORA_ALL // 30
-USUAL = (5e-4, 1.5e-3)
-SMALL, MIDDLE, LARGE = (4e-4, 1.2e-3), (2e-3, 6e-3), (1e-2, 3e-2)
+FIFTH_OF_QV = 73_728 // 5  # of LoRA r=8 on query and value
+USUAL = (2e-4, 5e-4, 1.5e-3)  # of LoRA on all roles; on two, more
+SMALL, MIDDLE, LARGE = (4e-4, 1.2e-3, 2.4e-3, 4.8e-3), (2e-3, 6e-3), (4e-3, 1e-2, 3e-2)
 PLAIN = (1.5e-4, 4e-4, 1.2e-3)  # of cores between factors of entries about 1
 SPHERE = (6e-4, 2e-3, 6e-3)  # of cores between orthonormal factors
 ROLES = (1e-3, 2e-3)  # the same for one role, whose cores are fewer
@@ -77,7 +78,7 @@ DELTA = (2e-5, 6e-5)  # of LoRAPro: the root mean square by which the entries of
 # In the order in which they run: a grid that is stopped early has measured the rows that the goal is about.
 METHODS = (
     Entry("LoRA r=8 all", "lora all", "peft-lora", lora(8, ALL), USUAL),
-    Entry("LoRA r=8 qv", "lora qv", "peft-lora", lora(8, QV), USUAL),
+    Entry("LoRA r=8 qv", "lora qv", "peft-lora", lora(8, QV), (5e-4, 1.5e-3, 3e-3)),
     Entry("LoTR 1/10 orthonormal", "lotr orthonormal", "lotr", ORTHO, SPHERE, TENTH),
     Entry("LoTR 1/10 by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, TENTH),
     Entry("LoTR 1/30 by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, THIRTIETH),
@@ -85,9 +86,10 @@ METHODS = (
     Entry("LoRTA 1/10", "lorta", "lorta", OURS, LARGE, TENTH),
     Entry("TT-LoRA 1/10", "tt_lora", "tt_lora", OURS, MIDDLE, TENTH),
     Entry("LoRA r=1 all", "lora all r=1", "peft-lora", lora(1, ALL), USUAL),
-    Entry("full", "full", "full", {}, (1e-4,)),
+    Entry("full", "full", "full", {}, (5e-5, 1e-4, 2e-4)),
     Entry("LoTR 1/10", "lotr", "lotr", OURS, PLAIN, TENTH),
     Entry("LoTR 1/5 by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, FIFTH),
+    Entry("LoTR 1/5 of qv by role", "lotr by role", "lotr_by_role", BY_ROLE, ROLES, FIFTH_OF_QV),
     Entry("LoTR 1/10 LoRAPro by role", "lotr pro", "lotr_by_role", BY_ROLE, DELTA, TENTH, optimiser="LoRAPro"),
     Entry("LoTR 1/30", "lotr", "lotr", OURS, PLAIN, THIRTIETH),
     Entry("LoTR 1/5", "lotr", "lotr", OURS, PLAIN, FIFTH),
@@ -97,8 +99,10 @@ METHODS = (
     Entry("LoRTA 1/5", "lorta", "lorta", OURS, LARGE, FIFTH),
     Entry("TT-LoRA 1/30", "tt_lora", "tt_lora", OURS, MIDDLE, THIRTIETH),
     Entry("TT-LoRA 1/5", "tt_lora", "tt_lora", OURS, MIDDLE, FIFTH),
-    Entry("LoRA r=1 qv", "lora qv r=1", "peft-lora", lora(1, QV), USUAL),
+    Entry("LoRA r=1 qv", "lora qv r=1", "peft-lora", lora(1, QV), (5e-4, 1.5e-3)),
     Entry("LoTR 1/10 gradient", "lotr gradient", "lotr", OURS, PLAIN, TENTH, "lora_ga", held_out_only=True),
+    Entry("LoTR 1/10 Stiefel by role", "lotr stiefel", "lotr_by_role", BY_ROLE, SPHERE[1:], TENTH, optimiser="Stiefel"),
+    Entry("TT-LoRA 1/10 orthogonal", "tt_lora orthogonal", "tt_lora", OURS, MIDDLE, TENTH, "orthogonal"),
     Entry("MetaTT 1/10 LoRAPro", "metatt pro", "metatt_4d", OURS, DELTA, TENTH, optimiser="LoRAPro"),
     Entry("LoRTA 1/10 LoRAPro", "lorta pro", "lorta", OURS, DELTA, TENTH, optimiser="LoRAPro"),
     Entry("TT-LoRA 1/10 LoRAPro", "tt_lora pro", "tt_lora", OURS, DELTA, TENTH, optimiser="LoRAPro"),
