@@ -199,7 +199,7 @@ def settings(task, method, seed, split="validation", rate="0.001", rows="1000"):
 def filled(tmp_path):
     """Four methods, two seeds: scores 100 x (.8, .3, .5) plus the method's points and a point for the second seed."""
     ledger = Ledger(tmp_path / "runs.csv")
-    methods = {"full": (22_000_000, 4), "LoRA r=8 all": (331_776, 2), "LoRA r=8 qv": (73_728, 0)}
+    methods = {"LoRA r=8 qv": (73_728, 0), "full": (22_000_000, 4), "LoRA r=8 all": (331_776, 2)}
     methods |= {"LoTR 1/10": (32_328, 1.6), "LoTR 1/5 of qv": (14_148, -1)}
     ledger.add(settings("mrpc", "full", 7, rows="64"), {**found(0.01), "parameters": 22_000_000})  # a quick try
     ledger.add(settings("mrpc", "LoTR 1/10", 7, rate="9"), {**found(0.01), "parameters": 32_328})  # a rate left since
@@ -213,6 +213,7 @@ def filled(tmp_path):
 def test_table_and_goals_from_the_csv(filled):
     lines = frontier_results.table(Ledger(filled.path).rows.values()).splitlines()
     cells = {cell[0]: cell for cell in ([c.strip() for c in line.strip("|").split("|")] for line in lines[2:])}
+    assert [*cells] == ["full", "LoRA r=8 all", "LoRA r=8 qv", "LoTR 1/10", "LoTR 1/5 of qv"]  # most parameters first
     assert cells["LoTR 1/10"][1:4] == ["32,328", "1/10.3", "0.001"]
     assert cells["LoRA r=8 all"][2] == "1/1.0" and cells["full"][2] == "66 times"
     assert cells["full"][5] == "84.5 ± 0.7"

@@ -121,8 +121,8 @@ def of_lora(parameters: int, reference: int) -> str:
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> str:
-    """The Markdown table: validation scores in points, mean and standard deviation over the seeds."""
-    found = summaries(rows)
+    """The Markdown table, most parameters first: validation scores in points, mean and deviation over the seeds."""
+    found = sorted(summaries(rows), key=lambda each: -each.parameters)
     counts = {each.method: each.parameters for each in found}
     names = [
         "method",
