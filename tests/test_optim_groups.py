@@ -303,6 +303,9 @@ def test_what_a_schedule_cannot_do_is_said_before_training():
             RankSchedule(task.adapter, task.optimizer, **both)
     with pytest.raises(SpecError, match="every"):
         RankSchedule(task.adapter, task.optimizer, max_parameters=budget, every=0)
+    for number in (300, lambda step: 300):
+        with pytest.raises(SpecError, match="with `end` from which one on"):
+            RankSchedule(task.adapter, task.optimizer, max_parameters=number)
     _, frozen = attached("vera")
     with pytest.raises(SpecError, match="frozen"):
         RankSchedule(frozen, task.optimizer, max_parameters=budget)
@@ -315,7 +318,12 @@ def test_an_optimiser_of_something_else_is_refused_and_nothing_changes():
     task.step()
     other = torch.optim.Adam([torch.nn.Parameter(torch.zeros(2))])
     before, held = task.factors(), tiny.base_of(task.adapter)
-    schedule = RankSchedule(task.adapter, other, max_parameters=CubicSchedule(before, 256, total=1))
+    budget = CubicSchedule(before, 256, total=1)
+    for stranger in (other, None):
+        with pytest.raises(AdapterError, match="none of the factors"):
+            RankSchedule(task.adapter, stranger, max_parameters=budget)
+    schedule = RankSchedule(task.adapter, task.optimizer, max_parameters=budget)
+    schedule.optimizer = other
     with pytest.raises(AdapterError, match="none of the factors"):
         schedule.step()
     assert task.factors() == before and tiny.same(held, tiny.base_of(task.adapter))

@@ -77,9 +77,21 @@ def _gauge(core: Tensor, grad_core: Tensor, n: Tensor, m: Tensor, w: Tensor) -> 
     return solved[..., : p * p].reshape(*lead, p, p), solved[..., p * p :].reshape(*lead, q, q)
 
 
+def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors; all NaN, and no error, where a matrix is not finite: a factor is NaN already."""
+    try:
+        found = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        if bool(gram.isfinite().all()):
+            raise
+        nan = torch.full_like(gram, torch.nan)
+        return nan[..., 0], nan
+    return found.eigenvalues, found.eigenvectors
+
+
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors of a Gram matrix, in float64; what is rounding alone is zero."""
-    values, vectors = torch.linalg.eigh(gram.double())
+    values, vectors = eigh(gram.double())
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(gram.dtype).eps
     return torch.where(values > floor, values, 0.0).to(gram.dtype), vectors.to(gram.dtype)
 

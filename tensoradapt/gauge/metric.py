@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
+from tensoradapt.gauge.closed import eigh
 from tensoradapt.gauge.legs import Leg, leg
 from tensoradapt.gauge.tree import Factors, inward, require_tree
 
@@ -170,7 +171,7 @@ def _inverse(gram: Tensor, like: torch.dtype) -> Tensor:
 
 def pinv(gram: Tensor, like: torch.dtype) -> Tensor:
     """Pseudo-inverses: what is rounding of the dtype that a Gram matrix was computed in counts as zero."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(like).eps
     kept = torch.where(values > floor, 1 / values.clamp(min=_TINY), 0.0)
     return (vectors * kept[..., None, :] @ vectors.mT).to(like)

@@ -22,7 +22,8 @@ from tensoradapt.optim.preconditioned import Preconditioned, checked_damping
 
 Gauge = Literal["min_norm", "zero"]
 Moments = Literal["factors", "dense"]
-KEPT = ("direction_avg", "gradient_avg", "projected_sq", "dense_avg", "dense_sq", "directions")
+WIDE = ("projected_sq", "dense_avg", "dense_sq")  # at least in float32, whatever the factors are in
+KEPT = ("direction_avg", "gradient_avg", *WIDE, "directions")
 
 
 class LoRAPro(Preconditioned):
@@ -40,10 +41,10 @@ class LoRAPro(Preconditioned):
     `moments`: `factors` keeps a first moment in the factors' space and one second moment per group, the mean square of
     P g over the deltas' entries, v = beta2 v + (1 - beta2) <g_u, d_u> / entries; the step is mhat / (sqrt vhat + eps),
     bias corrected from the first step, so that the learning rate is the root mean square by which entries of deltas
-    change. It does not depend on the gauge of the factors. Under min_norm the first moment is carried over to new
-    factors as the change it meant, J_new^T J_old m, by overlaps; under zero, as factors turn. `dense` is the paper's:
-    Adam's moments of P g, entry by entry, projected again. None hands d to `base`: with AdamW, that depends on the
-    gauge. Weight decay of `base` decays factors.
+    change. Without damping it does not depend on the gauge of the factors. Under min_norm the first moment is carried
+    over to new factors as the change it meant, J_new^T J_old m, by overlaps; under zero, as factors turn. `dense` is
+    the paper's: Adam's moments of P g, entry by entry, projected again. None hands d to `base`: with AdamW, that
+    depends on the gauge. Weight decay of `base` decays factors.
 
     `damping` is relative: delta = damping * tr(J^T J) / entries, one for all nodes of a network. A zero node (B = 0)
     gets gB (A A^T + delta)^-1, the others none; in an all-zero network nothing moves.
@@ -73,12 +74,13 @@ class LoRAPro(Preconditioned):
         **options: Any,
     ) -> None:
         self.damping = checked_damping(damping)
-        self.gauge, self.moments, self.betas = gauge, moments, Betas(*betas, eps)
-        _check(gauge, moments, self.betas)
+        self.gauge, self.moments, self.betas = gauge, moments, _betas(betas, eps)
+        _check(gauge, moments)
         super().__init__(adapter, base, params, **options)
         if gauge == "zero":
             for group, owner in self.groups:
                 _check_tree(group, owner)
+        self._taken: dict[Tensor, dict[str, Any]] = {}  # of one step: what was kept before it, and what is after it
         self._kept: dict[Tensor, dict[str, Any]] = {}
         self._moved: list[tuple[Batch, dict[str, Tensor]]] = []
 
@@ -96,36 +98,56 @@ class LoRAPro(Preconditioned):
         for batch, moment in self._moved:
             made = transported(batch.diagram, batch.factors, moment, batch.now)
             self._keep(batch, "gradient_avg", {n: t * batch.kind.scale**2 for n, t in made.items()})
-        self._moved.clear()
-        for parameter, entries in self._kept.items():
+        for kept in (self._taken, self._kept):
+            for parameter, entries in kept.items():
+                self.state[parameter].update(entries)
+        self._clear()
+
+    def undo(self) -> None:
+        """Put the moments back as they were before the step."""
+        for parameter, entries in self._taken.items():
             self.state[parameter].update(entries)
-        self._kept.clear()
+        self._clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The inverse of `state_dict`: second moments stay in the precision that they were kept in."""
+        super().load_state_dict(state_dict)
+        held = [parameter for group in self.param_groups for parameter in group["params"]]
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for parameter, name in zip(held, names, strict=True):  # torch casts all state to the dtype of its parameter
+            entries = state_dict["state"].get(name, {})
+            wide = {entry: entries[entry] for entry in WIDE if torch.is_tensor(entries.get(entry))}
+            self.state[parameter].update({entry: t.to(parameter.device, copy=True) for entry, t in wide.items()})
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
     def _take(self) -> None:
         """Take the moments out of the inner optimiser's state, which takes an empty one for a first step."""
-        self._moved.clear()
-        self._kept.clear()
+        self._clear()
         for _, owner in self.groups:
             for parameter in owner.values():
                 state = self.state.get(parameter)
                 if state:
-                    self._kept[parameter] = {name: state.pop(name) for name in KEPT if name in state}
+                    self._taken[parameter] = {name: state.pop(name) for name in KEPT if name in state}
+
+    def _clear(self) -> None:
+        self._moved.clear()
+        self._taken.clear()
+        self._kept.clear()
 
     def _steps(self, owner: Nodes, moving: Sequence[str]) -> tuple[int, tuple[str, ...]]:
         """The steps that a group has moments of, and which: groups of one batch have the same."""
-        states = [self._kept.get(owner[node], {}) for node in moving]
+        states = [self._taken.get(owner[node], {}) for node in moving]
         first = states[0] if states else {}
         names = tuple([name for name in KEPT[:2] if all([name in state for state in states])])
         return (first.get("directions", 0), names) if names or "dense_avg" in first else (0, ())
 
     def _held(self, batch: Batch, name: str) -> dict[str, Tensor]:
-        return gathered([{n: wide(self._kept[owner[n]][name]) for n in batch.kind.moving} for owner in batch.owners])
+        return gathered([{n: wide(self._taken[owner[n]][name]) for n in batch.kind.moving} for owner in batch.owners])
 
     def _one(self, batch: Batch, name: str) -> Any:
         """What is kept once for a group, with its first node."""
-        held = [self._kept[owner[batch.kind.moving[0]]][name] for owner in batch.owners]
+        held = [self._taken[owner[batch.kind.moving[0]]][name] for owner in batch.owners]
         return held[0] if len(held) == 1 else torch.stack(held)
 
     def _keep(self, batch: Batch, name: str, made: Nodes) -> None:
@@ -175,7 +197,7 @@ class LoRAPro(Preconditioned):
         weight = 1 - self.betas.first
         if "direction_avg" in batch.tag[1]:
             held = self._held(batch, "direction_avg")
-            moment = {node: held[node].lerp_(tensor, weight) for node, tensor in made.items()}
+            moment = {node: held[node].lerp(tensor, weight) for node, tensor in made.items()}
         else:
             moment = {node: tensor * weight for node, tensor in made.items()}
         self._keep(batch, "direction_avg", moment)
@@ -216,15 +238,21 @@ def _pulled(batch: Batch, tensor: Tensor) -> dict[str, Tensor]:
     return dict(zip(batch.kind.moving, found, strict=True))
 
 
-def _check(gauge: str | None, moments: str | None, betas: Betas) -> None:
+def _check(gauge: str | None, moments: str | None) -> None:
     if gauge not in (None, "min_norm", "zero"):
         raise SpecError("unknown gauge", got=repr(gauge), expected="min_norm, zero, or None for the cheaper one")
     if moments not in (None, "factors", "dense"):
         raise SpecError("unknown moments", got=repr(moments), expected="factors, dense or None")
-    if not (0 <= betas.first < 1 and 0 <= betas.second < 1 and betas.eps >= 0):
+
+
+def _betas(betas: Any, eps: Any) -> Betas:
+    pair = tuple(betas) if isinstance(betas, Sequence) else (betas,)
+    given = (*pair, eps)
+    if len(given) != 3 or not all(type(n) in (int, float) and n >= 0 for n in given) or max(pair) >= 1:
         raise SpecError(
-            "betas are from 0 up to 1, and eps is not negative", got=((betas.first, betas.second), betas.eps)
+            "betas are from 0 up to 1, and eps is not negative", got=(betas, eps), expected="(0.9, 0.999) and 1e-8, say"
         )
+    return Betas(*given)
 
 
 def _check_tree(group: Group, owner: Nodes) -> None:

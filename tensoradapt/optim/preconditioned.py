@@ -60,6 +60,6 @@ class Preconditioned(Wrapper):
 
 def checked_damping(damping: float) -> float:
     """A relative damping. Raises SpecError where it is negative or not finite."""
-    if not 0 <= damping < float("inf"):
-        raise SpecError("a relative damping is a number from 0 on", got=damping, hint="write damping=1e-4")
+    if type(damping) not in (int, float) or not 0 <= damping < float("inf"):
+        raise SpecError("a relative damping is a number from 0 on", got=repr(damping), hint="write damping=1e-4")
     return float(damping)

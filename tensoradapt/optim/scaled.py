@@ -20,8 +20,8 @@ class ScaledGD(Preconditioned):
 
     LoRA: dB = s^-2 gB (A A^T + delta)^-1, dA = s^-2 (B^T B + delta)^-1 gA. Shared factors get the Gram matrix of the
     group: dU = s^-2 gU (sum_l G_l V^T V G_l^T + delta)^-1. What several nodes see of a gradient counts for each, which
-    `LoRAPro` does not do. With SGD as `base` the step of the deltas does not depend on the gauge; elementwise moments
-    (AdamW) make it depend on it, as in the paper.
+    `LoRAPro` does not do. With SGD as `base` and without damping the step of the deltas does not depend on the
+    gauge; elementwise moments (AdamW) make it depend on it, as in the paper.
 
     `damping` is relative: delta = damping * tr(J^T J) / entries of the network, one for all of its blocks. With one for
     each block, the second step after a start at zero would not shrink with the learning rate. A zero node (B = 0) gets

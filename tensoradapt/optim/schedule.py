@@ -15,6 +15,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.change import Change, resize, truncate
 from tensoradapt.change.ranks import Ranks, wider
 from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.optim.wrapper import require_adapter
 
 
 class Schedule(Protocol):
@@ -78,7 +79,8 @@ class RankSchedule:
     their moments carried over. A budget that the factors keep already changes nothing. Gradients of factors that were
     replaced are gone, so step between `optimizer.step()` and the next backward pass. A schedule is a callable with an
     `end`: `CubicSchedule` is one, for parameters as for ranks.
-    Raises SpecError on neither or both, and where groups have no truncation; RankError on a budget below rank 1.
+    Raises SpecError on neither or both, and where groups have no truncation; RankError on a budget below rank 1;
+    AdapterError where the optimiser holds none of the adapter's factors.
     Source: arXiv 2303.10512.
     """
 
@@ -101,10 +103,19 @@ class RankSchedule:
 
     def _check(self) -> None:
         """Try the last change on a copy, so that what cannot be done is said now and not after hours of training."""
+        require_adapter("RankSchedule", self.adapter)
+        _require_schedule(self.max_parameters if self.rank is None else self.rank)
         if self.max_parameters is not None:
             truncate(self.adapter.as_saved(), max_parameters=self.max_parameters(self.max_parameters.end))
         if self.rank is not None:
             resize(self.adapter.as_saved(), self.rank(self.rank.end))
+        held = {p for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
+        if not held & {*self.adapter.stored.parameters()}:
+            raise AdapterError(
+                f"the optimiser holds none of the factors of {self.adapter.name!r}",
+                got=type(self.optimizer).__name__,
+                hint="pass the one that trains it",
+            )
 
     def step(self) -> Change | None:
         """Count a step; the change that was due, None where there was none."""
@@ -133,3 +144,12 @@ class RankSchedule:
         if type(state_dict.get("steps")) is not int:
             raise AdapterError("this is no state of a rank schedule", got=sorted(state_dict), expected="steps")
         self.steps = state_dict["steps"]
+
+
+def _require_schedule(schedule: Any) -> None:
+    if not (callable(schedule) and type(getattr(schedule, "end", None)) is int):
+        raise SpecError(
+            "a schedule gives a number for every step, and says with `end` from which one on it stays",
+            got=repr(schedule),
+            hint="write ta.optim.CubicSchedule(initial, final, total)",
+        )

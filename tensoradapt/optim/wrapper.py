@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
-from tensoradapt.errors import AdapterError
+from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.plan import Plan
 
 _PASSING = ("step", "_opt_called")  # what schedulers leave on an optimiser: a bound closure cannot be pickled
 
@@ -24,12 +25,14 @@ class Wrapper(Optimizer):
 
     `params` are what is trained: by default the adapter's trainable parameters, those of `train:` modules among them;
     else parameters or parameter groups, as torch's optimisers take them. What is no factor of the adapter is left to
-    `base` alone. Clip gradients, and unscale those of a gradient scaler, before `step`. Raises AdapterError where none
-    of the adapter's factors is trained.
+    `base` alone. Clip gradients, and unscale those of a gradient scaler, before `step`. Raises SpecError where
+    `adapter` is no attached adapter or `base` no optimiser's class, AdapterError where none of the adapter's factors is
+    trained; `step` does so where factors were replaced by `ta.resize` or `ta.truncate` without this optimiser.
     """
 
     adapter: Adapter
     base: Optimizer
+    _seen: tuple[Plan, frozenset[str]]  # the plan at the last step, and which of its factors are trained
 
     def __init__(
         self,
@@ -38,15 +41,37 @@ class Wrapper(Optimizer):
         params: Iterable[Any] | None = None,
         **options: Any,
     ) -> None:
+        require_adapter(type(self).__name__, adapter)
+        _require_optimizer(type(self).__name__, base)
         trained = [p for p in adapter.parameters() if p.requires_grad] if params is None else list(params)
         super().__setstate__({"adapter": adapter, "base": base(trained, **options)})  # torch's hooks begin here too
-        held = {p for group in self.base.param_groups for p in group["params"]}
-        if not held & set(adapter.stored.parameters()):
+        self._seen = adapter.plan, self._trained()
+        if not self._seen[1]:
             raise AdapterError(
                 f"the optimiser holds none of the factors of {adapter.name!r}",
-                got=f"{len(held)} parameters",
+                got=f"{sum(len(group['params']) for group in self.base.param_groups)} parameters",
                 hint="pass params=adapter.parameters(), or leave params out",
             )
+
+    def _trained(self) -> frozenset[str]:
+        """The names of the adapter's factors that this optimiser holds."""
+        held = {p for group in self.base.param_groups for p in group["params"]}
+        return frozenset([name for name, p in self.adapter.stored.named_parameters() if p in held])
+
+    def _look(self) -> None:
+        """See that factors that were trained are so still, after any change of the adapter's plan."""
+        plan, before = self._seen
+        if plan is self.adapter.plan:
+            return
+        now = self._trained()
+        lost = sorted(name for name, _ in self.adapter.stored.named_parameters() if name in before - now)
+        if lost:
+            raise AdapterError(
+                f"the adapter {self.adapter.name!r} has other factors than this optimiser holds",
+                got=f"{lost[0]} and {len(lost) - 1} others were replaced" if lost[1:] else f"{lost[0]} was replaced",
+                hint="pass optimizer= to ta.resize, ta.truncate and ta.orthogonalize, or make a new optimiser",
+            )
+        self._seen = self.adapter.plan, now
 
     def directions(self) -> Mapping[Tensor, Tensor]:
         """What stands in the place of which parameters' gradients for this step; called without autograd."""
@@ -55,16 +80,24 @@ class Wrapper(Optimizer):
     def finish(self) -> None:
         """What happens to the factors after the step; called without autograd."""
 
+    def undo(self) -> None:
+        """What is put back where `directions` or the step failed."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of `base` along the directions; parameters without gradients stay. Returns the closure's loss."""
         loss = evaluated(closure)
-        replaced = dict(self.directions())
-        kept = {parameter: parameter.grad for parameter in replaced}
+        self._look()
+        kept: dict[Tensor, Tensor | None] = {}
         try:
+            replaced = self.directions()
+            kept |= {parameter: parameter.grad for parameter in replaced}
             for parameter, direction in replaced.items():
                 parameter.grad = direction
             self.base.step()
+        except BaseException:
+            self.undo()
+            raise
         finally:
             for parameter, gradient in kept.items():
                 parameter.grad = gradient
@@ -107,6 +140,26 @@ class Wrapper(Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimiser's defaults."""
         return self.base.defaults
+
+
+def require_adapter(what: str, adapter: Any) -> None:
+    """Raises SpecError where `adapter` is a model, a folder or anything else."""
+    if not isinstance(adapter, Adapter):
+        raise SpecError(
+            f"{what} needs an attached adapter",
+            got=type(adapter).__name__,
+            hint="pass what ta.attach or ta.load gave",
+        )
+
+
+def _require_optimizer(name: str, base: Any) -> None:
+    if not callable(base):
+        raise SpecError(
+            f"{name} goes around an optimiser",
+            got=repr(base),
+            expected="a class such as torch.optim.AdamW",
+            hint=f"write {name}(adapter, torch.optim.AdamW, lr=1e-3), or leave it out and write lr=",
+        )
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
