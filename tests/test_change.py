@@ -1,5 +1,7 @@
 """Changes of whole adapters: deltas, files, hooks and optimisers follow; what cannot be changed is refused unharmed."""
 
+import ast
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import nn
 
 import tensoradapt as ta
 from tensoradapt.change import Change, combine, orthogonalize, resize, truncate
+from tensoradapt.change.targets import named, require_own
 from tensoradapt.errors import AdapterError, RankError, SpecError
 from tensoradapt.io.saved import as_saved
 from tensoradapt.lower import dense
@@ -460,11 +463,30 @@ def test_heads_trained_beside_the_factors_have_no_sum():
     assert combine([made[0], made[0]]).as_saved().tensors.keys() == made[0].tensors().keys()
 
 
-@pytest.mark.parametrize(("count", "weights"), [(0, None), (2, [1.0]), (1, [float("nan")])])
+@pytest.mark.parametrize(
+    ("count", "weights"), [(0, None), (2, [1.0]), (1, [float("nan")]), (2, [None, 1]), (2, ["a", "b"])]
+)
 def test_sums_of_nothing_are_refused(count, weights):
     adapter = trained("lora")[1]
     with pytest.raises(AdapterError, match="a sum needs adapters, and a finite weight for each"):
         combine([adapter] * count, weights)
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (lambda a: (a,), "the adapters of a sum"),
+        (lambda a: (a, a), "the adapters of a sum"),
+        (lambda a: (a.as_saved(),), "the adapters of a sum"),
+        (lambda a: ("adapter",), "the adapters of a sum"),
+        (lambda a: ({"one": a, "two": a},), "the adapters of a sum"),
+        (lambda a: ([a, a], 0.5), "the weights of a sum"),
+        (lambda a: ([a, a], {0: 0.5, 1: 0.5}), "the weights of a sum"),
+    ],
+)
+def test_one_thing_in_the_place_of_a_list_is_refused(given, what):
+    with pytest.raises(AdapterError, match=rf"(?s){what} come as a list.*next: write ta.combine\(\["):
+        combine(*given(trained("lora")[1]))
 
 
 # -- what is refused, unharmed ------------------------------------------------------------------------------------
@@ -483,12 +505,13 @@ def cut(adapter):
 
 
 REFUSED = {
-    "frozen": (LORA_XS, cut, "nodes A, B are frozen"),
-    "frozen form": (LORA_XS, orthogonalize, "are frozen, and must stay as drawn"),
+    "frozen": (LORA_XS, cut, "^cannot truncate group 'layer0_query': its nodes A, B are frozen"),
+    "frozen form": (LORA_XS, orthogonalize, "^cannot change the gauge of group .*are frozen, and must stay as drawn"),
+    "frozen sum": (LORA_XS, lambda a: combine([a, a]), "^cannot add up group '"),
     "frozen growth": (LORA_XS, lambda a: resize(a, 3), "'A' is frozen"),
     "vera": (VERA, cut, "are frozen"),
     "bank": (BANK, cut, "slices of a bank that other groups use too"),
-    "bank growth": (BANK, lambda a: resize(a, 3), "slices of a bank"),
+    "bank growth": (BANK, lambda a: resize(a, 3), "^cannot resize group .*slices of a bank"),
     "difference": (DOTA, cut, "a difference"),
     "difference form": (DOTA, orthogonalize, "a difference from a fr"),
     "smaller difference": (DOTA, lambda a: resize(a, 2), "a difference"),
@@ -501,8 +524,10 @@ REFUSED = {
     "rank 0": (lotr(), lambda a: truncate(a, rank=0), "cannot have rank 0"),
     "rank True": (lotr(), lambda a: truncate(a, rank=True), "cannot have rank True"),
     "resize to 0": (lotr(), lambda a: resize(a, 0), "cannot have rank 0"),
-    "above the limit": (lotr(), lambda a: resize(a, {"out": 17}), "rank 17 of bond 'out' is above its limit"),
-    "above a limit in a list": (SPECS["train"], lambda a: resize(a, [4, 99, 4]), "rank 99 of bond 'layer' is above"),
+    "no seed": (lotr(), lambda a: resize(a, 6, seed="x"), "a seed is an integer"),
+    "no optimiser": (lotr(), lambda a: resize(a, 6, optimizer="adam"), "holds none of the factors"),
+    "above the limit": (lotr(), lambda a: resize(a, {"out": 17}), "rank 17 of bond 'r_out' of gr"),
+    "above a limit in a list": (SPECS["train"], lambda a: resize(a, [4, 99, 4]), "rank 99 of bond 'r_layer' of"),
     "no such bond": (lotr(), lambda a: truncate(a, rank={"layer": 2}), "has no bond 'layer'"),
     "list": (lotr(), lambda a: truncate(a, rank=[2]), "the list of ranks does not fit"),
     "two ways": (lotr(), lambda a: truncate(a, rank=2, error=0.1), "say in one way how far to truncate"),
@@ -526,6 +551,35 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(case):
     assert tiny.same(before, adapter.tensors())
 
 
+@pytest.mark.parametrize(("ranks", "name"), [({"out": 17}, "lotr"), ([99], "lora"), ([4, 99, 4], "train")])
+def test_ranks_above_a_limit_are_answered_with_ranks_that_there_are(ranks, name):
+    """What the next step says can be done, word for word."""
+    _, adapter = trained(name)
+    with pytest.raises(RankError) as said:
+        resize(adapter, ranks)
+    assert "excess" not in str(said.value)
+    made = re.search(r"next: use rank=(\{.*\}), or one number", str(said.value))[1]
+    assert set(resize(adapter, ast.literal_eval(made)).ranks_after) == set(adapter.groups)
+    resize(adapter, 99)
+
+
+@pytest.mark.parametrize("name", ["loha", "shared"])
+def test_a_refused_form_shows_the_users_own_network(name):
+    _, adapter = trained(spec={"loha": LOHA, "shared": SHARED}[name])
+    with pytest.raises(SpecError) as said:
+        orthogonalize(adapter, "hosvd")
+    network = next(iter(adapter.groups.values())).diagram
+    assert f"got: {network}" in str(said.value) and "stacked networks" not in str(said.value)
+
+
+def test_a_message_names_its_group_once():
+    _, adapter = trained(spec=BANK)
+    (group, *_) = adapter.plan.groups
+    with pytest.raises(SpecError) as said, named(group):
+        require_own(group, "cannot turn")
+    assert str(said.value).count(f"group {group.name!r}") == 1
+
+
 @pytest.mark.parametrize(
     "attempt", [orthogonalize, cut, lambda a: resize(a, 5)], ids=["orthogonalize", "cut", "resize"]
 )
@@ -535,6 +589,26 @@ def test_a_merged_adapter_is_not_changed(attempt):
     with pytest.raises(AdapterError, match=r"(?s)'default' is merged into the weights.*unmerge\(\) first"):
         attempt(adapter)
     adapter.unmerge()
+
+
+ON_META = {
+    "cut": cut,
+    "error": lambda a: truncate(a, error=0.1),
+    "narrower": lambda a: resize(a, 2),
+    "wider": lambda a: resize(a, 6),
+    "form": orthogonalize,
+    "sum": lambda a: combine([a, a]),
+    "saved": lambda a: cut(a.as_saved()),
+}
+
+
+@pytest.mark.parametrize("case", ON_META)
+def test_factors_without_values_are_not_changed(case):
+    with torch.device("meta"):
+        model = tiny.bert()
+    adapter = ta.attach(model, lotr())
+    with pytest.raises(AdapterError, match="on the meta device"):
+        ON_META[case](adapter)
 
 
 def test_networks_without_a_truncation_can_still_grow_and_be_centred():

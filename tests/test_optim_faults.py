@@ -130,5 +130,5 @@ WRONG = {
 @pytest.mark.parametrize(("call", "words"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_refused_in_words(call, words):
     _, adapter = fresh()
-    with pytest.raises(ta.SpecError, match=words):
+    with pytest.raises(ta.TensorAdaptError, match=words):
         call(adapter)

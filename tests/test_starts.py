@@ -533,6 +533,7 @@ def test_a_language_model_without_labels_has_no_loss():
 
 def refused(adapter, model):
     good = ta.gradients(model, adapter, batches(), squares)
+    inputs = ta.activations(model, adapter, batches())
     path = next(iter(good))
     return {
         "no initialisation 'pisa'": ("pisa", {}),
@@ -545,6 +546,13 @@ def refused(adapter, model):
         "is not finite": ("lora_one", {"gradients": {p: good[p] * float("nan") for p in good}}),
         "cannot start from zeros": ("lora_one", {"gradients": {p: good[p] * 0 for p in good}}),
         "a seed is an integer": ("orthogonal", {"seed": -1}),
+        "there is no initialisation": (["pissa"], {}),
+        "these are no gradients": ("lora_ga", {"gradients": inputs}),
+        "these are no activations": ("eva", {"activations": good}),
+        "these are no deltas": ("delta", {"deltas": "folder"}),
+        "is between two checkpoints": ("delta", {"deltas": (1, 2, 3)}),
+        "is no tensor": ("lora_one", {"gradients": dict.fromkeys(good, 1.0)}),
+        "damping is a positive number": ("corda", {"activations": inputs, "damping": "much"}),
     }
 
 
@@ -573,6 +581,58 @@ def test_states_that_cannot_start():
     odd.merge()
     with pytest.raises(ta.AdapterError, match="merged"):
         ta.initialize(odd, "pissa")
+
+
+@pytest.mark.parametrize("gather", [ta.gradients, ta.activations])
+def test_data_of_what_is_no_adapter_or_no_batches_is_refused(gather, tmp_path):
+    model = Toy(layers=1, width=WIDTH)
+    adapter = attach(model, {"preset": "lora", "rank": 2})
+    path = adapter.save(tmp_path)
+    for where in (model, adapter.as_saved(), path, str(path), None):
+        with pytest.raises(ta.AdapterError, match=r"(?s)what says which sites.*, or a Spec"):
+            gather(model, where, batches())
+    for other in (adapter.as_saved(), path, None):
+        with pytest.raises(ta.AdapterError, match="this is no model"):
+            gather(other, adapter, batches())
+    for one in ({"x": batches(1)[0]}, "batch", None, 3):
+        with pytest.raises(ta.AdapterError, match=r"(?s)batches come as a list.*into a list: \[batch\]"):
+            gather(model, adapter, one)
+    assert not any(module._forward_pre_hooks for module in model.layers.modules())
+
+
+def test_a_loss_is_a_function():
+    model = Toy(layers=1, width=WIDTH)
+    with pytest.raises(ta.AdapterError, match="this is no loss"):
+        ta.gradients(model, ta.preset("lora", rank=2, targets=TARGETS), batches(), "mse")
+
+
+def test_only_an_attached_adapter_starts(tmp_path):
+    model = Toy(layers=1, width=WIDTH)
+    adapter = attach(model, {"preset": "lora", "rank": 2})
+    for other in (model, adapter.as_saved(), adapter.save(tmp_path), None):
+        with pytest.raises(ta.AdapterError, match=r"(?s)needs an attached adapter.*ta\.load\("):
+            ta.initialize(other, "pissa")
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "corda_minor"])
+def test_activations_of_another_model_are_refused(method):
+    fields = {"preset": "lora", "rank": 2, "targets": ["q_proj"]}
+    wide, model = Toy(layers=1, width=2 * WIDTH), Toy(layers=1, width=WIDTH)
+    found = ta.activations(wide, attach(wide, fields), [tiny.noise(2, 5, 2 * WIDTH)])
+    with pytest.raises(ta.ShapeError, match="q_proj have another width"):
+        ta.initialize(attach(model, fields), method, activations=found)
+
+
+@pytest.mark.parametrize("method", ["corda", "corda_minor"])
+@pytest.mark.parametrize("preset", ["fact_tt", "fact_tk"])
+def test_inputs_cut_into_slots_are_refused_by_name(method, preset):
+    model = tiny.bert()
+    adapter = ta.attach(model, ta.preset(preset, rank=2, targets=["query", "output.dense"]))
+    held = {key: tensor.clone() for key, tensor in adapter.tensors().items()}
+    found = ta.activations(model, adapter, [tiny.tokens()])
+    with pytest.raises(ta.SpecError, match=r"0\.output\.dense is cut into slots"):
+        ta.initialize(adapter, method, activations=found)
+    assert tiny.same(held, adapter.tensors())
 
 
 def test_dropout_at_the_code_goes_with_no_difference():

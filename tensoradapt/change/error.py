@@ -41,6 +41,7 @@ def squared_error(turn: Turn) -> float:
 
 
 def relative_error(turns: Sequence[Turn]) -> float:
-    """The relative error over the sites of all groups; zero where nothing was lost."""
+    """The relative error over the sites of all groups; zero where nothing was lost, or nothing was there."""
     lost = sum(squared_error(turn) for turn in turns)
-    return math.sqrt(lost / sum(squared_norm(turn.group, turn.before) for turn in turns)) if lost else 0.0
+    norm = sum(squared_norm(turn.group, turn.before) for turn in turns) if lost else 0.0
+    return math.sqrt(lost / norm) if norm else 0.0

@@ -120,7 +120,7 @@ def _put(adapter: Adapter, key: str, tensor: Tensor) -> tuple[nn.Parameter, nn.P
 def _states(adapter: Adapter, turns: Sequence[Turn], optimizer: Any) -> dict[nn.Parameter, dict[str, Any]]:
     """The new states of the old parameters that the optimiser has a state of."""
     mine = [{node: _parameter(adapter, key) for node, key in turn.group.store.items()} for turn in turns]
-    held = {p for group in optimizer.param_groups for p in group["params"]}
+    held = {p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     if not any(p in held for parameters in mine for p in parameters.values()):
         raise AdapterError(
             f"the optimiser holds none of the factors of {adapter.name!r}", hint="pass the one that trains it"

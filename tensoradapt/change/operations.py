@@ -20,7 +20,17 @@ from tensoradapt.change.error import squared_norm
 from tensoradapt.change.install import Turn
 from tensoradapt.change.ranks import Ranks, by_bond, wider
 from tensoradapt.change.result import Change
-from tensoradapt.change.targets import Source, changed, held_by, named, opened, put, require_free, require_own
+from tensoradapt.change.targets import (
+    Source,
+    changed,
+    held_by,
+    named,
+    opened,
+    put,
+    require_free,
+    require_own,
+    require_seed,
+)
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.gauge import (
@@ -50,7 +60,7 @@ def orthogonalize(
     """
     target = opened(adapter, optimizer)
     for group in target.plan.groups:
-        require_free(group, "change the gauge of")
+        require_free(group, "cannot change the gauge of")
     turns = [
         Turn(group, before, after, after)
         for (group, before), after in zip(held_by(target), _formed(target, form, center), strict=True)
@@ -69,10 +79,19 @@ def _formed(target: Adapter | Saved, form: str, center: str | None) -> list[Netw
     for members in alike.values():
         group, network = held[members[0]]
         with named(group):
-            batch = stacked(network.diagram, [held[k][1].factors for k in members])
-            made = orthogonalized(batch.diagram, batch.factors, form, center)
-        found |= dict(zip(members, unstacked(made), strict=True))
+            made = _at_once(network, [held[k][1].factors for k in members], form, center)
+        found |= dict(zip(members, made, strict=True))
     return [found[k] for k in range(len(held))]
+
+
+def _at_once(one: Network, factors: Sequence[Mapping[str, Tensor]], form: str, center: str | None) -> list[Network]:
+    """Networks of one diagram in a form, as a batch. Raises SpecError, about one of them, where there is no form."""
+    batch = stacked(one.diagram, factors)
+    try:
+        return unstacked(orthogonalized(batch.diagram, batch.factors, form, center))
+    except SpecError:
+        orthogonalized(one.diagram, one.factors, form, center)  # the same refusal, without the axis of the batch
+        raise
 
 
 def truncate(
@@ -93,7 +112,7 @@ def truncate(
     """
     target = opened(adapter, optimizer)
     for group in target.plan.groups:
-        require_free(group, "truncate")
+        require_free(group, "cannot truncate")
         with named(group):
             require_truncatable(group.diagram)
     held = held_by(target)
@@ -145,6 +164,7 @@ def resize(adapter: Source, rank: Ranks, *, optimizer: Any = None, seed: int = 0
     with its factors. Raises RankError on ranks above a bond's limit, SpecError on frozen nodes and on truncating what
     has no truncation, AdapterError on a merged adapter.
     """
+    require_seed(seed)
     target = opened(adapter, optimizer)
     held = held_by(target)
     whole = target.as_saved()
@@ -161,10 +181,10 @@ def _resized(group: Group, before: Network, wanted: Diagram, starts: Mapping[str
                 f"group {group.name!r} cannot be resized: {node!r} is frozen, and would not be what it was drawn as",
                 got=", ".join(sorted(other)),
             )
-    require_own(group, "resize")
+    require_own(group, "cannot resize")
     middle = before
     if smaller:
-        require_free(group, "truncate")
+        require_free(group, "cannot truncate")
         with named(group):
             middle = truncated(before.diagram, before.factors, smaller)
     after = middle

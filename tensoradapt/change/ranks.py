@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NoReturn
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError
@@ -65,11 +66,26 @@ def _keys(group: Group) -> dict[str, str]:
 
 def wider(group: Group, rank: Ranks) -> Diagram:
     """The group's diagram at other ranks. Raises RankError on ranks per bond above a limit; one number is a ceiling."""
-    single = not isinstance(rank, Mapping | list | tuple)
-    excess = group.rule.excess or "cap" if single else "keep" if group.rule.excess == "keep" else "error"
-    asked = {key: by_bond(group, rank)[bond] for bond, key in _keys(group).items()}
+    asked = by_bond(group, rank)
+    excess = "keep" if group.rule.excess == "keep" else "cap"
     like = replace(group, rule=group.rule.model_copy(update={"excess": excess}))
-    return resized(like, dict(asked))
+    found = resized(like, {key: asked[bond] for bond, key in _keys(group).items()})
+    ceiling = type(rank) is int and group.rule.excess != "error"
+    above = [bond for bond, size in asked.items() if size > found.sizes[bond]]
+    if above and not ceiling:
+        _refuse(group, asked, {bond: found.sizes[bond] for bond in asked}, above[0])
+    return found
+
+
+def _refuse(group: Group, asked: Mapping[str, int], limits: Mapping[str, int], bond: str) -> NoReturn:
+    """Raise RankError, with the ranks that the group can have."""
+    single = "" if group.rule.excess == "error" else ", or one number for all bonds, which each takes up to its limit"
+    raise RankError(
+        f"rank {asked[bond]} of bond {bond!r} of group {group.name!r} is above its limit",
+        got=dict(asked),
+        expected=f"at most {limits[bond]}, the smaller side of its cut",
+        hint=f"use rank={dict(limits)}{single}",
+    )
 
 
 def replanned(plan: Plan, diagrams: Mapping[str, Diagram]) -> Plan:

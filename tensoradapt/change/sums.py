@@ -17,11 +17,13 @@ from tensoradapt.change.install import Turn, in_saved
 from tensoradapt.change.operations import truncate
 from tensoradapt.change.ranks import Ranks
 from tensoradapt.change.result import Change
-from tensoradapt.change.targets import Source, changed, held_by, named, require_free
+from tensoradapt.change.targets import Source, changed, held_by, named, require_free, several, with_numbers
 from tensoradapt.errors import AdapterError
 from tensoradapt.gauge import Network, added, truncatable
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved, as_saved
+
+EXAMPLE = "write ta.combine([one, two], [0.5, 0.5])"
 
 
 def combine(
@@ -35,14 +37,11 @@ def combine(
 
     Without `rank` and `error` only what rounding to the factors' dtype hides is cut. Weights (1 each) may be negative.
     The result has no model: `load(change.adapter, model)` attaches it. Raises AdapterError on adapters of different
-    plans, SpecError on networks that have no sum or no truncation, frozen nodes and differences.
+    plans and on what is no list of adapters or weights, SpecError on networks that have no sum or no truncation, frozen
+    nodes and differences.
     """
-    terms = [as_saved(adapter) for adapter in adapters]
-    given = [1.0] * len(terms) if weights is None else [float(weight) for weight in weights]
-    if not terms or len(given) != len(terms) or not all(map(math.isfinite, given)):
-        raise AdapterError(
-            "a sum needs adapters, and a finite weight for each", got=f"{len(terms)} adapters, weights {given}"
-        )
+    terms = [with_numbers(as_saved(adapter)) for adapter in several(adapters, "the adapters of a sum", EXAMPLE)]
+    given = _weights(terms, weights)
     for term in terms[1:]:
         _check_same(terms[0], term)
     turns = [_summed(pairs, given) for pairs in zip(*map(held_by, terms), strict=True)]
@@ -55,10 +54,26 @@ def combine(
     return truncate(whole, rank=rank, error=error)
 
 
+def _weights(terms: Sequence[Saved], weights: Sequence[float] | None) -> list[float]:
+    """A number for every term. Raises AdapterError where there are none, too few or too many, or one is no number."""
+    held = [1.0] * len(terms) if weights is None else list(several(weights, "the weights of a sum", EXAMPLE))
+    try:
+        given = [float(weight) for weight in held]
+    except (TypeError, ValueError):
+        given = []
+    if not terms or len(given) != len(terms) or not all(map(math.isfinite, given)):
+        raise AdapterError(
+            "a sum needs adapters, and a finite weight for each",
+            got=f"{len(terms)} adapters, weights {held}",
+            hint=EXAMPLE,
+        )
+    return given
+
+
 def _summed(terms: Sequence[tuple[Group, Network]], weights: Sequence[float]) -> Turn:
     """One group's sum, with the scale of the first term that has one; the others' go into the weights."""
     group, before = terms[0]
-    require_free(group, "add up")
+    require_free(group, "cannot add up")
     scale = next((g.scale for g, _ in terms if g.scale), 1.0)
     first = before.factors
     networks = [Network(n.diagram, {node: t.to(first[node]) for node, t in n.factors.items()}) for _, n in terms]

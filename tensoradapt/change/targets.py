@@ -1,11 +1,12 @@
-"""What is changed: an attached adapter in place, or a new one without a model; and whether its groups can be.
+"""What is changed: an attached adapter in place, or a new one without a model; and whether it and its groups can be.
 
-Invariant: a merged adapter, and factors that are not a group's own to choose, are refused before anything is computed.
+Invariant: what is no adapter, a merged one, one without numbers, and factors that are not a group's own to choose, are
+refused before anything is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,62 @@ from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Savable, Saved, as_saved
 
 Source = Adapter | Savable | str | Path
+ATTACHED = "the Adapter that ta.attach or ta.load returned"
 
 
 def opened(source: Source, optimizer: Any) -> Adapter | Saved:
-    """The adapter to be changed in place, or one without a model. Raises AdapterError on a merged one."""
+    """The adapter to be changed in place, or one without a model. Raises AdapterError on a merged one or a meta one."""
     if isinstance(source, Adapter):
         if source.merged:
             raise AdapterError(
                 f"adapter {source.name!r} is merged into the weights, which would keep the old deltas",
                 hint="unmerge() first",
             )
+        with_numbers(source.as_saved())
         return source
     if optimizer is not None:
         raise AdapterError("an optimiser can follow an attached adapter only", hint="leave optimizer out")
-    return as_saved(source)
+    return with_numbers(as_saved(source))
+
+
+def with_numbers(saved: Saved) -> Saved:
+    """Itself. Raises AdapterError where a tensor is on the meta device."""
+    empty = [key for key, tensor in saved.tensors.items() if tensor.is_meta]
+    if empty:
+        raise AdapterError(
+            "the adapter is on the meta device: its factors have no values to compute with",
+            got=empty[0],
+            hint="attach it to, or load it onto, a model whose weights are there",
+        )
+    return saved
+
+
+def attached(source: Any, what: str, expected: str = ATTACHED) -> Adapter:
+    """The adapter itself. Raises AdapterError, `what` being wrong, on all else: files, adapters without a model too."""
+    if not isinstance(source, Adapter):
+        raise AdapterError(
+            what,
+            got=type(source).__name__,
+            expected=expected,
+            hint="ta.load(path_or_saved, model) attaches one that has no model",
+        )
+    return source
+
+
+def several(given: Iterable[Any], what: str, hint: str) -> Iterator[Any]:
+    """The members of a list or another iterable. Raises AdapterError on one thing in the place of several."""
+    try:
+        if not isinstance(given, Mapping | str):
+            return iter(given)
+    except TypeError:
+        pass
+    raise AdapterError(f"{what} come as a list, or as another iterable", got=type(given).__name__, hint=hint)
+
+
+def require_seed(seed: int) -> None:
+    """Raise SpecError on what is no seed."""
+    if type(seed) is not int or seed < 0:
+        raise SpecError("a seed is an integer, and not negative", got=repr(seed))
 
 
 def held_by(target: Adapter | Saved) -> list[tuple[Group, Network]]:
@@ -63,7 +106,10 @@ def changed(target: Adapter | Saved, turns: Sequence[Turn], optimizer: Any) -> C
 
 
 def require_free(group: Group, what: str) -> None:
-    """Raise SpecError where a group's factors are not its own to choose: frozen nodes, differences, banks of slices."""
+    """Raise SpecError where a group's factors are not its own to choose: frozen nodes, differences, banks of slices.
+
+    `what` begins the message: what cannot be done to the group.
+    """
     if group.rule.frozen:
         raise SpecError(
             f"{what} group {group.name!r}: its nodes {', '.join(group.rule.frozen)} are frozen, and must stay as drawn",
@@ -89,8 +135,9 @@ def require_own(group: Group, what: str) -> None:
 
 @contextmanager
 def named(group: Group) -> Iterator[None]:
-    """Errors about a network say which group's it is."""
+    """Errors about a network say which group's it is, once."""
     try:
         yield
     except TensorAdaptError as error:
-        raise type(error)(f"group {group.name!r}: {error}") from None
+        said = f"group {group.name!r}"
+        raise type(error)(str(error) if said in str(error) else f"{said}: {error}") from None

@@ -1,12 +1,13 @@
 """CP: one bond on all nodes. Its only freedom is the scale and the order of the components.
 
 T[a1..an] = sum_r prod_k F_k[ak, r]. Invariant: normalising multiplies the columns of a component by numbers whose
-product is one.
+product is one; of a component that a cut leaves without weight one column is zero, the others are not, so it can be
+trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -17,7 +18,7 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.gauge.tree import Factors, Network, fold, measured, precise, unfold
 
 SWEEPS = 30
-CUTOFF = 1e-12  # of the eigenvalues of a Gram matrix in float64
+CUTOFF = 1e-12  # of the eigenvalues of a Gram matrix in float64, and of the largest weight of a component
 RIDGE = 4e-15  # on the unit diagonal of one: components that repeat each other cost next to nothing
 
 
@@ -69,6 +70,18 @@ class Columns:
         return [(self.held[node], norm) for node, norm in self.norms.items()]
 
     @property
+    def units(self) -> dict[str, Tensor]:
+        """The columns at unit norm, by node; in the place of a column of zeros one of the identity."""
+        found = {}
+        for node, (matrix, norm) in zip(self.held, self.pairs, strict=True):
+            rows, size = matrix.shape[-2:]
+            place = torch.arange(size, device=matrix.device) % rows
+            spare = (torch.arange(rows, device=matrix.device)[:, None] == place).to(matrix)
+            alive = (norm > 0)[..., None, :]
+            found[node] = torch.where(alive, matrix / torch.where(norm > 0, norm, 1.0)[..., None, :], spare)
+        return found
+
+    @property
     def weights(self) -> Tensor:
         """The norms of the components: the products of those of their columns.  Shape: (batch.., r)."""
         return _times(self.norms.values())
@@ -113,11 +126,11 @@ def _signs(matrix: Tensor) -> Tensor:
 class Elimination:
     """Components left out one by one, the others' weights fitted again each time.
 
-    `kept` lists, for 1, 2, .. components left, which those are and with what weights; `costs` the squared error that
-    each one adds when it is left out as the last of so many.  Shapes: (batch, r); (r).
+    `kept` lists, for 1, 2, .. components left, which those are; `costs` the squared error that each one adds when it is
+    left out as the last of so many.  Shapes: (batch.., components left); (r).
     """
 
-    kept: list[tuple[Tensor, Tensor]]
+    kept: list[Tensor]
     costs: Tensor
 
 
@@ -138,8 +151,7 @@ def eliminated(columns: Columns) -> Elimination:
         inverse = torch.linalg.inv(inner + RIDGE * torch.eye(rank, dtype=gram.dtype, device=gram.device))
         weights = (inverse @ rows @ norms[..., None]).squeeze(-1)
         added = weights.square() / inverse.diagonal(dim1=-2, dim2=-1)
-        scale = weights / norms.gather(1, left).clamp(min=torch.finfo(norms.dtype).tiny)
-        kept.append((left.reshape(*batch, rank), scale.reshape(*batch, rank)))
+        kept.append(left.reshape(*batch, rank))
         least = added.argmin(-1, keepdim=True)
         costs.append(added.gather(1, least).sum())
         stays = torch.ones_like(left, dtype=torch.bool).scatter(1, least, False)
@@ -156,22 +168,42 @@ def shrunk(diagram: Diagram, factors: Factors, rank: int) -> Network:
     whole = Columns.of(diagram, factors)
     if whole.weights.shape[-1] <= rank:
         return measured(diagram, dict(factors))
-    index, scale = eliminated(whole).kept[rank - 1]
-    kept = whole.taken(index)
-    first = next(iter(kept.held))
-    kept = replace(kept, held={**kept.held, first: kept.held[first] * scale[..., None, :]})
-    return _fitted(whole, kept).network(factors)
+    kept = whole.taken(eliminated(whole).kept[rank - 1])
+    return _spread(kept, *_fitted(whole, kept)).network(factors)
 
 
-def _fitted(whole: Columns, kept: Columns) -> Columns:
-    """Alternating least squares from some components to the whole, as far as the normal equations allow."""
-    held = dict(kept.held)
+def _fitted(whole: Columns, kept: Columns) -> tuple[dict[str, Tensor], Tensor]:
+    """Alternating least squares from some components to the whole: unit columns by node, and weights (batch.., r).
+
+    A component that comes out as nothing keeps its column with the weight 0, or it would be nothing in every node.
+    """
+    units, weights = kept.units, kept.weights
+    floor = CUTOFF * whole.weights.amax(-1, keepdim=True)
     for _ in range(SWEEPS):
-        for node in held:
-            others = [n for n in held if n != node]
-            inner = _times(held[n].mT @ held[n] for n in others)
-            outer = _times(whole.held[n].mT @ held[n] for n in others)
-            held[node] = whole.held[node] @ outer @ torch.linalg.pinv(inner, rtol=CUTOFF, hermitian=True)
+        for node in units:
+            others = [n for n in units if n != node]
+            inner = _times(units[n].mT @ units[n] for n in others)
+            outer = _times(whole.held[n].mT @ units[n] for n in others)
+            best = whole.held[node] @ outer @ torch.linalg.pinv(inner, rtol=CUTOFF, hermitian=True)
+            found = best.norm(dim=-2)
+            weights = torch.where(found > floor, found, 0.0)
+            scaled = best / torch.where(weights > 0, weights, 1.0)[..., None, :]
+            units[node] = torch.where((weights > 0)[..., None, :], scaled, units[node])
+    return units, weights
+
+
+def _spread(kept: Columns, units: Mapping[str, Tensor], weights: Tensor) -> Columns:
+    """Columns of these weights, which go to the nodes in the ratios of the norms that they had.
+
+    A component of weight 0 keeps its norms, but at one node: its first of zeros, or else the first of all.
+    """
+    norms = torch.stack(list(kept.norms.values()))
+    total = kept.weights
+    share = torch.where(total > 0, norms / torch.where(total > 0, total, 1.0) ** (1 / len(norms)), 1.0)
+    nodes = torch.arange(len(norms), device=norms.device).reshape(-1, *[1] * weights.dim())
+    idle = torch.where(norms > 0, norms, 1.0) * ((norms == 0).int().argmax(0) != nodes)
+    sizes = torch.where(weights > 0, share * weights ** (1 / len(norms)), idle)
+    held = {node: matrix * size[..., None, :] for (node, matrix), size in zip(units.items(), sizes, strict=True)}
     return replace(kept, held=held)
 
 

@@ -78,7 +78,7 @@ def _frames(group: Group, wanted: Sequence[str] | None) -> list[Frame]:
             got=str(diagram),
             hint="use polar, lotr or another tree",
         )
-    require_own(group, "orthonormal factors of")
+    require_own(group, "there are no orthonormal factors of")
     require_tree(diagram, "an orthonormal factor")
     found: list[Frame] = []
     reasons: dict[str, str] = {}

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.targets import attached
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import SpecError
-from tensoradapt.optim.wrapper import require_adapter
 
 ROLES = ("in", "out", "core", "extra")
 
@@ -44,7 +44,7 @@ def parameter_groups(
     Raises SpecError on roles and nodes that are not there, and on rates that are no finite positive numbers.
     Source: arXiv 2402.12354.
     """
-    require_adapter("parameter_groups", adapter)
+    attached(adapter, "parameter_groups needs an attached adapter")
     given = {"lr": lr, "ratio": ratio, **(multipliers or {}), **(nodes or {})}
     for name, value in given.items():
         if type(value) not in (int, float) or not 0 < value < math.inf:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from tensoradapt.adapter import Adapter
 from tensoradapt.change import Change, resize, truncate
 from tensoradapt.change.ranks import Ranks, wider
+from tensoradapt.change.targets import attached
 from tensoradapt.errors import AdapterError, SpecError
-from tensoradapt.optim.wrapper import require_adapter
 
 
 class Schedule(Protocol):
@@ -103,7 +103,7 @@ class RankSchedule:
 
     def _check(self) -> None:
         """Try the last change on a copy, so that what cannot be done is said now and not after hours of training."""
-        require_adapter("RankSchedule", self.adapter)
+        attached(self.adapter, "RankSchedule needs an attached adapter")
         _require_schedule(self.max_parameters if self.rank is None else self.rank)
         if self.max_parameters is not None:
             truncate(self.adapter.as_saved(), max_parameters=self.max_parameters(self.max_parameters.end))

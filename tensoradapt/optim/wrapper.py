@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.targets import attached
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.plan import Plan
 
@@ -26,7 +27,7 @@ class Wrapper(Optimizer):
     `params` are what is trained: by default the adapter's trainable parameters, those of `train:` modules among them;
     else parameters or parameter groups, as torch's optimisers take them. What is no factor of the adapter is left to
     `base` alone. Clip gradients, and unscale those of a gradient scaler, before `step`. Raises SpecError where
-    `adapter` is no attached adapter or `base` no optimiser's class, AdapterError where none of the adapter's factors is
+    `base` is no optimiser's class, AdapterError where `adapter` is no attached adapter or none of its factors is
     trained; `step` does so where factors were replaced by `ta.resize` or `ta.truncate` without this optimiser.
     """
 
@@ -41,7 +42,7 @@ class Wrapper(Optimizer):
         params: Iterable[Any] | None = None,
         **options: Any,
     ) -> None:
-        require_adapter(type(self).__name__, adapter)
+        attached(adapter, f"{type(self).__name__} needs an attached adapter")
         _require_optimizer(type(self).__name__, base)
         trained = [p for p in adapter.parameters() if p.requires_grad] if params is None else list(params)
         super().__setstate__({"adapter": adapter, "base": base(trained, **options)})  # torch's hooks begin here too
@@ -140,16 +141,6 @@ class Wrapper(Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The inner optimiser's defaults."""
         return self.base.defaults
-
-
-def require_adapter(what: str, adapter: Any) -> None:
-    """Raises SpecError where `adapter` is a model, a folder or anything else."""
-    if not isinstance(adapter, Adapter):
-        raise SpecError(
-            f"{what} needs an attached adapter",
-            got=type(adapter).__name__,
-            hint="pass what ta.attach or ta.load gave",
-        )
 
 
 def _require_optimizer(name: str, base: Any) -> None:

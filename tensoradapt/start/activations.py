@@ -20,7 +20,7 @@ from tensoradapt.linalg import truncated_svd
 from tensoradapt.scan import module_at
 from tensoradapt.sites import Site
 from tensoradapt.spec import Spec
-from tensoradapt.start.passes import called, plain, require_some, sites_of
+from tensoradapt.start.passes import called, each, plain, require_some, sites_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def activations(
     """
     if rank is not None and (type(rank) is not int or rank < 1):
         raise RankError("rank is a positive number of directions", got=rank)
+    ready = each(batches)
     owners: dict[str, list[Site]] = {}
     for site in sites_of(model, where):
         if site.delivery != "output" or site.kind == "embedding":
@@ -75,7 +76,7 @@ def activations(
             watch = _Watch(owner, mine[0].kind, rank, kept)
             handles.append(module_at(model, owner).register_forward_pre_hook(watch, with_kwargs=True))
         with plain(model), torch.no_grad():
-            for batch in batches:
+            for batch in ready:
                 called(model, batch)
                 count += 1
     finally:

@@ -82,17 +82,18 @@ def lora_one(job: Job, found: Gradients | Found, gamma: float = 64.0) -> Factors
 
 
 def _gradient(job: Job, found: Gradients | Found, site: Site) -> Slice:
-    held: Mapping[str, Any] = found.slices if isinstance(found, Gradients) else found
-    return _slice(job, held, site, "gradient")
+    return _slice(job, found, site, "gradient")
 
 
 def _slice(job: Job, held: Mapping[str, Any], site: Site, what: str) -> Slice:
-    """A site's slice of a mapping, its kernel flattened. Raises SiteError, ShapeError, AdapterError."""
-    key = next((k for k in (site.path, f"{site.path}.weight") if k in held), None)
-    if key is None:
-        raise SiteError(f"there is no {what} of {site.path}", expected=", ".join(list(held)[:12]))
-    part = held[key]
-    matrix = part.flatten(1) if isinstance(part, Tensor) else part.dense()
+    """A site's slice of a mapping, its kernel flattened. Raises SiteError, ShapeError, AdapterError, SpecError."""
+    part = held.get(site.path)
+    part = held.get(f"{site.path}.weight") if part is None else part
+    if part is None:
+        raise SiteError(f"there is no {what} of {site.path}", expected=", ".join(map(str, list(held)[:12])))
+    if not isinstance(part, Tensor):
+        raise SpecError(f"the {what} of {site.path} is no tensor", got=type(part).__name__)
+    matrix = part.flatten(1) if part.dim() > 2 else part
     shape = (site.out, site.inp * site.kernel)
     if tuple(matrix.shape) != shape:
         raise ShapeError(f"the {what} of {site.path} has another shape", got=tuple(matrix.shape), expected=shape)
@@ -117,7 +118,10 @@ def eva(job: Job, found: Activations) -> Factors:
     places: dict[tuple[int, ...], list[Inputs]] = {}
     for placement in group.placements:
         if placement.slots != (1, 1):
-            raise SpecError(f"eva has no form for slots, and {placement.site.path} is cut into them")
+            raise SpecError(
+                f"eva has no form for slots, and {placement.site.path} is cut into them",
+                hint="use a format with shapes: separate, or leave this site out",
+            )
         key = tuple(placement.index[axis] for axis in shared)
         places.setdefault(key, []).append(_inputs(found, placement.site))
     for key, inputs in places.items():
@@ -130,9 +134,18 @@ def eva(job: Job, found: Activations) -> Factors:
 
 
 def _inputs(found: Activations, site: Site) -> Inputs:
+    """What went into a site. Raises SiteError, and ShapeError where it is of another width: of another model."""
     if site.path not in found.sites:
         raise SiteError(f"there are no activations of {site.path}", expected=", ".join(list(found.sites)[:12]))
-    return found.sites[site.path]
+    inputs, width = found.sites[site.path], site.inp * site.kernel
+    if len(inputs.v) != width:
+        raise ShapeError(
+            f"the activations of {site.path} have another width",
+            got=len(inputs.v),
+            expected=width,
+            hint="gather them on the model that the adapter is on",
+        )
+    return inputs
 
 
 def _pooled(job: Job, inputs: list[Inputs]) -> Inputs:
@@ -163,6 +176,12 @@ def _weighted(job: Job, found: Activations, damping: float, method: Any) -> Fact
     inner = side(group, "in", "corda")
     if group.diagram.fold("kernel"):
         raise SpecError("corda weighs channels and kernel together", got=str(group.diagram), hint="use lora")
+    cut = [placement.site.path for placement in group.placements if placement.slots[1] > 1]
+    if cut:
+        raise SpecError(
+            f"corda weighs whole inputs, and {cut[0]} is cut into slots along them",
+            hint="use a format with shapes: separate, or leave this site out",
+        )
     pooled = _pooled(job, [_inputs(found, placement.site) for placement in group.placements])
     rows = pooled.rows.double()
     covariance = rows.mT @ rows / pooled.count
@@ -184,6 +203,8 @@ def from_delta(job: Job, deltas: Mapping[str, Tensor] | tuple[Any, Any]) -> Fact
     `deltas` maps paths to D_s[out, in], or is a pair of checkpoints (base, tuned) whose difference it is.
     """
     if isinstance(deltas, tuple):
+        if len(deltas) != 2:
+            raise SpecError("a change of the weights is between two checkpoints", got=len(deltas), hint="(base, tuned)")
         with open_source(*deltas, model=scan_module(job.adapter._model[0])) as pairs:  # which knows the layouts
             return job.fit(job.stream(partial(_changed, job, pairs)), 1 / job.group.scale)
     return job.fit(job.stream(partial(_slice, job, deltas, what="delta")), 1 / job.group.scale)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.targets import require_seed
 from tensoradapt.errors import AdapterError, RankError, SiteError
 from tensoradapt.linalg import Dense, Product, Seed, Slice
 from tensoradapt.merging import view
 from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site
 from tensoradapt.spec import Spec
-from tensoradapt.start.passes import called, plain, require_some, sites_of
+from tensoradapt.start.passes import called, each, plain, require_some, sites_of
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -61,15 +62,18 @@ def gradients(
     random projections of every gradient (arXiv 1609.00048). Raises AdapterError on a model without a loss, on the meta
     device or with quantised weights, SpecError without batches, SiteError on a weight that the loss does not reach.
     """
-    sites = sites_of(model, where)
+    sites, ready = sites_of(model, where), each(batches)
     if sketch is not None and (type(sketch) is not int or sketch < 1):
         raise RankError("sketch is a positive number of directions", got=sketch)
+    if loss is not None and not callable(loss):
+        raise AdapterError("this is no loss", got=repr(loss), hint="pass loss=lambda model, batch: ...")
+    require_seed(seed)
     held: dict[str, _Sum] = {}
     for site in sites:
         held[site.path] = _Whole() if sketch is None else _Sketch(site, sketch, Seed(seed), len(held))
     total, count = 0.0, 0
     with plain(model), _taking(model, sites, held):
-        for batch in batches:
+        for batch in ready:
             with torch.enable_grad():
                 value = _loss(model, batch, loss)
                 value.backward()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.targets import attached, require_seed
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.start.activations import Activations
 from tensoradapt.start.data import corda, corda_minor, eva, from_delta, lora_ga, lora_one
@@ -50,6 +51,11 @@ COLLECT = {
     "activations": "ta.activations(model, adapter, batches)",
     "deltas": "{path: delta}, or (base, tuned)",
 }
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "gradients": (Mapping,),
+    "activations": (Activations,),
+    "deltas": (Mapping, tuple),
+}
 
 
 @torch.no_grad()
@@ -74,7 +80,8 @@ def initialize(
     as it was then.
     """
     row = _checked(method, {"gradients": gradients, "activations": activations, "deltas": deltas}, options)
-    _check_adapter(adapter, seed)
+    require_seed(seed)
+    _check_adapter(attached(adapter, "initialize needs an attached adapter"))
     data = {"gradients": gradients, "activations": activations, "deltas": deltas}.get(row.needs)
     given = (data,) if row.needs else ()
     factors: dict[str, Factors] = {}
@@ -88,9 +95,9 @@ def initialize(
     return adapter
 
 
-def _checked(method: str, data: Mapping[str, Any], options: Mapping[str, float]) -> Method:
+def _checked(method: str, data: Mapping[str, Any], options: Mapping[str, Any]) -> Method:
     """The method's row. Raises SpecError where it does not exist, or is given other data or options than it takes."""
-    if method not in METHODS:
+    if type(method) is not str or method not in METHODS:
         raise SpecError(f"there is no initialisation {method!r}", expected=", ".join(METHODS))
     row = METHODS[method]
     if row.needs and data[row.needs] is None:
@@ -100,15 +107,23 @@ def _checked(method: str, data: Mapping[str, Any], options: Mapping[str, float])
     if other:
         takes = ", ".join((*((row.needs,) if row.needs else ()), *row.options, "seed"))
         raise SpecError(f"{other[0]!r} has no effect on {method}", expected=takes)
-    bad = [name for name, value in options.items() if not 0 < value < float("inf")]
+    if row.needs and not isinstance(data[row.needs], KINDS[row.needs]):
+        raise SpecError(
+            f"these are no {row.needs}",
+            got=type(data[row.needs]).__name__,
+            hint=f"pass {row.needs}={COLLECT[row.needs]}",
+        )
+    bad = [name for name, value in options.items() if not _positive(value)]
     if bad:
-        raise SpecError(f"{bad[0]} is a positive number", got=options[bad[0]])
+        raise SpecError(f"{bad[0]} is a positive number", got=repr(options[bad[0]]))
     return row
 
 
-def _check_adapter(adapter: Adapter, seed: int) -> None:
-    if type(seed) is not int or seed < 0:
-        raise SpecError("a seed is an integer, and not negative", got=seed)
+def _positive(value: Any) -> bool:
+    return isinstance(value, SupportsFloat) and 0 < float(value) < float("inf")
+
+
+def _check_adapter(adapter: Adapter) -> None:
     if adapter.merged:
         raise AdapterError(f"adapter {adapter.name!r} is merged into the weights", hint="unmerge() first")
     if any(p.is_meta for p in adapter.parameters()):

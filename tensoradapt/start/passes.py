@@ -5,7 +5,7 @@ Invariant: whatever happens, the model leaves as it came: hooks, flags, gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.targets import ATTACHED, attached, several
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.host import HOST
 from tensoradapt.plan import make_plan
@@ -22,15 +23,21 @@ from tensoradapt.spec import Spec
 
 
 def sites_of(model: nn.Module, where: Adapter | Spec) -> list[Site]:
-    """The live sites of an adapter of the model, or those that a spec would adapt."""
+    """The live sites of an adapter of the model, or those that a spec would adapt.
+
+    Raises AdapterError on what is no model, no adapter and no spec, and on an adapter of another model.
+    """
+    if not isinstance(model, nn.Module):
+        raise AdapterError("this is no model", got=type(model).__name__, expected="the nn.Module that is adapted")
     if isinstance(where, Spec):
         return [
             placement.site for group in make_plan(where, scan_module(model)).groups for placement in group.placements
         ]
-    if where._model[0] is not model:
-        raise AdapterError(f"adapter {where.name!r} is attached to another model", hint="pass the model it adapts")
-    paths = [path for group in where.plan.groups for path in group.paths]
-    return [replace(where._lines[path][1], path=path) for path in paths]
+    adapter = attached(where, "after the model comes what says which sites", f"{ATTACHED}, or a Spec")
+    if adapter._model[0] is not model:
+        raise AdapterError(f"adapter {adapter.name!r} is attached to another model", hint="pass the model it adapts")
+    paths = [path for group in adapter.plan.groups for path in group.paths]
+    return [replace(adapter._lines[path][1], path=path) for path in paths]
 
 
 @contextmanager
@@ -50,6 +57,11 @@ def called(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def each(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, one by one. Raises AdapterError where it is one batch, or nothing to iterate over."""
+    return several(batches, "batches", "put a single batch into a list: [batch]")
 
 
 def require_some(count: int) -> None:
