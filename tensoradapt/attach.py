@@ -19,7 +19,7 @@ from tensoradapt.grouping import Group
 from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, slashed
-from tensoradapt.init import WEIGHT, draw, from_weight, parse_law
+from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
 from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import view
@@ -93,8 +93,7 @@ def _sources(model: nn.Module) -> Iterator[Adapter]:
 
 
 def _check_random(plan: Plan, seed: int) -> None:
-    if type(seed) is not int or seed < 0:
-        raise SpecError("a seed is an integer, and not negative", got=seed)
+    require_seed(seed)
     for factor in plan.factors.values():
         if factor.law != WEIGHT:
             parse_law(factor)

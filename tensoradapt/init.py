@@ -197,3 +197,9 @@ def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         cores = tensor_train_matrix(weight.reshape(sizes), ranks).factors
     return dict(zip(diagram.nodes, cores, strict=True))
+
+
+def require_seed(seed: int) -> None:
+    """Raise SpecError on what is no seed."""
+    if type(seed) is not int or seed < 0:
+        raise SpecError("a seed is an integer, and not negative", got=repr(seed))

@@ -117,14 +117,25 @@ def _put(adapter: Adapter, key: str, tensor: Tensor) -> tuple[nn.Parameter, nn.P
 # -- the optimiser ------------------------------------------------------------------------------------------------
 
 
+def parameters_of(optimizer: Any) -> set[nn.Parameter]:
+    """What an optimiser holds; nothing where it is none."""
+    return {parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]}
+
+
+def require_trainer(adapter: Adapter, optimizer: Any) -> None:
+    """Raise AdapterError where an optimiser holds none of the adapter's factors."""
+    if parameters_of(optimizer).isdisjoint(adapter.stored.parameters()):
+        raise AdapterError(
+            f"the optimiser holds none of the factors of {adapter.name!r}",
+            got=type(optimizer).__name__,
+            hint="pass the one that trains it",
+        )
+
+
 def _states(adapter: Adapter, turns: Sequence[Turn], optimizer: Any) -> dict[nn.Parameter, dict[str, Any]]:
     """The new states of the old parameters that the optimiser has a state of."""
+    require_trainer(adapter, optimizer)
     mine = [{node: _parameter(adapter, key) for node, key in turn.group.store.items()} for turn in turns]
-    held = {p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-    if not any(p in held for parameters in mine for p in parameters.values()):
-        raise AdapterError(
-            f"the optimiser holds none of the factors of {adapter.name!r}", hint="pass the one that trains it"
-        )
     found: dict[nn.Parameter, dict[str, Any]] = {}
     for turn, parameters in zip(turns, mine, strict=True):
         old = {node: dict(optimizer.state[p]) for node, p in parameters.items() if p in optimizer.state}

@@ -29,7 +29,6 @@ from tensoradapt.change.targets import (
     put,
     require_free,
     require_own,
-    require_seed,
 )
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, SpecError
@@ -45,6 +44,7 @@ from tensoradapt.gauge import (
     widened,
 )
 from tensoradapt.grouping import Group
+from tensoradapt.init import require_seed
 from tensoradapt.io.saved import Saved
 
 

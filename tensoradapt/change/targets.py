@@ -73,12 +73,6 @@ def several(given: Iterable[Any], what: str, hint: str) -> Iterator[Any]:
     raise AdapterError(f"{what} come as a list, or as another iterable", got=type(given).__name__, hint=hint)
 
 
-def require_seed(seed: int) -> None:
-    """Raise SpecError on what is no seed."""
-    if type(seed) is not int or seed < 0:
-        raise SpecError("a seed is an integer, and not negative", got=repr(seed))
-
-
 def held_by(target: Adapter | Saved) -> list[tuple[Group, Network]]:
     """Every group with its network."""
     return [(group, network_of(target, group)) for group in target.plan.groups]

@@ -98,16 +98,11 @@ class LoRAPro(Preconditioned):
         for batch, moment in self._moved:
             made = transported(batch.diagram, batch.factors, moment, batch.now)
             self._keep(batch, "gradient_avg", {n: t * batch.kind.scale**2 for n, t in made.items()})
-        for kept in (self._taken, self._kept):
-            for parameter, entries in kept.items():
-                self.state[parameter].update(entries)
-        self._clear()
+        self._put(self._taken, self._kept)
 
     def undo(self) -> None:
         """Put the moments back as they were before the step."""
-        for parameter, entries in self._taken.items():
-            self.state[parameter].update(entries)
-        self._clear()
+        self._put(self._taken)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `state_dict`: second moments stay in the precision that they were kept in."""
@@ -129,6 +124,13 @@ class LoRAPro(Preconditioned):
                 state = self.state.get(parameter)
                 if state:
                     self._taken[parameter] = {name: state.pop(name) for name in KEPT if name in state}
+
+    def _put(self, *kept: dict[Tensor, dict[str, Any]]) -> None:
+        """Put moments into the inner optimiser's state; what stands last holds."""
+        for one in kept:
+            for parameter, entries in one.items():
+                self.state[parameter].update(entries)
+        self._clear()
 
     def _clear(self) -> None:
         self._moved.clear()

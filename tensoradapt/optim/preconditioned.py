@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.install import parameters_of
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import SpecError
 from tensoradapt.gauge.environment import Blocks
@@ -46,8 +47,7 @@ class Preconditioned(Wrapper):
 
     def batches(self, tag: Callable[[Nodes, Sequence[str]], Any] | None = None) -> list[Batch]:
         """The groups that have gradients of parameters that are trained, equal ones of one tag together."""
-        held = {parameter for group in self.param_groups for parameter in group["params"]}
-        return self._sorter.batches(held, self.adapter.scale, tag)
+        return self._sorter.batches(parameters_of(self.base), self.adapter.scale, tag)
 
     def metric(self, batch: Batch) -> Metric | Blocks:
         """The metric of a batch's factors: by Gram matrices of bonds for trees, by whole blocks for others."""

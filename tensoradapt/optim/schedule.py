@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.change import Change, resize, truncate
+from tensoradapt.change.install import require_trainer
 from tensoradapt.change.ranks import Ranks, wider
 from tensoradapt.change.targets import attached
 from tensoradapt.errors import AdapterError, SpecError
@@ -109,13 +110,7 @@ class RankSchedule:
             truncate(self.adapter.as_saved(), max_parameters=self.max_parameters(self.max_parameters.end))
         if self.rank is not None:
             resize(self.adapter.as_saved(), self.rank(self.rank.end))
-        held = {p for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]}
-        if not held & {*self.adapter.stored.parameters()}:
-            raise AdapterError(
-                f"the optimiser holds none of the factors of {self.adapter.name!r}",
-                got=type(self.optimizer).__name__,
-                hint="pass the one that trains it",
-            )
+        require_trainer(self.adapter, self.optimizer)
 
     def step(self) -> Change | None:
         """Count a step; the change that was due, None where there was none."""

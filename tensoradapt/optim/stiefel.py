@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.install import parameters_of
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.gauge import retract_polar, retract_qr, stiefel_tangent
 from tensoradapt.optim.frames import Frame, frames_of, is_orthonormal, orthonormal
@@ -61,8 +62,7 @@ class Stiefel(Wrapper):
         if retraction not in RETRACTIONS:
             raise SpecError(f"there is no retraction {retraction!r}", expected=", ".join(RETRACTIONS))
         super().__init__(adapter, base, params, **options)
-        held = {p for group in self.base.param_groups for p in group["params"]}
-        self.frames = frames_of(adapter, nodes, held)
+        self.frames = frames_of(adapter, nodes, parameters_of(self.base))
         self.retraction = retraction
         self._before: dict[Frame, Tensor] = {}  # of one step: the factors that are led back from where they were
         self._loose = False  # and whether there are others, which are not orthonormal

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
+from tensoradapt.change.install import parameters_of
 from tensoradapt.change.targets import attached
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.plan import Plan
@@ -50,13 +51,13 @@ class Wrapper(Optimizer):
         if not self._seen[1]:
             raise AdapterError(
                 f"the optimiser holds none of the factors of {adapter.name!r}",
-                got=f"{sum(len(group['params']) for group in self.base.param_groups)} parameters",
+                got=f"{len(parameters_of(self.base))} parameters",
                 hint="pass params=adapter.parameters(), or leave params out",
             )
 
     def _trained(self) -> frozenset[str]:
         """The names of the adapter's factors that this optimiser holds."""
-        held = {p for group in self.base.param_groups for p in group["params"]}
+        held = parameters_of(self.base)
         return frozenset([name for name, p in self.adapter.stored.named_parameters() if p in held])
 
     def _look(self) -> None:

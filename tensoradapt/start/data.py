@@ -38,7 +38,7 @@ def lora_ga(job: Job, found: Gradients | Found, gamma: float = 16.0) -> Factors:
     group = job.group
     outer, inner = side(group, "out", "lora_ga"), side(group, "in", "lora_ga")
     ranks = group.diagram.sizes[outer.bond], group.diagram.sizes[inner.bond]
-    stack = job.stream(partial(_gradient, job, found)).stack
+    stack = job.stream(partial(_slice, job, found, what="gradient")).stack
     left, right = spaces(group, stack, (sum(ranks), sum(ranks)), job.seed)
     size = group.diagram.extent("out") ** 0.25 / gamma**0.5
     factors = drawn(job, "balanced")
@@ -72,17 +72,13 @@ def lora_one(job: Job, found: Gradients | Found, gamma: float = 64.0) -> Factors
     gradients, improved by HOOI; |G| is the largest singular value of their unfolding along `out`.
     Source: LoRA-One, arXiv 2502.01235.
     """
-    stream = job.stream(partial(_gradient, job, found))
+    stream = job.stream(partial(_slice, job, found, what="gradient"))
     gram = torch.zeros((), dtype=torch.float64, device=job.like.device)
     for _, part in stream.stack.passes():
         gram = gram + part.dense().double() @ part.dense().double().mT
     largest = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())
     size = job.group.diagram.extent("out") ** 0.5 / gamma
     return job.fit(stream, -size / largest if largest else 1.0)
-
-
-def _gradient(job: Job, found: Gradients | Found, site: Site) -> Slice:
-    return _slice(job, found, site, "gradient")
 
 
 def _slice(job: Job, held: Mapping[str, Any], site: Site, what: str) -> Slice:

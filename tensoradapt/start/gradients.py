@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
-from tensoradapt.change.targets import require_seed
 from tensoradapt.errors import AdapterError, RankError, SiteError
+from tensoradapt.init import require_seed
 from tensoradapt.linalg import Dense, Product, Seed, Slice
 from tensoradapt.merging import view
 from tensoradapt.scan import owner_of, parameter_of

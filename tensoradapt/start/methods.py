@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tensoradapt.adapter import Adapter
-from tensoradapt.change.targets import attached, require_seed
+from tensoradapt.change.targets import attached
 from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.init import require_seed
 from tensoradapt.start.activations import Activations
 from tensoradapt.start.data import corda, corda_minor, eva, from_delta, lora_ga, lora_one
 from tensoradapt.start.gradients import Gradients
