@@ -7,6 +7,7 @@ error that names the key.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -232,6 +233,8 @@ class Spec(_Value):
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             temporary.write_text(text, encoding="utf-8")
+            if path.exists():
+                shutil.copymode(path, temporary)
             temporary.replace(path)
         except OSError as error:
             raise FileError(f"{path} cannot be written", got=error.strerror, hint="choose another folder") from None

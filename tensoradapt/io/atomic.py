@@ -1,8 +1,13 @@
-"""Atomic writing: a kill at any moment leaves the old file or the new one, never half of one."""
+"""Atomic writing: a kill at any moment leaves the old file or the new one, never half of one.
+
+Invariant: what is written may be read by those who may read the file it replaces, or any new file of its user
+(safetensors and `tempfile` keep theirs to the user alone).
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,8 +21,10 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        mode = usual_mode(temporary)
         yield temporary
         flush(temporary)
+        give_mode(temporary, path, mode)
         os.replace(temporary, path)
         flush(path.parent)
     except OSError as error:
@@ -25,6 +32,23 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where there is none, or no folder either
             temporary.unlink()
+
+
+def usual_mode(unused: Path) -> int:
+    """The mode of a new file at a path: the user's mask decides, and the folder's rules where it has any."""
+    unused.unlink(missing_ok=True)
+    unused.touch()
+    mode = stat.S_IMODE(unused.stat().st_mode)
+    unused.unlink()
+    return mode
+
+
+def give_mode(new: Path, old: Path, mode: int) -> None:
+    """Give a path the mode of what it replaces, or `mode` where it replaces nothing."""
+    with suppress(FileNotFoundError):
+        mode = stat.S_IMODE(old.stat().st_mode)
+    if mode != stat.S_IMODE(new.stat().st_mode):  # some file systems have no modes to change
+        new.chmod(mode)
 
 
 def unwritten(path: Path, error: OSError) -> FileError:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tensoradapt.errors import FileError
-from tensoradapt.io.atomic import flush, unwritten
+from tensoradapt.io.atomic import flush, give_mode, unwritten, usual_mode
 
 
 @contextmanager
@@ -27,16 +28,26 @@ def atomic_folder(path: Path, ours: Collection[str], *, overwrite: bool = False)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        mode = usual_mode(temporary / "mode")
         yield temporary
         for file in temporary.iterdir():
             flush(file)
         flush(temporary)
+        _give_modes(temporary, path, mode)
         _swap(temporary, path)
         flush(path.parent)
     except OSError as error:
         raise unwritten(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _give_modes(new: Path, old: Path, mode: int) -> None:
+    """Give every file the mode of the one it replaces, or `mode`, and the folders that they lie in likewise."""
+    for found in new.rglob("*"):
+        usual = stat.S_IMODE(found.stat().st_mode) if found.is_dir() else mode
+        give_mode(found, old / found.relative_to(new), usual)
+    give_mode(new, old, stat.S_IMODE(new.stat().st_mode))
 
 
 def _check_free(path: Path, ours: Collection[str], *, overwrite: bool) -> None:
