@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -20,14 +21,26 @@ author = "The tensoradapt authors"
 copyright = "2026, the tensoradapt authors"
 release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.mathjax", "myst_parser"]
+sys.path.insert(0, str(HERE))  # `mathml`, beside this file
+extensions = ["sphinx.ext.autodoc", "mathml", "myst_nb"]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"tensoradapt {release}"
 exclude_patterns = ["_build", "_generated"]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88  # longer signatures have a line for each parameter
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 240
+nb_execution_show_tb = True
+nb_merge_streams = True
 default_role = "code"
 
 # What the networks of the theory page are drawn for: the shapes of two layers of BERT-base, and one convolution.
