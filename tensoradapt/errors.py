@@ -10,6 +10,8 @@ from __future__ import annotations
 class TensorAdaptError(ValueError):
     """Base of all errors: `what`, and on lines of their own what was got, what was expected and what to do next."""
 
+    told = False  # whether another process of a team tells the user of it
+
     def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str | None = None) -> None:
         lines = [what]
         lines += [f"  got: {got}"] if got is not None else []

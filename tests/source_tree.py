@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "tensoradapt"
 PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
-    *("errors", "diagram", "spec", "folds", "formats", "presets"),
+    *("version", "errors", "diagram", "spec", "folds", "formats", "presets"),
     *("sites", "targets", "contraction", "recipe", "placing", "laws", "grouping", "rows", "plan", "budget"),
 )
 WITH_TORCH = (
@@ -43,6 +43,11 @@ class Import:
     line: int
     in_function: bool
     type_checking: bool
+
+    @property
+    def late(self) -> bool:
+        """Whether importing the file does not import the module."""
+        return self.in_function or self.type_checking
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,18 @@
 """The command line: its output, its exit codes, and that bad input is a few lines and no traceback."""
 
 import json
+import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import tensoradapt
 from tensoradapt.cli.app import run
+from tensoradapt.cli.plot import FIGURES
 
 COMMANDS = ("presets", "plan", "budget", "analyze", "extract", "export", "plot", "demo")
 
@@ -116,7 +120,7 @@ def test_interruption_exits_130(monkeypatch, weights, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tensoradapt.cli.plan.make_plan", interrupted)
+    monkeypatch.setattr("tensoradapt.cli.run.plan.plan", interrupted)
     assert run(["plan", "--model", weights, "--preset", "lora", "--target", "q"]) == 130
 
 
@@ -244,3 +248,36 @@ def test_bad_checkpoints_and_outputs_exit_2_with_a_few_lines(case, checkpoints, 
     out, err = lines(capsys)
     assert message in err and out == "" and "Traceback" not in err and len(err.splitlines()) < 14
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "empty", "file", "tuned"]
+
+
+ALL = ("presets", "plan", "budget", "analyze", "extract", "convert", "export", "merge", "verify", "plot", "demo")
+# What a command line has imported when it ends, told by a hook that runs at the very end.
+TOLD = """
+import atexit, json, sys
+atexit.register(lambda: sys.stderr.write(json.dumps(sorted(sys.modules))))
+sys.argv = ["tensoradapt", *json.loads(sys.argv[1])]
+from tensoradapt.__main__ import main
+main()
+"""
+
+
+def test_the_list_of_commands_is_whole(capsys):
+    assert run(["--help"]) == 0
+    assert re.findall(r"^  ([a-z]+) +[A-Z]", lines(capsys)[0].partition("Commands:")[2], re.M) == list(ALL)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], [], *([name, "--help"] for name in ALL)], ids=str)
+def test_help_and_version_load_neither_torch_nor_the_library(arguments):
+    told = subprocess.run([sys.executable, "-c", TOLD, json.dumps(arguments)], capture_output=True, text=True)
+    *printed, loaded = [*told.stdout.splitlines(), *told.stderr.splitlines()]
+    assert printed and "Traceback" not in told.stderr
+    loaded = json.loads(loaded)
+    assert "typer" in loaded and not {"torch", "numpy", "rich", "yaml", "tensoradapt.spec"} & set(loaded)
+
+
+def test_the_version_is_that_of_the_package():
+    assert metadata.version("tensoradapt") == tensoradapt.__version__
+
+
+def test_plot_names_the_figures_that_there_are():
+    assert tuple(tensoradapt.plots.FIGURES) == FIGURES

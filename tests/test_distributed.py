@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tensoradapt as ta
-from tensoradapt.analysis.sharing import alike, is_told, together
+from tensoradapt.analysis.sharing import alike, together
 from tensoradapt.distributed import team_of
 from tensoradapt.errors import FileError
 from tensoradapt.linalg import SOLO, Team
@@ -244,4 +244,4 @@ def test_an_error_of_one_is_an_error_of_all(guilty):
 
     found = in_threads(lambda team: alike(team, lambda: act(team)))
     assert [str(error) for error in found] == [f"rank {guilty[0]} is at fault"] * 2
-    assert [is_told(error) for error in found] == [rank != guilty[0] for rank in (0, 1)]
+    assert [error.told for error in found] == [rank != guilty[0] for rank in (0, 1)]

@@ -1,5 +1,6 @@
-"""`import tensoradapt` loads no optional package and changes nothing outside itself."""
+"""`import tensoradapt` loads no torch, its names load no optional package, and change nothing outside it."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+import tensoradapt
 
 OPTIONAL = ("transformers", "accelerate", "peft", "matplotlib", "sklearn")
 STATES = (
@@ -21,7 +24,8 @@ STATES = (
     ),
 )
 
-LOADED = "import json, sys, tensoradapt; print(json.dumps(sorted(sys.modules)))"
+IMPORTED = "import json, sys, tensoradapt; print(json.dumps(sorted(sys.modules)))"
+LOADED = "import json, sys; from tensoradapt import *; print(json.dumps(sorted(sys.modules)))"
 
 # Everything that the package itself imports is imported first: what changes afterwards is the package's doing.
 CHANGED = """
@@ -48,7 +52,7 @@ def states():
 for seed in (random.seed, numpy.random.seed, torch.manual_seed):
     seed(11)
 before = states()
-import tensoradapt
+from tensoradapt import *
 print(json.dumps({name: before[name] != now for name, now in states().items()}))
 """
 
@@ -101,3 +105,54 @@ def test_the_check_sees_every_loaded_package(offender):
 
 def test_the_check_sees_every_changed_state(offender):
     assert _run(CHANGED, offender) == dict.fromkeys(STATES, True)
+
+
+def test_import_alone_loads_no_torch():
+    assert "torch" not in _run(IMPORTED) and "tensoradapt.errors" not in _run(IMPORTED)
+
+
+def test_the_check_sees_torch(offender):
+    assert "torch" in _run(IMPORTED, offender)
+
+
+# A file has the name of a public function: importing the file must not put the module in the function's place.
+SHADOWED = """
+import importlib, json, pkgutil, types
+import tensoradapt
+names = [found.name for found in pkgutil.iter_modules(tensoradapt.__path__)]
+for name in names:
+    if name != "__main__":
+        importlib.import_module(f"tensoradapt.{name}")
+public = {name: isinstance(getattr(tensoradapt, name), types.ModuleType) for name in tensoradapt.__all__}
+print(json.dumps([sorted(set(names) & set(public)), sorted(name for name, is_module in public.items() if is_module)]))
+"""
+
+
+def test_public_names_outlive_the_import_of_files_of_the_same_name():
+    both, modules = _run(SHADOWED)
+    assert {"plan", "budget", "extract", "convert", "verify", "attach", "fit"} <= set(both)
+    assert modules == ["optim"]
+
+
+def test_every_public_name_has_one_place_and_is_seen_by_type_checkers():
+    source = (Path(tensoradapt.__file__)).read_text("utf-8")
+    checked = next(node for node in ast.parse(source).body if isinstance(node, ast.If))
+    seen = {name.name: node.module for node in checked.body for name in node.names}
+    assert {**tensoradapt._PLACES, "optim": "tensoradapt"} == seen
+    assert sorted(seen) == sorted(tensoradapt.__all__)
+    assert set(tensoradapt.__all__) <= set(dir(tensoradapt))
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    assert not hasattr(tensoradapt, "nowhere")
+    with pytest.raises(AttributeError, match="'tensoradapt' has no attribute 'nowhere'"):
+        tensoradapt.nowhere  # noqa: B018
+    assert tensoradapt.plots.plot_budget
+
+
+def test_a_public_name_can_be_replaced_and_put_back(monkeypatch):
+    before = tensoradapt.plan
+    with monkeypatch.context() as patch:
+        patch.setattr(tensoradapt, "plan", "mine")
+        assert tensoradapt.plan == "mine"
+    assert tensoradapt.plan is before

@@ -1,5 +1,6 @@
 """Each file imports only from what stands above it, and what stands above the line needs no torch."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -47,13 +48,54 @@ def torch_above_the_line(tree: list[File]) -> list[str]:
 
 
 def hidden_imports(tree: list[File]) -> list[str]:
-    """Imports inside functions, but for the optional ones."""
+    """Imports inside functions, but for the optional ones, and for a command's work in the file of its options."""
     return [
         _says(file, found)
         for file in tree
         for found in file.imports
-        if found.in_function and _top(found) not in OPTIONAL
+        if found.in_function and _top(found) not in OPTIONAL and not (_is_signature(file) and _is_work(found))
     ]
+
+
+def _is_signature(file: File) -> bool:
+    """Whether a file holds options of commands: one that lies in `cli` itself."""
+    return file.layer == "cli" and len(file.parts) == 2
+
+
+def _is_work(found: Import) -> bool:
+    return found.module.startswith(f"{PACKAGE}.cli.run.")
+
+
+def imports_by_name(tree: list[File]) -> list[str]:
+    """Modules imported by a call, which no other rule would see: only the public names are."""
+    calls = [(file, node) for file in tree for node in ast.walk(file.tree) if isinstance(node, ast.Call)]
+    return [
+        f"{file.path.relative_to(file.root.parent)}:{node.lineno} calls {ast.unparse(node.func)}"
+        for file, node in calls
+        if ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__") and file.parts != ("__init__",)
+    ]
+
+
+def eager_work(tree: list[File]) -> list[str]:
+    """What files of options import when they are imported: none of it may lead to torch, or help would wait for it."""
+    graph = {file.module: [found for found in file.imports if not found.late] for file in tree}
+    light = {name for name in graph if _is_light(name, graph, frozenset())}
+    signatures = [file for file in tree if _is_signature(file) or file.parts == ("__init__",)]
+    allowed = sys.stdlib_module_names | {"typer"}
+    return [
+        _says(file, found)
+        for file in signatures
+        for found in graph[file.module]
+        if _top(found) not in allowed and found.module not in light
+    ]
+
+
+def _is_light(name: str, graph: dict[str, list[Import]], above: frozenset[str]) -> bool:
+    """Whether a file of the package leads to nothing but the standard library and typer."""
+    if name not in graph or name in above:
+        return name in above
+    allowed = sys.stdlib_module_names | {"typer"}
+    return all(_top(f) in allowed or _is_light(f.module, graph, above | {name}) for f in graph[name])
 
 
 def eager_optional_imports(tree: list[File]) -> list[str]:
@@ -80,6 +122,8 @@ RULES = (
     cycles,
     torch_above_the_line,
     hidden_imports,
+    imports_by_name,
+    eager_work,
     eager_optional_imports,
 )
 
@@ -113,6 +157,15 @@ BREACHES = [
     (torch_above_the_line, "plan.py", "import tensorly", "imports tensorly"),
     (hidden_imports, "plan.py", "class A:\n    def f(self):\n        import json", "plan.py:3 imports json"),
     (hidden_imports, "chain.py", "async def f():\n    from .spec import Spec", "chain.py:2"),
+    (hidden_imports, "cli/plan.py", "def f():\n    from .. import linalg", "tensoradapt.linalg"),
+    (hidden_imports, "cli/run/plan.py", "def f():\n    from ...cli.run import budget", "tensoradapt.cli.run.budget"),
+    (hidden_imports, "__init__.py", "def f():\n    from .spec import Spec", "tensoradapt.spec"),
+    (imports_by_name, "plan.py", "import importlib\nimportlib.import_module('torch')", "plan.py:2 calls importlib"),
+    (imports_by_name, "cli/plan.py", "def f():\n    __import__('torch')", "cli/plan.py:2 calls __import__"),
+    (eager_work, "cli/plan.py", "from ..linalg import svd", "imports tensoradapt.linalg"),
+    (eager_work, "cli/plan.py", "from ..spec import Spec", "imports tensoradapt.spec"),
+    (eager_work, "cli/plan.py", "import rich", "imports rich"),
+    (eager_work, "__init__.py", "from .linalg import svd", "imports tensoradapt.linalg"),
     (eager_optional_imports, "plots.py", "import matplotlib.pyplot as plt", "imports matplotlib.pyplot"),
     (eager_optional_imports, "peft.py", "try:\n    import peft\nexcept ImportError:\n    peft = None", "imports peft"),
 ]
@@ -134,9 +187,13 @@ def sound_tree(tmp_path: Path) -> Path:
         "chain.py": "from tensoradapt.linalg import svd",
         "peft.py": "def f():\n    import peft",
         "plots.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from matplotlib.figure import Figure",
-        "cli/plan.py": "",
+        "cli/options.py": "import typer\nfrom ..errors import TensorAdaptError",
+        "cli/plan.py": "from .options import Choice\ndef f():\n    from tensoradapt.cli.run.plan import run",
+        "cli/run/plan.py": "from ...linalg import svd\nimport rich",
+        "cli/run/budget.py": "",
         "__main__.py": "from .cli import plan",
-        "__init__.py": "from .spec import Spec",
+        "__init__.py": "from importlib import import_module\nif TYPE_CHECKING:\n    from .linalg import svd\n"
+        "def __getattr__(name):\n    return import_module(name)",
     }
     root = tmp_path / PACKAGE
     for name, source in sources.items():

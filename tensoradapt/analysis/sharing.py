@@ -38,10 +38,5 @@ def alike(team: Team, act: Callable[[], T]) -> T:
 
 def _told(error: TensorAdaptError) -> TensorAdaptError:
     """An error that another member tells the user of: the command line prints it but once."""
-    error.__dict__["told"] = True
+    error.told = True
     return error
-
-
-def is_told(error: TensorAdaptError) -> bool:
-    """Whether another member of a team tells the user of this error."""
-    return bool(error.__dict__.get("told"))

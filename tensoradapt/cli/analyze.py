@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tensoradapt.analysis.report import Report
-from tensoradapt.analysis.run import analyze as run_analysis
-from tensoradapt.cli.options import (
-    DeviceOption,
-    JsonOption,
-    NonfiniteOption,
-    RowsOption,
-    SeedOption,
-    TargetOption,
-    emit,
-)
-from tensoradapt.cli.progress import progress
-from tensoradapt.collection import analyze_adapters
-from tensoradapt.distributed import team_of
-from tensoradapt.errors import FileError, SpecError
-from tensoradapt.io.atomic import atomic, unwritten
+from tensoradapt.cli.options import DeviceOption, JsonOption, NonfiniteOption, RowsOption, SeedOption, TargetOption
 
 
 def analyze(
@@ -57,39 +41,8 @@ def analyze(
 
     A set of adapters of one model: tensoradapt analyze --adapter one/ --adapter two/ --adapter three/
     """
-    if (base is None or tuned is None) == (not adapter):
-        raise SpecError("give two checkpoints, or adapters", hint="analyze BASE TUNED, or --adapter A --adapter B")
-    if out is not None:
-        _check(out)
-    with team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:
-        options: dict[str, Any] = {"values": values, "targets": target or (), "candidates": candidates, "seed": seed}
-        options |= {"device": where, "team": team, "progress": tell}
-        if adapter:
-            report = analyze_adapters(adapter, **options)
-        else:
-            report = run_analysis(base, tuned, rows=rows, nonfinite=nonfinite, **options)
-        if team.rank == 0:
-            _write(report, out, as_json=as_json)
+    from tensoradapt.cli.run.analyze import run
 
-
-def _check(out: Path) -> None:
-    """Raise SpecError or FileError where no report can be written: before the work, not after it."""
-    try:
-        nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if os.path.lexists(folder))
-    except OSError as error:
-        raise unwritten(out, error) from None
-    if not nearest.is_dir():
-        raise SpecError(f"--out {out}: {nearest} is a file", expected="a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise FileError(f"{out} cannot be written", got=f"{nearest} is read-only", hint="choose another folder")
-
-
-def _write(report: Report, out: Path | None, *, as_json: bool) -> None:
-    if out is not None:
-        report.to_json(out / "report.json")
-        report.to_html(out / "report.html")
-        with atomic(out / "report.txt") as temporary:
-            temporary.write_text(f"{report}\n", "utf-8")
-    emit(report.to_json() if as_json else str(report))
-    if out is not None and not as_json:
-        emit(f"written to {out / 'report.html'}, report.json and report.txt beside it")
+    options = {"values": values, "targets": target or (), "candidates": candidates, "seed": seed}
+    reading = {"rows": rows, "nonfinite": nonfinite}
+    run(base, tuned, adapter or (), out, device=device, options=options, reading=reading, as_json=as_json)

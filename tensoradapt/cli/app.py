@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from tensoradapt.analysis.sharing import is_told
 from tensoradapt.cli.analyze import analyze
 from tensoradapt.cli.budget import budget
 from tensoradapt.cli.convert import convert
@@ -22,6 +20,7 @@ from tensoradapt.cli.plot import plot
 from tensoradapt.cli.presets import presets
 from tensoradapt.cli.verify import verify
 from tensoradapt.errors import TensorAdaptError
+from tensoradapt.version import VERSION
 
 INTERRUPTED, AT_FAULT = 130, 2
 # Recent versions of typer carry their own copy of click, so the class is found by what it is the base of.
@@ -33,7 +32,7 @@ def application() -> typer.Typer:
     app = typer.Typer(
         name="tensoradapt",
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,7 +45,7 @@ def application() -> typer.Typer:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        sys.stdout.write(f"tensoradapt {version('tensoradapt')}\n")
+        sys.stdout.write(f"tensoradapt {VERSION}\n")
         raise typer.Exit
 
 
@@ -69,7 +68,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TensorAdaptError as error:
-        if not is_told(error):
+        if not error.told:
             sys.stderr.write(f"error: {error}\n")
         return AT_FAULT
     except UsageError as error:

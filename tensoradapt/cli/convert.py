@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tensoradapt.cli.options import (
+    Choice,
     JsonOption,
     PresetOption,
     RankOption,
@@ -16,11 +16,7 @@ from tensoradapt.cli.options import (
     SetOption,
     SpecOption,
     TargetOption,
-    emit,
-    make_spec,
 )
-from tensoradapt.convert import convert as run_conversion
-from tensoradapt.convert import targets_of
 
 
 def convert(
@@ -46,7 +42,7 @@ def convert(
 
     Example: tensoradapt convert lora/ --preset lotr --rank 32 --out lotr
     """
-    chosen = target or (targets_of(adapter) if preset is not None else None)
-    made = make_spec(preset, rank, chosen, spec, set_)
-    result = run_conversion(adapter, made, out, error=error, max_parameters=max_parameters, seed=seed)
-    emit(json.dumps(result.to_dict()) if as_json else str(result))
+    from tensoradapt.cli.run.convert import run
+
+    goal = {"error": error, "max_parameters": max_parameters}
+    run(adapter, out, Choice(preset, rank, target, spec, set_), goal=goal, seed=seed, as_json=as_json)

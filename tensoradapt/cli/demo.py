@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
-from tensoradapt.cli.options import progress_console
-from tensoradapt.demo.run import run_demo
 
 
 def demo(
@@ -22,7 +18,6 @@ def demo(
 
     Example: tensoradapt demo --out demo
     """
-    results = run_demo(out, seed=seed, console=progress_console())
-    console = Console()
-    # in a file or a pipe there is no width to fit, and a wrapped table is hard to read
-    (console if console.is_terminal else Console(width=110)).print(results.table())
+    from tensoradapt.cli.run.demo import run
+
+    run(out, seed=seed)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, emit
-from tensoradapt.errors import SpecError
-from tensoradapt.peft import export_peft
+from tensoradapt.cli.options import JsonOption
 
 
 def export(
@@ -45,24 +40,8 @@ def export(
 
     Example: tensoradapt export adapter --to peft --out served --for vllm
     """
-    if to != "peft":
-        raise SpecError(f"no format {to!r} to export to", expected="peft")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        result = export_peft(
-            adapter,
-            out,
-            layout=layout,
-            dtype=dtype,
-            model=model,
-            consumer=consumer,
-            base_name=base_name,
-            task_type=task,
-            overwrite=overwrite,
-            rank=rank,
-            extras=extras,
-        )
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            sys.stderr.write(f"warning: {warning.message}\n")
-    emit(json.dumps(result.to_dict()) if as_json else str(result))
+    from tensoradapt.cli.run.export import run
+
+    options = {"layout": layout, "dtype": dtype, "model": model, "consumer": consumer, "base_name": base_name}
+    options |= {"task_type": task, "overwrite": overwrite, "rank": rank, "extras": extras}
+    run(adapter, out, to, options=options, as_json=as_json)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tensoradapt.cli.options import (
+    Choice,
     DeviceOption,
     JsonOption,
     NonfiniteOption,
@@ -19,14 +19,7 @@ from tensoradapt.cli.options import (
     SetOption,
     SpecOption,
     TargetOption,
-    emit,
-    make_spec,
 )
-from tensoradapt.cli.progress import progress
-from tensoradapt.distributed import team_of
-from tensoradapt.errors import RankError
-from tensoradapt.extract import extract as run_extraction
-from tensoradapt.extract import preview
 
 
 def extract(
@@ -64,24 +57,9 @@ def extract(
     Interrupted work goes on where it stopped when the same command is given again. On several GPUs or processes:
     torchrun --nproc-per-node 4 -m tensoradapt extract ...
     """
-    made = make_spec(preset, rank, target, spec, set_)
-    goal: dict[str, Any] = {"error": _error(error), "max_parameters": max_parameters}
-    reading: dict[str, Any] = {"rows": rows, "nonfinite": nonfinite, "seed": seed}
-    if dry_run:
-        seen = preview(base, tuned, made, out, device=device, overwrite=overwrite, **goal, **reading)
-        emit(json.dumps(seen.to_dict()) if as_json else str(seen))
-        return
-    with team_of(device) as (team, where), progress("extract", quiet=team.rank > 0) as tell:
-        shared: dict[str, Any] = {"device": where, "overwrite": overwrite, "team": team, "progress": tell}
-        result = run_extraction(base, tuned, made, out, **goal, **reading, **shared)
-        if team.rank == 0:
-            emit(json.dumps(result.to_dict()) if as_json else str(result))
+    from tensoradapt.cli.run.extract import run
 
-
-def _error(text: str | None) -> float | str | None:
-    if text is None or text == "noise":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise RankError(f"--error {text!r} is no error", expected="a number such as 0.1, or noise") from None
+    options = {"max_parameters": max_parameters, "rows": rows, "nonfinite": nonfinite, "seed": seed}
+    options |= {"overwrite": overwrite}
+    choice = Choice(preset, rank, target, spec, set_)
+    run(base, tuned, out, choice, error=error, device=device, options=options, dry_run=dry_run, as_json=as_json)

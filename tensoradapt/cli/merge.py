@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, emit
-from tensoradapt.cli.progress import progress
-from tensoradapt.folders import merge_folder
-from tensoradapt.peft import open_adapter
+from tensoradapt.cli.options import JsonOption
 
 
 def merge(
@@ -28,7 +24,6 @@ def merge(
 
     Example: tensoradapt merge base/ adapter --out merged
     """
-    saved = open_adapter(adapter)
-    with progress("merge") as tell:
-        result = merge_folder(base, saved, out, overwrite=overwrite, tied=tied, progress=tell)
-    emit(json.dumps(result.to_dict()) if as_json else str(result))
+    from tensoradapt.cli.run.merge import run
+
+    run(base, adapter, out, overwrite=overwrite, tied=tied, as_json=as_json)

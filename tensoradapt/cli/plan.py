@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from tensoradapt.cli.options import (
+    Choice,
     JsonOption,
     ModelOption,
     PresetOption,
@@ -12,10 +11,7 @@ from tensoradapt.cli.options import (
     SetOption,
     SpecOption,
     TargetOption,
-    emit,
-    make_spec,
 )
-from tensoradapt.scan import plan as make_plan
 
 
 def plan(
@@ -31,5 +27,6 @@ def plan(
 
     Example: tensoradapt plan --model config.json --preset lotr --rank 8 --target query --target value
     """
-    made = make_plan(make_spec(preset, rank, target, spec, set_), model)
-    emit(json.dumps(made.to_dict()) if as_json else str(made))
+    from tensoradapt.cli.run.plan import run
+
+    run(model, Choice(preset, rank, target, spec, set_), as_json=as_json)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, NonfiniteOption, RowsOption, emit
-from tensoradapt.cli.progress import progress
-from tensoradapt.peft import open_adapter
-from tensoradapt.verify import verify as compare
-
-MISSED = 1  # the exit code of a tolerance that was missed
+from tensoradapt.cli.options import JsonOption, NonfiniteOption, RowsOption
 
 
 def verify(
@@ -30,9 +24,7 @@ def verify(
 
     Example: tensoradapt verify adapter base/ tuned/ --tolerance 0.1
     """
-    saved = open_adapter(adapter)
-    with progress("verify") as tell:
-        found = compare(saved, base, tuned, tolerance=tolerance, rows=rows, nonfinite=nonfinite, progress=tell)
-    emit(json.dumps(found.to_dict()) if as_json else str(found))
-    if not found.passed:
-        raise typer.Exit(MISSED)
+    from tensoradapt.cli.run.verify import run
+
+    options = {"tolerance": tolerance, "rows": rows, "nonfinite": nonfinite}
+    run(adapter, base, tuned, options=options, as_json=as_json)

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from tensoradapt.cli.options import progress_console
 
 Report = Callable[[str, int, int], None]
 LINES = 10  # so many lines in a file or a pipe, whatever the number of steps
@@ -20,7 +19,7 @@ LINES = 10  # so many lines in a file or a pipe, whatever the number of steps
 @contextmanager
 def progress(title: str, *, quiet: bool = False) -> Iterator[Report]:
     """A function to report steps to: what was done, how many are done, how many there are."""
-    console = progress_console()
+    console = Console(stderr=True)
     if quiet:
         yield lambda *_: None
     elif console.is_terminal:

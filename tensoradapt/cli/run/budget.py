@@ -1,0 +1,76 @@
+"""The work of `tensoradapt budget`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tensoradapt.budget import BudgetTable, SolvedSpec, has_rank
+from tensoradapt.cli.run.printing import emit, emit_json, note
+from tensoradapt.cli.run.specs import parameters, parse_ranks
+from tensoradapt.errors import SpecError
+from tensoradapt.io.atomic import atomic
+from tensoradapt.plots import plot_budget
+from tensoradapt.presets import PRESETS
+from tensoradapt.presets import preset as make_preset
+from tensoradapt.scan import budget, scan, solve_rank
+from tensoradapt.spec import Spec
+
+
+def run(
+    model: str,
+    presets: Sequence[str],
+    targets: list[str] | None,
+    pairs: list[str] | None,
+    *,
+    ranks: str,
+    max_parameters: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Tabulate, solve, write and print."""
+    specs = {name: _spec(name, targets, pairs) for name in presets}
+    asked = parse_ranks(ranks)
+    sites = scan(model)
+    table = budget(specs, sites, asked)
+    able = {} if max_parameters is None else {name: spec for name, spec in specs.items() if has_rank(spec)}
+    solved = {name: solve_rank(spec, sites, max_parameters=max_parameters or 0) for name, spec in able.items()}
+    if out is not None:
+        _write(table, out, max_parameters)
+        note(f"wrote {out}")
+    if as_json:
+        solutions = {name: _solution(solution) for name, solution in solved.items()}
+        return emit_json({**json.loads(table.to_json()), "solutions": solutions})
+    emit("\n".join([str(table), *(_line(name, s, max_parameters) for name, s in solved.items())]))
+
+
+def _spec(name: str, targets: list[str] | None, pairs: list[str] | None) -> Spec:
+    """A preset with those of the parameters set that it has; one that no preset has is an error."""
+    given = parameters(None, targets, pairs)
+    own = {key for row in PRESETS.values() for key in row.parameters} - set(
+        PRESETS[name].parameters if name in PRESETS else ()
+    )
+    return make_preset(name, **{key: value for key, value in given.items() if key not in own})
+
+
+def _solution(solution: SolvedSpec) -> dict[str, Any]:
+    return {"rank": solution.rank, "ranks": dict(solution.ranks), "num_trainable": solution.num_trainable}
+
+
+def _line(name: str, solution: SolvedSpec, limit: int | None) -> str:
+    spread = sorted(set(solution.ranks.values()))
+    groups = "" if len(spread) == 1 else f"; by group {spread[0]} to {spread[-1]}"
+    return f"{name}: rank {solution.rank}{groups}: {solution.num_trainable:,} of {limit:,} parameters"
+
+
+def _write(table: BudgetTable, out: Path, max_parameters: int | None) -> None:
+    text = {".csv": table.to_csv, ".json": table.to_json}.get(out.suffix)
+    if text is None:
+        plot_budget(table, out, max_parameters=max_parameters)
+    elif out.is_dir():
+        raise SpecError(f"{out} is a folder", hint="give a file")
+    else:
+        with atomic(out) as temporary:
+            temporary.write_text(text(), encoding="utf-8")

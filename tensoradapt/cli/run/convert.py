@@ -1,0 +1,19 @@
+"""The work of `tensoradapt convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensoradapt.cli.options import Choice
+from tensoradapt.cli.run.printing import show
+from tensoradapt.cli.run.specs import make_spec
+from tensoradapt.convert import convert, targets_of
+
+
+def run(adapter: str, out: Path, choice: Choice, *, goal: Mapping[str, Any], seed: int, as_json: bool) -> None:
+    """Convert, and print what was converted."""
+    if choice.preset is not None and not choice.targets:
+        choice = choice._replace(targets=list(targets_of(adapter)))
+    show(convert(adapter, make_spec(choice), out, seed=seed, **goal), as_json=as_json)

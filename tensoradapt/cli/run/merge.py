@@ -1,0 +1,18 @@
+"""The work of `tensoradapt merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensoradapt.cli.run.printing import show
+from tensoradapt.cli.run.progress import progress
+from tensoradapt.folders import merge_folder
+from tensoradapt.peft import open_adapter
+
+
+def run(base: str, adapter: str, out: Path, *, overwrite: bool, tied: bool, as_json: bool) -> None:
+    """Merge, and print what was written."""
+    saved = open_adapter(adapter)
+    with progress("merge") as tell:
+        result = merge_folder(base, saved, out, overwrite=overwrite, tied=tied, progress=tell)
+    show(result, as_json=as_json)

@@ -1,0 +1,13 @@
+"""The work of `tensoradapt plan`."""
+
+from __future__ import annotations
+
+from tensoradapt.cli.options import Choice
+from tensoradapt.cli.run.printing import show
+from tensoradapt.cli.run.specs import make_spec
+from tensoradapt.scan import plan
+
+
+def run(model: str, choice: Choice, *, as_json: bool) -> None:
+    """Plan, and print the plan."""
+    show(plan(make_spec(choice), model), as_json=as_json)

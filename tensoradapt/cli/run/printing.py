@@ -1,0 +1,42 @@
+"""What the commands print: results on stdout, everything else on stderr.
+
+Invariant: with `--json` one JSON object goes to stdout and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Result(Protocol):
+    """What a command ends with: a text for people, and plain JSON values."""
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """The result as plain JSON values."""
+        ...
+
+
+def emit(text: str) -> None:
+    """Print a text on stdout."""
+    sys.stdout.write(text.rstrip("\n") + "\n")
+
+
+def emit_json(values: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    emit(json.dumps(values))
+
+
+def show(result: Result, *, as_json: bool) -> None:
+    """Print a result as it prints itself, or as one JSON object."""
+    if as_json:
+        emit_json(result.to_dict())
+    else:
+        emit(str(result))
+
+
+def note(text: str) -> None:
+    """Print a line beside the result, on stderr."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
