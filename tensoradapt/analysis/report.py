@@ -26,7 +26,8 @@ class Report:
     """What a fine-tuning is made of.
 
     `sites[path]` has the numbers of one weight's delta, `groups[name]` those of a stack of them, `candidates` what
-    every format would lose at which number of parameters, `choice` the one to take, with the reason.
+    every format would lose at which number of parameters, `choice` the one to take, with the reason; `change` counts
+    the tensors of both sides by kind, with their shares of the squared change (None for a set of adapters).
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Report:
     candidates: tuple[Candidate, ...] = ()
     choice: Mapping[str, Any] | None = None
     comparisons: Mapping[str, Any] = field(default_factory=dict)
+    change: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite as None."""
@@ -46,7 +48,7 @@ class Report:
             {
                 "format": FORMAT,
                 "version": VERSION,
-                **{name: getattr(self, name) for name in ("kind", "base", "tuned", "settings", "match")},
+                **{name: getattr(self, name) for name in ("kind", "base", "tuned", "settings", "match", "change")},
                 "sites": {path: row.to_dict() for path, row in self.sites.items()},
                 "groups": {name: row.to_dict() for name, row in self.groups.items()},
                 "candidates": [c.to_dict() for c in self.candidates],

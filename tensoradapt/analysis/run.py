@@ -6,7 +6,7 @@ Invariant: one delta is in memory at a time, and one stack's core.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensoradapt.analysis.account import accounted
 from tensoradapt.analysis.candidates import RANKS, Choice, Stacked, Tried, compared, tried
 from tensoradapt.analysis.floors import floors_of
 from tensoradapt.analysis.noise import Noise, noise_of
@@ -23,7 +24,7 @@ from tensoradapt.analysis.slices import Slices, empty
 from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.analysis.spectra import SiteReport, Source, site_report
 from tensoradapt.analysis.stacks import BASIS, StackReport, leading, stack_report, stacks_of
-from tensoradapt.errors import RankError
+from tensoradapt.errors import RankError, SpecError
 from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
@@ -35,7 +36,7 @@ from tensoradapt.targets import select
 
 MEMORY = 1 << 28  # bytes of a stack that is kept whole instead of in shared bases
 Progress = Callable[[str, int, int], None]
-OPTIONS = ("values", "targets", "candidates", "seed", "team", "progress", "memory")
+OPTIONS = ("names", "values", "targets", "candidates", "seed", "team", "progress", "memory")
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,32 @@ class DeltaSource:
 def analyze(base: Any, tuned: Any, *, device: str | None = None, **options: Any) -> Report:
     """Ranks and spectra of tuned - base, by weight and over stacks of layers and roles, and the formats that hold it.
 
-    Checkpoints are files, folders, hub ids, mappings, or iterables of (name, tensor). Options: `values` (singular
-    values per weight, or as many as are cheap), `targets`, `candidates` (False leaves the comparison of formats out),
-    `seed`, `memory` (bytes of a stack that is kept whole), `team`, `progress`, and those of reading: `rows`,
-    `nonfinite`, `base_revision`, `tuned_revision`. Raises FileError.
+    Checkpoints are files, folders, hub ids, mappings, or iterables of (name, tensor). Options: `names` (what the report
+    calls the two sides), `values` (singular values per weight, or as many as are cheap), `targets`, `candidates` (False
+    leaves the comparison of formats out), `seed`, `memory` (bytes of a stack that is kept whole), `team`, `progress`,
+    and those of reading: `rows`, `nonfinite`, `base_revision`, `tuned_revision`. Raises FileError.
     """
     known(options, (*OPTIONS, *READING))
     own = {key: options.pop(key) for key in OPTIONS if key in options}
-    where, values = empty(device), own.get("values")
+    where, values, names = empty(device), own.get("values"), own.pop("names", None)
     if values is not None and (type(values) is not int or values < 1):
         raise RankError("values is a number of singular values", got=values, expected="a positive number, or None")
     with alike(own.get("team", SOLO), lambda: open_source(base, tuned, **options)) as deltas:
         source = DeltaSource(deltas, where, _several(own.pop("targets", None)))
         match = {**deltas.match.to_dict(), "matched": len(deltas.match.pairs)}
-        return report_of(source, deltas.match.sites, ("checkpoints", deltas.base.name, deltas.tuned.name), match, **own)
+        named = ("checkpoints", *_labels(deltas, names))
+        report = report_of(source, deltas.match.sites, named, match, **own)
+        return replace(report, change=accounted(deltas, {p: row.norm for p, row in report.sites.items()}).to_dict())
+
+
+def _labels(deltas: Deltas, names: Sequence[str] | None) -> tuple[str, str]:
+    """What the report calls the two sides. Raises SpecError on names that are not two."""
+    if names is None:
+        base, tuned = deltas.base.label or "base", deltas.tuned.label or "tuned"
+        return (base, tuned) if base != tuned else (f"{base} (base)", f"{tuned} (tuned)")
+    if isinstance(names, str) or len(names) != 2 or not all(isinstance(name, str) and name for name in names):
+        raise SpecError("names are what the report calls the two sides", got=names, expected='("base", "tuned")')
+    return names[0], names[1]
 
 
 def _several(targets: str | Iterable[str] | None) -> tuple[str, ...]:

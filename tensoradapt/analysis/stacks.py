@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensoradapt.analysis.floors import Floors, short_of
+from tensoradapt.analysis.naming import stack_names
 from tensoradapt.analysis.ranks import energy_rank
 from tensoradapt.errors import TensorAdaptError
 from tensoradapt.fit.compress import Compressed
@@ -60,10 +61,8 @@ def stacks_of(sites: tuple[Site, ...], model: SiteMap) -> list[Group]:
         place = site.coordinates
         alone = () if "layer" in place else (site.path,)
         buckets.setdefault((place.get("stack"), site.shape, "expert" in place, alone), []).append(site)
-    found: list[Group] = []
-    for members in buckets.values():
-        found += _named([_stack(members, model)], found)
-    return found
+    names = stack_names(list(buckets.values()))
+    return [replace(_stack(members, model), name=name) for members, name in zip(buckets.values(), names, strict=True)]
 
 
 def _stack(members: list[Site], model: SiteMap) -> Group:
@@ -79,25 +78,6 @@ def _stack(members: list[Site], model: SiteMap) -> Group:
     except (TensorAdaptError, ValueError):  # coordinates that are not their own
         (group,) = group_sites(rule.model_copy(update={"axes": ("site", "out", "in")}), members, model)
     return group
-
-
-def _named(new: list[Group], old: list[Group]) -> list[Group]:
-    taken = {group.name for group in old}
-    result = []
-    for group in new:
-        name = (
-            group.name
-            if group.name not in taken
-            else f"{group.name}_{'x'.join(map(str, group.placements[0].site.shape))}"
-        )
-        number, unique = 2, name
-        while unique in taken:
-            unique, number = f"{name}_{number}", number + 1
-        result.append(Group(unique, *(getattr(group, f) for f in _REST)))
-    return result
-
-
-_REST = ("rule", "diagram", "placements", "labels", "scale", "laws", "store")
 
 
 def stack_report(group: Group, held: Compressed, floors: Floors, spectra: Sequence[Sequence[float]]) -> StackReport:

@@ -68,7 +68,8 @@ class Checkpoint:
     """The tensors of one model.
 
     `name` is what messages call it, as the user wrote it; `entries` every tensor in stored order; `aliases` names of
-    tensors that are the same as an earlier one; `folder` is where a config.json may lie.
+    tensors that are the same as an earlier one; `folder` is where a config.json may lie; `label` is a path, a hub id or
+    a module's class, for reports, and empty for tensors that came without a name of their own.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Checkpoint:
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     revision: str | None = None
+    label: str = ""
     store: Store = field(repr=False, kw_only=True)
 
     def read(self, name: str) -> Tensor:
@@ -143,7 +145,8 @@ def _(source: Checkpoint, revision: str | None) -> Checkpoint:
 @_opened.register
 def _(source: nn.Module, revision: str | None) -> Checkpoint:
     state = source.state_dict().items()
-    return _in_memory([(name, tensor) for name, tensor in state if torch.is_tensor(tensor)], type(source).__name__)
+    kind = type(source).__name__
+    return _in_memory([(name, tensor) for name, tensor in state if torch.is_tensor(tensor)], kind, label=kind)
 
 
 @_opened.register
@@ -176,16 +179,16 @@ def _(source: str, revision: str | None) -> Checkpoint:
     return _from_path(path, source)
 
 
-def _in_memory(pairs: Iterable[Any], name: str) -> Checkpoint:
+def _in_memory(pairs: Iterable[Any], name: str, label: str = "") -> Checkpoint:
     store = held(pairs)
-    return _made(name, store, aliases=store.same())
+    return _made(name, store, aliases=store.same(), label=label)
 
 
 def _from_path(path: Path, name: str, **known: Any) -> Checkpoint:
     if not os.path.lexists(path):
         raise FileError(f"no checkpoint at {name}", expected=SOURCES)
     try:
-        return _made(name, _shards(path), **known)
+        return _made(name, _shards(path), label=name, **known)
     except OSError as error:
         raise FileError(f"{name} cannot be read", got=error.strerror, hint="look at its permissions") from None
 

@@ -6,6 +6,7 @@ nothing is dropped without a name. One pair is in memory at a time, and of it on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -85,6 +86,20 @@ class Deltas:
         self.tuned.check(pair.tuned_name)
         return out
 
+    def change(self, name: str) -> tuple[bool, float]:
+        """Whether a tensor of both sides, named as on the tuned one, differs, and |tuned - base|^2, block by block.
+
+        The squared norm is NaN where the two have other shapes, hold no floats, or are not finite.
+        """
+        base, tuned = self.base.read(self.match.names[name]), self.tuned.read(name)
+        if base.shape != tuned.shape or not (base.is_floating_point() and tuned.is_floating_point()):
+            return base.shape != tuned.shape or not torch.equal(base, tuned), math.nan
+        base, tuned = torch.atleast_1d(base), torch.atleast_1d(tuned)
+        squares = [_squared(base[rows], tuned[rows]) for rows in _blocks(base)]
+        self.base.check(self.match.names[name])
+        self.tuned.check(name)
+        return any(squares), math.fsum(squares)
+
     def nonfinite(self, path: str) -> tuple[int, int]:
         """How many entries of a site are NaN or infinite, of the base and of the tuned side."""
         base, tuned = (sum(int((~part[b].isfinite()).sum()) for b in _blocks(part)) for part in self._stored(path))
@@ -131,6 +146,11 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
     """Ranges of rows of about BLOCK entries each."""
     height = max(1, BLOCK * len(tensor) // max(tensor.numel(), 1))
     return (slice(start, min(start + height, len(tensor))) for start in range(0, len(tensor), height))
+
+
+def _squared(base: Tensor, tuned: Tensor) -> float:
+    """|tuned - base|^2 of a block, in float64."""
+    return float(tuned.double().sub_(base).square_().sum())
 
 
 def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:

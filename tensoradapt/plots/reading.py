@@ -146,6 +146,24 @@ class Comparisons(Part):
     at_budget: list[AtBudget] = []
 
 
+class Tally(Part):
+    """The tensors of one kind."""
+
+    tensors: int
+    differing: int
+    weights: int
+    share: float | None
+
+
+class Account(Part):
+    """What became of the tensors that both sides hold."""
+
+    tensors: int
+    differing: int
+    norm: float
+    kinds: dict[str, Tally]
+
+
 class Report(Part):
     """The whole of a report."""
 
@@ -161,6 +179,7 @@ class Report(Part):
     candidates: list[Candidate]
     choice: Choice | None
     comparisons: Comparisons
+    change: Account | None = None
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
