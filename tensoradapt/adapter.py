@@ -279,6 +279,8 @@ class Adapter(nn.Module):
         if not len(host):
             model = self._model[0]
             del model._modules[HOST]
+            if host.quantised:
+                model.is_quantized = True  # type: ignore[assignment]
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = host.flags.get(name, parameter.requires_grad)
 

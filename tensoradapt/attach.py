@@ -22,9 +22,10 @@ from tensoradapt.host import HOST, Bank, Host, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
 from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.lower import Line, line
-from tensoradapt.merging import view
+from tensoradapt.merging import plain_weight
 from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
+from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
 from tensoradapt.scan import module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
@@ -42,7 +43,8 @@ def attach(model: nn.Module, spec: Spec, name: str = "default", seed: int = 0) -
     adapter = _prepare(model, plan, found, name)
     _check_random(plan, seed)
     _fill(adapter, _initial(model, plan, adapter, seed))
-    for note in (*(note for note in plan.notes if "tied" in note), *_without_dropout(adapter)):
+    tied = (note for note in plan.notes if "tied" in note)
+    for note in filter(None, (*tied, *_without_dropout(adapter), untrainable(model))):
         warnings.warn(note, stacklevel=2)
     return _install(model, adapter)
 
@@ -203,6 +205,14 @@ def _check_extras(model: nn.Module, plan: Plan) -> None:
             raise SpecError(
                 f"{path} is both adapted and trained whole", hint="exclude the site, or leave its module out of train"
             )
+        owner, name = owner_of(model, path)
+        if not is_plain(owner._parameters[name]):
+            raise AdapterError(
+                f"{path} cannot be trained whole: it is quantised or sharded",
+                got=kind_of(owner._parameters[name]),
+                hint="keep its module out of the quantisation (transformers: llm_int8_skip_modules, "
+                "modules_to_not_convert), or leave it out of train",
+            )
         if path in trained:
             raise AdapterError(
                 f"{path} is trained by the adapter {trained[path]!r} already", hint="leave it out of train"
@@ -222,9 +232,7 @@ def _initial(model: nn.Module, plan: Plan, adapter: Adapter, seed: int) -> Itera
     for group in plan.groups:
         if WEIGHT in group.laws.values():
             site = adapter._lines[group.paths[0]][1]
-            owner, name = owner_of(model, parameter_of(model, site))
-            weight = view(owner._parameters[name].detach(), site).flatten(1)  # type: ignore[union-attr]
-            taken |= {group.store[node]: tensor for node, tensor in from_weight(group, weight).items()}
+            taken |= {group.store[n]: tensor for n, tensor in from_weight(group, plain_weight(model, site)).items()}
     for key, factor in plan.factors.items():
         held = adapter.stored[key.rpartition(".")[0]][key.rpartition(".")[2]]
         yield key, taken[key] if key in taken else held.detach() if held.is_meta else draw(factor, seed)
@@ -247,7 +255,7 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     """Freeze the base, register the adapter, and hook every site."""
     host = model._modules.get(HOST)
     if host is None:
-        host = Host({name: p.requires_grad for name, p in model.named_parameters()})
+        host = Host({name: p.requires_grad for name, p in model.named_parameters()}, quantised=admit_training(model))
         for parameter in model.parameters():
             parameter.requires_grad = False
         model.add_module(HOST, host)

@@ -14,11 +14,14 @@ HOST = "tensoradapt"  # the name under which adapters register themselves on a m
 
 
 class Host(nn.Module):
-    """What a model carries its adapters in, and which parameters were trainable before the first one came."""
+    """What a model carries its adapters in, and what the first one changed of it.
 
-    def __init__(self, flags: Mapping[str, bool]) -> None:
+    `flags` says which parameters were trainable, `quantised` whether the model said of itself that it is quantised.
+    """
+
+    def __init__(self, flags: Mapping[str, bool], *, quantised: bool = False) -> None:
         super().__init__()
-        self.flags = dict(flags)
+        self.flags, self.quantised = dict(flags), quantised
         self.merged: list[str] = []
 
     def forward(self, x: Any) -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError
+from tensoradapt.quantised import is_plain, kind_of
+from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site
 
 BLOCK = 1 << 18  # entries of float32 arithmetic at a time: a block and its copies stay in the cache
@@ -59,6 +61,25 @@ def view(parameter: Tensor, site: Site) -> Tensor:
     part = parameter if site.index is None else parameter[site.index]
     part = part.mT if site.layout == "in out" else part
     return part if site.rows is None else part[site.rows[0] : site.rows[1]]
+
+
+def plain_weight(model: nn.Module, site: Site) -> Tensor:
+    """A site's part of the base's weight, to start from.  Shape: (out, in kernel).
+
+    Raises AdapterError on the meta device, and on weights that are quantised, sharded or computed from others.
+    """
+    owner, name = owner_of(model, parameter_of(model, site))
+    held = owner._parameters.get(name)
+    if held is not None and held.is_meta:
+        raise AdapterError(f"{site.path} is on the meta device: it has no weight to start from", hint="load it first")
+    found = view(held.detach(), site).flatten(1) if is_plain(held) else None  # type: ignore[union-attr]
+    if found is None or tuple(found.shape) != (site.out, site.inp * site.kernel):
+        raise AdapterError(
+            f"{site.path} has no plain weight to start from: it is quantised, sharded, or computed from others",
+            got=kind_of(held),
+            hint="start from the model in half precision, save the adapter, and load it onto the quantised one",
+        )
+    return found
 
 
 def laid_out(deltas: Sequence[tuple[Site, Tensor]], like: Tensor) -> Tensor:
@@ -127,10 +148,10 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[str, Place]]]:
 def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie: bool) -> bool:
     """Whether modules outside the target hold its parameter too. Raises AdapterError where it cannot be merged into."""
     parameter = target.parameter
-    if parameter is None or not parameter.is_floating_point():
+    if not is_plain(parameter):
         raise AdapterError(
-            f"{target.name} is no floating-point weight to merge into",
-            got=type(target.places[0][0]).__name__ if parameter is None else parameter.dtype,
+            f"{target.name} is no plain weight to merge into: it is quantised, sharded, or computed from others",
+            got=f"{kind_of(parameter)}, in a {type(target.places[0][0]).__name__}",
             hint="dequantise the base first, or serve the adapter unmerged",
         )
     if parameter.is_meta:

@@ -18,6 +18,7 @@ from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.host import HOST
 from tensoradapt.plan import Plan, make_plan
+from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed
 from tensoradapt.spec import Spec
 
@@ -105,6 +106,8 @@ def scan_module(model: nn.Module) -> SiteMap:
     for site in found:
         if site.delivery == "weight" and site.tensor not in parameters:
             refused[site.path] = "its weight is computed from other parameters at every call"
+        elif site.delivery == "weight" and not is_plain(parameters[site.tensor]):
+            refused[site.path] = f"its weight is quantised or sharded: {kind_of(parameters[site.tensor])}"
     sites = placed([site for site in found if site.path not in refused])
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     return SiteMap(tuple(_tied(sites, parameters)), **_heads(model), parameters=shapes, refused=refused)

@@ -13,7 +13,7 @@ TORCH_FREE = (
     *("sites", "targets", "contraction", "recipe", "placing", "laws", "grouping", "rows", "plan", "budget"),
 )
 WITH_TORCH = (
-    *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "scan", "fit", "init", "hooks"),
+    *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "quantised", "scan", "fit", "init", "hooks"),
     *("merging", "adapter", "attach"),
     *(
         "change",

@@ -20,6 +20,7 @@ from tensoradapt.errors import AdapterError, RankError, SiteError
 from tensoradapt.init import require_seed
 from tensoradapt.linalg import Dense, Product, Seed, Slice
 from tensoradapt.merging import view
+from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site
 from tensoradapt.spec import Spec
@@ -195,9 +196,10 @@ def _taker(sites: list[Site], held: Mapping[str, _Sum]) -> Callable[[Tensor], No
 def _weight(model: nn.Module, site: Site) -> nn.Parameter:
     owner, name = owner_of(model, parameter_of(model, site))
     held = owner._parameters.get(name)
-    if held is None or not held.is_floating_point():
+    if held is None or not is_plain(held):
         raise AdapterError(
             f"{site.path} has no weight that a gradient can be taken of: it is quantised, or computed from others",
+            got=kind_of(held),
             hint="take the gradients on the model in half precision",
         )
     return held

@@ -20,8 +20,7 @@ from tensoradapt.fit.stream import Stream, fit_stream
 from tensoradapt.gauge import orthogonalized
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import Dense, Slice
-from tensoradapt.merging import view
-from tensoradapt.scan import owner_of, parameter_of
+from tensoradapt.merging import plain_weight
 from tensoradapt.sites import Site
 from tensoradapt.start.sides import is_matrix
 
@@ -106,19 +105,6 @@ def scaled(group: Group, factors: Mapping[str, Tensor], share: float) -> dict[st
 def weight_of(adapter: Adapter, site: Site) -> Tensor:
     """A site's part of the base's weight.  Shape: (out, in kernel).
 
-    Raises AdapterError on the meta device, and on weights that are quantised or computed from other parameters.
+    Raises AdapterError on the meta device, and on weights that are quantised, sharded or computed from others.
     """
-    model = adapter._model[0]
-    live = adapter._lines[site.path][1]
-    owner, name = owner_of(model, parameter_of(model, live))
-    held = owner._parameters.get(name)
-    if held is not None and held.is_meta:
-        raise AdapterError(f"{site.path} is on the meta device: it has no weight to start from", hint="load it first")
-    found = None if held is None or not held.is_floating_point() else view(held.detach(), live).flatten(1)
-    if found is None or tuple(found.shape) != (site.out, site.inp * site.kernel):
-        raise AdapterError(
-            f"{site.path} has no plain weight to start from: it is quantised, or computed from other parameters",
-            got="no parameter" if held is None else f"{held.dtype} of shape {tuple(held.shape)}",
-            hint="start from the model in half precision, save the adapter, and load it onto the quantised one",
-        )
-    return found
+    return plain_weight(adapter._model[0], adapter._lines[site.path][1])
