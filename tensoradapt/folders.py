@@ -26,6 +26,7 @@ from tensoradapt.io.saved import Savable, Saved, as_saved
 from tensoradapt.io.shards import PICKLES, Shard, open_shard, read_index
 from tensoradapt.io.weights import FLOATS, quantised
 from tensoradapt.merging import Rows, add_rows, rows_of, view
+from tensoradapt.paths import expand
 from tensoradapt.sites import Site
 
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
@@ -100,7 +101,7 @@ def merge_folder(
     configs and tokenizers are copied. `tied=True` merges into a tensor that modules share which are not adapted.
     Raises FileError, AdapterError; nothing is left then.
     """
-    saved, target = as_saved(adapter), Path(out)
+    saved, target = as_saved(adapter), expand(out)
     with open_checkpoint(base, revision) as source:
         if not source.files:
             raise FileError(f"{source.name} is no folder", expected="a folder, a file or a cached hub id")

@@ -17,17 +17,22 @@ from torch.nn.parameter import is_lazy
 from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.host import HOST
+from tensoradapt.io.hub import cached
+from tensoradapt.paths import expand
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed
 from tensoradapt.spec import Spec
 
-SOURCES = "a module, a mapping {path: (out, in)}, a config.json, a model folder, or a safetensors file"
+SOURCES = "a module, a mapping {path: (out, in)}, a config.json, a model folder, a safetensors file, or a cached hub id"
 Model = nn.Module | SiteMap | Mapping[str, Any] | str | Path
 
 
 def scan(model: Model) -> SiteMap:
-    """The sites of a module, a `{path: (out, in)}` mapping, a config.json, a model folder, or safetensors headers."""
+    """The sites of a module, a `{path: (out, in)}` mapping, a config.json, a model folder, safetensors files, a hub id.
+
+    A hub id, `org/name` or `org/name@revision`, is looked for in the local cache. Raises FileError.
+    """
     if isinstance(model, SiteMap):
         return model
     if isinstance(model, nn.Module):
@@ -35,14 +40,16 @@ def scan(model: Model) -> SiteMap:
     if isinstance(model, Mapping):
         return from_mapping(model)
     try:
-        path = Path(model)
+        path = expand(model)
     except TypeError:
         raise FileError("this is no model", got=type(model).__name__, expected=SOURCES) from None
-    if path.suffix == ".json" or (path / "config.json").is_file():
-        return _scan_config(path if path.is_file() else path / "config.json")
+    config = path if path.suffix == ".json" else path / "config.json"
+    if config.is_file():
+        return _scan_config(config)
     if path.exists():
         return from_headers(path)
-    raise FileError(f"no model at {path}", hint=f"give {SOURCES}")
+    folder, name, _ = cached(str(model), None, "model", SOURCES)
+    return replace(scan(folder), name=name)
 
 
 def plan(spec: Spec, model: Model) -> Plan:

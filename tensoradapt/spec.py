@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from tensoradapt.errors import FileError, RankError, SpecError
+from tensoradapt.paths import expand
 
 MAX_SPEC_BYTES = 4_000_000
 Rank = Annotated[StrictInt, Field(gt=0)]
@@ -218,7 +219,7 @@ class Spec(_Value):
     @classmethod
     def load(cls, path: str | Path) -> Spec:
         """Read a spec from a YAML or JSON file. Raises FileError on an unreadable file, SpecError on its contents."""
-        text = _read_text(Path(path))
+        text = _read_text(expand(path))
         if Path(path).suffix == ".json":
             return cls.from_dict(_parse(json.loads, text, path, object_pairs_hook=_unique))
         return cls.from_dict(_parse(yaml.load, text, path, Loader=_UniqueLoader))
@@ -228,7 +229,7 @@ class Spec(_Value):
 
         Raises FileError.
         """
-        path, data = Path(path), self.to_dict()
+        path, data = expand(path), self.to_dict()
         text = json.dumps(data, indent=2) if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
         temporary = path.with_name(f".{path.name}.tmp")
         try:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "tensoradapt"
 PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
-    *("version", "errors", "diagram", "spec", "folds", "formats", "presets"),
+    *("version", "errors", "paths", "diagram", "spec", "folds", "formats", "presets"),
     *("sites", "targets", "contraction", "recipe", "placing", "laws", "grouping", "rows", "plan", "budget"),
 )
 WITH_TORCH = (

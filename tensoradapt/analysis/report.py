@@ -16,6 +16,7 @@ from tensoradapt.analysis.candidates import Candidate
 from tensoradapt.analysis.spectra import SiteReport
 from tensoradapt.analysis.stacks import StackReport
 from tensoradapt.io.atomic import atomic
+from tensoradapt.paths import expand
 from tensoradapt.plots.html import render_html
 
 FORMAT, VERSION = "tensoradapt.report", 1
@@ -61,7 +62,7 @@ class Report:
         """The report as JSON, written to a path too where one is given. Raises FileError."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            with atomic(Path(path)) as temporary:
+            with atomic(expand(path)) as temporary:
                 temporary.write_text(text, "utf-8")
         return text
 
@@ -69,7 +70,7 @@ class Report:
         """One self-contained page with the figures, written to a path too where one is given. Raises FileError."""
         text = render_html(self.to_dict())
         if path is not None:
-            with atomic(Path(path)) as temporary:
+            with atomic(expand(path)) as temporary:
                 temporary.write_text(text, "utf-8")
         return text
 

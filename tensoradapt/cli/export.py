@@ -23,7 +23,7 @@ def export(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
     model: Annotated[
-        str | None, typer.Option("--model", help="The base's config.json or folder: targets become suffixes.")
+        str | None, typer.Option("--model", help="The base, as plan takes it: targets become suffixes.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", help="Truncate to this rank; formats of full matrix rank need it.")

@@ -16,7 +16,8 @@ def _presets(incomplete: str) -> list[str]:
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="A config.json, a model folder, or a safetensors file or folder.")
+    str,
+    typer.Option("--model", help="A config.json, a model folder, a safetensors file, or a cached hub id[@revision]."),
 ]
 PresetOption = Annotated[
     str | None,

@@ -20,7 +20,7 @@ class Suffix(Enum):
 
 
 def plot(
-    report: Annotated[Path, typer.Argument(help="The report.json that `tensoradapt analyze` wrote.")],
+    report: Annotated[Path, typer.Argument(help="The folder that `tensoradapt analyze` wrote, or its report.json.")],
     out: Annotated[Path, typer.Option("--out", help="A .png, .svg or .pdf file; a folder for all figures.")],
     figure: Annotated[
         str | None, typer.Option("--figure", help=f"One of {', '.join(FIGURES)}; all of them without it.")
@@ -31,7 +31,7 @@ def plot(
 ) -> None:
     """Draw the figures of a report as PNG, SVG or PDF, for print and screen.
 
-    Example: tensoradapt plot report.json --figure front --out front.pdf
+    Example: tensoradapt plot report --figure front --out front.pdf
     """
     from tensoradapt.cli.run.plot import run
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.held import held, spooled
+from tensoradapt.io.hub import cached
 from tensoradapt.io.shards import Shards, open_file, open_folder, open_index
+from tensoradapt.paths import expand
 
 SOURCES = "a safetensors file, a folder of them, a cached hub id, a mapping, a module, or pairs of a name and a tensor"
 
@@ -162,7 +163,7 @@ def _(source: Sequence[Any], revision: str | None) -> Checkpoint:
 
 @_opened.register
 def _(source: os.PathLike, revision: str | None) -> Checkpoint:
-    return _from_path(Path(source), str(source))
+    return _from_path(expand(source), str(source))
 
 
 @_opened.register
@@ -171,7 +172,7 @@ def _(source: str, revision: str | None) -> Checkpoint:
         raise FileError("a checkpoint is not read from a URL", got=urlsplit(source).scheme, expected=SOURCES)
     if not source.strip():
         raise FileError("an empty name is no checkpoint", expected=SOURCES)
-    path = Path(source).expanduser()
+    path = expand(source)
     if not os.path.lexists(path):
         return _from_cache(source, revision)
     if revision is not None:
@@ -207,27 +208,5 @@ def _made(name: str, store: Store, **known: Any) -> Checkpoint:
 
 def _from_cache(source: str, revision: str | None) -> Checkpoint:
     """A model of the local hub cache, nothing downloaded."""
-    name, at, inline = source.partition("@")
-    if at and revision not in (None, inline):
-        raise FileError(f"{source} has two revisions", got=f"{inline} and {revision}", hint="give one of them")
-    revision = inline if at else revision
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".safetensors", ".json")) or name[0] in "./":
-        raise FileError(f"no checkpoint at {source}", expected=SOURCES)
-    return _from_path(_snapshot(name, revision), f"{name}@{revision}" if revision else name, revision=revision)
-
-
-def _snapshot(name: str, revision: str | None) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise FileError(
-            f"no file or folder {name}", hint='a hub id needs huggingface_hub: pip install "tensoradapt[hf]"'
-        ) from None
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
-        raise FileError(
-            f"no checkpoint at {name}",
-            got=f"no such path, and the hub cache has no {name}" + (f" at revision {revision}" if revision else ""),
-            hint=f"download it first: hf download {name}" + (f" --revision {revision}" if revision else ""),
-        ) from None
+    path, name, revision = cached(source, revision, "checkpoint", SOURCES)
+    return _from_path(path, name, revision=revision)

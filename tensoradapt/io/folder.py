@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import flush, give_mode, unwritten, usual_mode
+from tensoradapt.paths import expand
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def atomic_folder(path: Path, ours: Collection[str], *, overwrite: bool = False)
 
     Raises FileError where `path` exists and is not to be overwritten, or holds files that are not among `ours`.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(expand(path)))
     _check_free(path, ours, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:

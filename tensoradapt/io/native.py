@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import atomic
+from tensoradapt.paths import expand
 from tensoradapt.plan import START, Plan
 
 FILE = "adapter.safetensors"
@@ -53,7 +54,7 @@ def identity(plan: Plan, revision: str = "") -> dict[str, str]:
 
 def file_of(path: str | Path) -> Path:
     """The file that an adapter's path means: itself, or `adapter.safetensors` in the folder."""
-    path = Path(path)
+    path = expand(path)
     return path if path.suffix == ".safetensors" else path / FILE
 
 

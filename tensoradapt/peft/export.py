@@ -23,6 +23,7 @@ from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
 from tensoradapt.io.atomic import flush
 from tensoradapt.io.folder import atomic_folder
 from tensoradapt.io.saved import Savable, Saved
+from tensoradapt.paths import expand
 from tensoradapt.peft.card import CARD, Exported, card
 from tensoradapt.peft.config import CONFIG, TASKS, WEIGHTS, config_of
 from tensoradapt.peft.factors import Factored, balanced, truncated
@@ -105,8 +106,8 @@ def export_peft(  # noqa: PLR0913
     check(consumer, made.folder)
     if made.folder.patterns:
         warnings.warn("the compact layout is read right by PEFT and newer vLLM alone", stacklevel=2)
-    with atomic_folder(Path(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
-        result = replace(_write(temporary, saved, made, options), path=Path(out))
+    with atomic_folder(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
+        result = replace(_write(temporary, saved, made, options), path=expand(out))
         dropped = () if extras else tuple(saved.plan.extras)
         result = replace(result, dropped=dropped, notes=(*_notes(made, zero, dropped), *_dilated(made, model)))
         (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")

@@ -20,6 +20,7 @@ from torch import Tensor
 from tensoradapt.errors import FileError
 from tensoradapt.io.saved import Saved
 from tensoradapt.io.shards import PICKLES, open_shard
+from tensoradapt.paths import expand
 from tensoradapt.peft.config import CONFIG, WEIGHTS, Config, read_config
 from tensoradapt.peft.families import FAMILIES, Found, projections
 from tensoradapt.peft.keys import Keys, sort_keys
@@ -38,7 +39,8 @@ def import_peft(path: str | Path, *, out: str | Path | None = None, model: Model
     is checked against it. Factors are float32, as PEFT loads them. Raises FileError naming the file and the key: on
     keys that are missing, unexpected or mis-prefixed, and on options whose delta is not that of their family.
     """
-    folder = Path(path).parent if Path(path).name in (CONFIG, WEIGHTS) else Path(path)
+    path = expand(path)
+    folder = path.parent if path.name in (CONFIG, WEIGHTS) else path
     config = read_config(folder)
     tensors = _read(folder)
     keys = sort_keys(str(folder / WEIGHTS), config, tensors)

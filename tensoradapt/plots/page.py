@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import atomic
+from tensoradapt.paths import expand
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +59,7 @@ def checked(path: str | Path | None) -> Path | None:
     """The path to save to. Raises FileError on a suffix that no figure can be written as."""
     if path is None:
         return None
-    path = Path(path)
+    path = expand(path)
     if path.suffix.lower() not in METADATA:
         raise FileError(
             f"no figure can be written to {path.name!r}",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tensoradapt.errors import FileError
+from tensoradapt.paths import expand
 
 FORMAT, VERSION = "tensoradapt.report", 1
 MAX_BYTES = 2_000_000_000
@@ -184,7 +185,7 @@ class Report(Part):
 
 def read_report(path: str | Path) -> dict[str, Any]:
     """A report's JSON, checked. Raises FileError where it is missing, damaged, or no report of this version."""
-    path = Path(path)
+    path = expand(path)
     try:
         if path.stat().st_size > MAX_BYTES:
             raise FileError(f"{path} is too large for a report", got=f"{path.stat().st_size:,} bytes")

@@ -15,6 +15,7 @@ from tensoradapt.collection import analyze_adapters
 from tensoradapt.distributed import team_of
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.io.atomic import atomic, unwritten
+from tensoradapt.paths import expand
 
 
 def run(
@@ -31,6 +32,7 @@ def run(
     """Analyse two checkpoints or a set of adapters; write and print the report."""
     if (base is None or tuned is None) == (not adapters):
         raise SpecError("give two checkpoints, or adapters", hint="analyze BASE TUNED, or --adapter A --adapter B")
+    out = out and expand(out)
     if out is not None:
         _check(out)
     with team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:

@@ -12,6 +12,7 @@ from tensoradapt.cli.run.printing import emit, emit_json, note
 from tensoradapt.cli.run.specs import parameters, parse_ranks
 from tensoradapt.errors import SpecError
 from tensoradapt.io.atomic import atomic
+from tensoradapt.paths import expand
 from tensoradapt.plots import plot_budget
 from tensoradapt.presets import PRESETS
 from tensoradapt.presets import preset as make_preset
@@ -32,7 +33,7 @@ def run(
 ) -> None:
     """Tabulate, solve, write and print."""
     specs = {name: _spec(name, targets, pairs) for name in presets}
-    asked = parse_ranks(ranks)
+    out, asked = out and expand(out), parse_ranks(ranks)
     sites = scan(model)
     table = budget(specs, sites, asked)
     able = {} if max_parameters is None else {name: spec for name, spec in specs.items() if has_rank(spec)}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tensoradapt.cli.run.printing import note
 from tensoradapt.errors import FileError, SpecError
+from tensoradapt.paths import expand
 from tensoradapt.plots import FIGURES, draw_figure, drawable, read_report
 
 NAMES = ", ".join(FIGURES)
@@ -13,7 +14,8 @@ NAMES = ", ".join(FIGURES)
 
 def run(report: Path, out: Path, figure: str | None, suffix: str) -> None:
     """Draw one figure to a file, or all that have data to a folder."""
-    found = read_report(report)
+    report, out = expand(report), expand(out)
+    found = read_report(report / "report.json" if report.is_dir() else report)
     if figure is not None:
         target = out / f"{figure}.{suffix}" if out.is_dir() else out
         draw_figure(found, figure, target)
