@@ -366,6 +366,45 @@ def test_the_noise_floor_finds_the_planted_rank(form, dtype, tmp_path):
         assert max(sides) == 5 and (min(sides) == 5 or form == "tt")
 
 
+def uneven(dtype: torch.dtype, layers: int = 3) -> tuple[State, State]:
+    """Weights some rows and columns of which are much larger, changed by spectra that sink into the rounding noise."""
+    base, tuned = {}, {}
+    for k, (name, shape) in enumerate({"q": (96, 96), "up": (160, 64), "embed": (300, 48)}.items()):
+        for layer in range(layers):
+            rows, cols = (torch.exp(tiny.noise(n, seed=7 * k + layer + n).double()) for n in shape)
+            left, right = (torch.linalg.qr(tiny.noise(n, n, seed=k + layer + n).double())[0][:, :40] for n in shape)
+            delta = left @ torch.diag(3e-2 * 0.8 ** torch.arange(40).double()) @ right.mT
+            full = f"layers.{layer}.{name}.weight"
+            base[full], tuned[full] = pair(
+                "both from a master", rows[:, None] * weights(*shape, seed=k) * cols, delta, dtype
+            )
+    return base, tuned
+
+
+@pytest.mark.parametrize("form", ["lora", "polar"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_noise_floor_is_that_of_the_analysis(form, dtype, tmp_path):
+    """One rule: an extraction above the noise gives a weight the rank that its report states."""
+    base, tuned = uneven(dtype)
+    report = ta.analyze(base, tuned, candidates=False)
+    result = ta.extract(base, tuned, ta.preset(form, targets=["*"]), tmp_path / "a", error="noise")
+    got = {path: set(group.rank.values()) for group in result.plan.groups for path in group.paths}
+    assert got == {path: {row.ranks["noise"]} for path, row in report.sites.items()}
+    if dtype == torch.bfloat16:
+        assert any(row.noise["scaled"] for row in report.sites.values())
+        assert all(1 < row.ranks["noise"] < 40 for row in report.sites.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_noise_floor_of_a_stack_is_that_of_the_analysis(dtype, tmp_path):
+    base, tuned = uneven(dtype)
+    report = ta.analyze(base, tuned, candidates=False)
+    ranks = {group.sites: group.multilinear_rank["noise"] for group in report.groups.values()}
+    result = ta.extract(base, tuned, ta.preset("lotr_by_role", targets=["q", "up"]), tmp_path / "a", error="noise")
+    for group in result.plan.groups:
+        assert group.rank == {"r_out": ranks[group.paths]["out"], "r_in": ranks[group.paths]["in"]}
+
+
 @pytest.mark.parametrize("form", ["lora", "lotr"])
 def test_groups_of_noise_are_left_out(form, tmp_path):
     """One master in two dtypes is no change; a group of it gets no adapter, never a rank of zero."""

@@ -56,8 +56,9 @@ class Noise:
 
     @property
     def edge(self) -> float:
-        """Where the noise's singular values end."""
-        return edge(self.sigma, len(self.rows), len(self.cols))
+        """Where the noise's singular values end, at the latest: by its noisiest row and its noisiest column."""
+        row, col = (math.sqrt(float(side.max())) if side.numel() else 0.0 for side in (self.rows, self.cols))
+        return uneven_edge(row, col, self.sigma, len(self.rows), len(self.cols))
 
     @property
     def whole(self) -> Noise:

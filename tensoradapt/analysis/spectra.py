@@ -127,6 +127,17 @@ def noise_rank(found: Slice, s: Tensor, noise: Noise, values: int | None, seed: 
     return None if above == len(s) < limit else above
 
 
+def rank_above(found: Slice, noise: Noise, seed: int = 0) -> int:
+    """The rank above the noise, of as many singular values as it takes to know it."""
+    values = None
+    while True:
+        s, _ = _values(found, values, seed)
+        rank = noise_rank(found, s, noise, values, seed)
+        if rank is not None:
+            return rank
+        values = 2 * len(s)
+
+
 @dataclass(frozen=True)
 class _Scaled:
     """A slice whose noise is one everywhere."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tensoradapt.analysis.floors import Floors, short_of
+from tensoradapt.analysis.spectra import rank_above
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError
 from tensoradapt.fit.curves import Point
@@ -76,10 +77,11 @@ def fit_group(
     *,
     floors: Floors | None = None,
     fixed: Fixed | Mapping[str, Tensor] | None = None,
-) -> Fit:
+) -> Fit | None:
     """A group's factors under a goal; `floors` are its noise's, `fixed` the nodes that are not fitted, or gives them.
 
-    A spec's ranks are no ceiling where the goal chooses them. Raises RankError where nothing shows the ranks.
+    A spec's ranks are no ceiling where the goal chooses them. None where all of it is noise. Raises RankError where
+    nothing shows the ranks.
     """
     if isinstance(fixed, Mapping):
         fixed = (lambda _, found=dict(fixed): found) if fixed else None
@@ -91,11 +93,33 @@ def fit_group(
             raise RankError(
                 f"the noise floor shows no rank of group {group.name!r}: it has frozen factors", hint=NUMBER
             )
-        return fit_stream_by(stream, lambda rank: grown(group, rank), lambda _, d: risen(d, floors), options)
+        return _above(group, stream, floors, options)
     error = float(goal.error)
     if fixed is not None:
         return _climbed(group, stream, error, options, fixed)
     return fit_stream_by(stream, lambda rank: grown(group, rank), lambda total, d: _within(error, total, d), options)
+
+
+def _above(group: Group, stream: Stream, floors: Floors, options: Options) -> Fit | None:
+    """The fit of all that rises above the noise: of one whole weight by its own rank, as the analysis has it."""
+    if not _is_matrix(group):
+        fit = fit_stream_by(stream, lambda rank: grown(group, rank), lambda _, d: risen(d, floors), options)
+        return None if fit.total and risen(fit.diagram, floors).nothing(fit.spectra) else fit
+    ((_, part),) = stream.stack.passes()
+    (noise,) = floors.noises.values()
+    rank = rank_above(part, noise, stream.seed)
+    return fit_stream(stream, grown(group, rank), options) if rank else None
+
+
+def _is_matrix(group: Group) -> bool:
+    """Whether a group is one weight that every bond divides into `out` and `in`."""
+    whole = linked(group.diagram)
+    if whole is None or len(group.placements) > 1 or group.placements[0].slots != (1, 1):
+        return False
+    sides = [{*whole.fold("out")}, {*whole.fold("in"), *whole.fold("kernel")}]
+    matrix = [{axis for axis in side if whole.sizes.get(axis, 1) > 1} for side in sides]
+    found = [{axis for axis in _side(whole, bond) if whole.sizes[axis] > 1} for bond in group.diagram.bonds]
+    return all(side in matrix for side in found)
 
 
 def _holding(options: Options, fixed: Fixed | None, diagram: Diagram) -> Options:

@@ -25,7 +25,7 @@ from tensoradapt.analysis.source import open_source
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.extract.allocate import allocate
-from tensoradapt.extract.goals import NOISE, Fixed, Goal, fit_group, group_curve, risen
+from tensoradapt.extract.goals import NOISE, Fixed, Goal, fit_group, group_curve
 from tensoradapt.extract.measure import compared, overall, site_row
 from tensoradapt.fit.curves import Point
 from tensoradapt.fit.result import Fit
@@ -154,8 +154,10 @@ class Work:
         return {(s.owner, s.index): s for s in self.deltas.sites}
 
     def floors(self, name: str) -> Floors | None:
-        """The rounding noise of a group, where the goal asks for it."""
-        return floors_of(self.group(name), self.noise, self._team(name)) if self.goal.error == NOISE else None
+        """The rounding noise of a group, that of float32 in it, where the goal asks for it."""
+        if self.goal.error != NOISE:
+            return None
+        return floors_of(self.group(name), self.noise, self._team(name)).whole
 
     def fixed(self, name: str, diagram: Diagram) -> dict[str, Tensor]:
         """The nodes of a group that are not fitted, for a diagram's ranks: drawn by their laws, or from the weight."""
@@ -201,7 +203,7 @@ class Work:
             group = replace(group, diagram=replace(group.diagram, sizes={**group.diagram.sizes, **point.ranks}))
         stream, floors = slices.stream(self.seed), self.floors(name)
         found = fit_group(group, stream, goal, floors=floors, fixed=self._fixed(name))
-        if found.total == 0.0 or (floors is not None and risen(found.diagram, floors).nothing(found.spectra)):
+        if found is None or found.total == 0.0:
             return self._left_out(name, slices)
         stored = _stored(found, group)
         sites = self._measured(replace(group, diagram=found.diagram), stored, slices)
