@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.grouping import Group
-from tensoradapt.host import HOST, Bank, Host, slashed
+from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
 from tensoradapt.interchange import to_tensorly
 from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
@@ -278,20 +278,20 @@ class Adapter(nn.Module):
         del host._modules[self.name]
         if not len(host):
             model = self._model[0]
-            del model._modules[HOST]
+            del home_of(model)._modules[HOST]
             if host.quantised:
                 model.is_quantized = True  # type: ignore[assignment]
             for name, parameter in model.named_parameters():
                 parameter.requires_grad = host.flags.get(name, parameter.requires_grad)
 
     def _host(self) -> Host:
-        host = self._model[0]._modules.get(HOST)
+        host = host_of(self._model[0])
         if host is None or host._modules.get(self.name) is not self:
             raise AdapterError(
                 f"adapter {self.name!r} is not attached",
                 hint="attach(model, spec) makes a new one, load(path, model) a saved one",
             )
-        return host  # type: ignore[return-value]
+        return host
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the adapter."""

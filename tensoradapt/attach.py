@@ -18,7 +18,7 @@ from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
-from tensoradapt.host import HOST, Bank, Host, slashed
+from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
 from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.lower import Line, line
@@ -61,7 +61,7 @@ def load(path: Savable | str | Path, model: nn.Module, name: str = "default") ->
 
 
 def _check_model(model: nn.Module, name: str) -> None:
-    host = model._modules.get(HOST)
+    host = host_of(model)
     if not name.isidentifier() or hasattr(Host({}), name):
         raise AdapterError(
             f"{name!r} is no adapter name", expected="letters, digits and underscores, and no name of a module's method"
@@ -253,12 +253,12 @@ def _fill(adapter: Adapter, values: Iterator[tuple[str, Tensor]] | Mapping[str, 
 
 def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     """Freeze the base, register the adapter, and hook every site."""
-    host = model._modules.get(HOST)
+    host = host_of(model)
     if host is None:
         host = Host({name: p.requires_grad for name, p in model.named_parameters()}, quantised=admit_training(model))
         for parameter in model.parameters():
             parameter.requires_grad = False
-        model.add_module(HOST, host)
+        home_of(model).add_module(HOST, host)
     host.add_module(adapter.name, adapter)
     for path, (group, site, _) in adapter._lines.items():
         if site.delivery == "output":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 HOST = "tensoradapt"  # the name under which adapters register themselves on a model
@@ -30,6 +31,24 @@ class Host(nn.Module):
 
     def __len__(self) -> int:
         return len(self._modules)
+
+
+def home_of(model: nn.Module) -> nn.Module:
+    """The module that a model's adapters are registered on: itself, or where it lists its children, the first of them.
+
+    What is registered on a list is a member of it: it would be called, counted, and saved as if it were a layer.
+    """
+    while isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        first = next((child for child in model.children() if not isinstance(child, torch.jit.ScriptModule)), None)
+        if first is None:
+            break
+        model = first
+    return model
+
+
+def host_of(model: nn.Module) -> Host | None:
+    """What a model carries its adapters in; None where it has none."""
+    return home_of(model)._modules.get(HOST)  # type: ignore[return-value]
 
 
 class Bank(nn.Module):

@@ -81,9 +81,11 @@ def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
     """Coordinates of paths: layer, stack, role and expert.
 
     `layer` is the first numbered component, `stack` what precedes it, `expert` a number under a name that contains
-    expert, `role` the shortest suffix of the rest that is unique within the layer (the whole rest where none is).
+    expert, `role` the shortest suffix of the rest that is unique within the layer (the whole rest where none is). A
+    number that begins a path is no layer where it is the place of a whole model in a container (`0.model.layers.3.q`).
     """
-    split = {path: _split(path) for path in paths}
+    skip = int(_stands_around(paths))
+    split = {path: _split(path, skip) for path in paths}
     rests: dict[tuple[Any, Any], set[str]] = {}
     for coords, rest in split.values():
         rests.setdefault((coords.get("stack"), coords.get("layer")), set()).add(rest)
@@ -94,15 +96,29 @@ def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
     }
 
 
-def _split(path: str) -> tuple[dict[str, int | str], str]:
-    """A path's numbers as coordinates, and what is left of it for the role."""
+def _stands_around(paths: Sequence[str]) -> bool:
+    """Whether the numbers that begin paths are places in a container of unlike parts, with layers further in one."""
+    parts = [path.split(".") for path in paths]
+    if not all(names[0].isdecimal() for names in parts):
+        return False
+    return not _repeats(parts, 0) and any(_repeats(parts, k) for k in range(1, max(map(len, parts), default=0)))
+
+
+def _repeats(parts: Sequence[Sequence[str]], k: int) -> bool:
+    """Whether two paths differ in one number alone, the component k."""
+    numbered = Counter((*names[:k], "", *names[k + 1 :]) for names in parts if len(names) > k and names[k].isdecimal())
+    return any(count > 1 for count in numbered.values())
+
+
+def _split(path: str, skip: int = 0) -> tuple[dict[str, int | str], str]:
+    """A path's numbers, behind the first components that are skipped, as coordinates, and what is left for the role."""
     parts = path.split(".")
     coords: dict[str, int | str] = {}
     for k in reversed(range(1, len(parts))):
         if parts[k].isdecimal() and "expert" in parts[k - 1]:
             coords["expert"] = int(parts.pop(k))
             break
-    layer = next((k for k, part in enumerate(parts) if part.isdecimal()), None)
+    layer = next((k for k, part in enumerate(parts) if k >= skip and part.isdecimal()), None)
     if layer is not None:
         coords |= {"stack": ".".join(parts[:layer]), "layer": int(parts[layer])}
         parts = parts[layer + 1 :]

@@ -165,8 +165,9 @@ def test_a_sequential_root():
     tiny.shake(adapter)
     hidden = F.linear(X, model[0].weight + adapter.delta("0"), model[0].bias).relu()
     assert torch.allclose(model(X), F.linear(hidden, model[2].weight + adapter.delta("2"), model[2].bias), atol=1e-5)
+    assert len(model) == 3 and model[-1] is model[2]
     adapter.detach()
-    assert torch.equal(model(X), before) and len(model) == 3
+    assert torch.equal(model(X), before) and not any("tensoradapt" in name for name, _ in model.named_modules())
 
 
 def test_a_module_list_root():
@@ -183,8 +184,21 @@ def test_a_module_list_root():
     assert torch.equal(call(), before)
     tiny.shake(adapter)
     assert not torch.allclose(call(), before)
+    assert len(model) == 2
     adapter.detach()
-    assert torch.equal(call(), before) and len(model) == 2
+    assert torch.equal(call(), before)
+
+
+def test_a_container_of_containers_carries_its_adapters_below():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 4)))
+    first = ta.attach(model, ta.preset("lora", rank=1, targets=["0.0"]))
+    second = ta.attach(model, ta.preset("lora", rank=1, targets=["1.0"]), name="second")
+    assert [len(model), len(model[0]), len(model[1])] == [2, 2, 1] and "0.0.tensoradapt" in dict(model.named_modules())
+    with pytest.raises(ta.AdapterError, match="has an adapter 'second' already"):
+        ta.attach(model, ta.preset("lora", rank=1, targets=["1.0"]), name="second")
+    first.detach()
+    second.detach()
+    assert all(p.requires_grad for p in model.parameters())
 
 
 # -- several adapters -------------------------------------------------------------------------------------------------

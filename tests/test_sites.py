@@ -438,3 +438,36 @@ def test_an_adapter_is_no_site():
     assert {s.path for s in scan(model).sites} == before
     outer = nn.Sequential(model)
     assert not [s.path for s in scan(outer).sites if "tensoradapt" in s.path]
+
+
+# -- a model in a container -------------------------------------------------------------------------------------------
+
+
+def test_the_place_of_a_model_in_a_container_is_no_layer():
+    """`nn.Sequential(encoder, pooling, head)`, as SentenceTransformer is one: layers are those of the encoder."""
+    model = nn.Sequential(tiny.bert(layers=3), nn.Linear(16, 4))
+    inner = {site.path: dict(site.coordinates) for site in scan(model[0]).sites}
+    found = {site.path: dict(site.coordinates) for site in scan(model).sites}
+    for path, coordinates in inner.items():
+        stack = {"stack": f"0.{coordinates['stack']}"} if "layer" in coordinates else {}
+        assert found[f"0.{path}"] == coordinates | stack
+    assert "layer" not in found["1"]
+
+
+def test_formats_share_over_the_layers_of_a_model_in_a_container():
+    spec = ta.preset("lotr_by_role", rank=2, targets=["query", "value"])
+    inner = ta.plan(spec, tiny.bert(layers=3))
+    assert ta.plan(spec, nn.Sequential(tiny.bert(layers=3), nn.Tanh())).num_trainable == inner.num_trainable
+
+
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["0.q", "0.k", "1.q", "1.k"],  # layers of the root itself
+        ["0.mlp.0", "0.mlp.2", "1.mlp.0", "1.mlp.2"],  # numbers within them
+        ["0.weight", "4.0.conv1", "4.1.conv1", "5.0.conv1", "5.1.conv1"],  # unlike parts and like ones
+    ],
+)
+def test_layers_of_a_root_stay_layers(paths):
+    shapes = dict.fromkeys(paths, (4, 4))
+    assert [s.coordinates["layer"] for s in scan(shapes).sites] == [int(path.partition(".")[0]) for path in paths]

@@ -33,6 +33,7 @@ from tensoradapt.peft.modules import Module, modules_of
 from tensoradapt.peft.opening import open_adapter
 from tensoradapt.peft.patterns import keyed, target_modules
 from tensoradapt.peft.reopen import errors_of
+from tensoradapt.peft.within import seen_from_within
 from tensoradapt.scan import Model, module_at, scan
 from tensoradapt.sites import SiteMap
 
@@ -99,8 +100,8 @@ def export_peft(  # noqa: PLR0913
     """
     options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras)
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
+    saved, model = seen_from_within(_exact(open_adapter(source)), model)
     known = None if model is None else scan(model)
-    saved = _exact(open_adapter(source))
     modules = modules_of(saved, known)
     made, zero = _make(saved, modules, known, options)
     check(consumer, made.folder)

@@ -15,7 +15,7 @@ from torch import nn
 from tensoradapt.adapter import Adapter
 from tensoradapt.change.targets import ATTACHED, attached, several
 from tensoradapt.errors import AdapterError, SpecError
-from tensoradapt.host import HOST
+from tensoradapt.host import host_of
 from tensoradapt.plan import make_plan
 from tensoradapt.scan import scan_module
 from tensoradapt.sites import Site
@@ -45,7 +45,7 @@ def plain(model: nn.Module) -> Iterator[None]:
     """The model without what its adapters add. Raises AdapterError where one is merged, or on the meta device."""
     if any(p.is_meta for p in model.parameters()):
         raise AdapterError("the model is on the meta device: nothing can be computed", hint="load the weights first")
-    host = model._modules.get(HOST)
+    host = host_of(model)
     with ExitStack() as stack:
         for adapter in host._modules.values() if host is not None else ():
             stack.enter_context(adapter.disabled())  # type: ignore[operator, union-attr]
