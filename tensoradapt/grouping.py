@@ -19,10 +19,9 @@ from tensoradapt.formats.network import network, parse
 from tensoradapt.laws import laws_of, scale_of
 from tensoradapt.placing import COORDINATES, Placement, group_name, own_coordinates, place
 from tensoradapt.recipe import Recipe, recipe
+from tensoradapt.roles import has_heads, holds
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
-
-_KEY_VALUE = re.compile(r"(^|.*[._\[])(k|v|key|value)s?(_proj|_lin)?\]?")
 
 
 @dataclass(frozen=True)
@@ -144,13 +143,20 @@ def _shape_key(rule: Rule, site: Site, axes: tuple[str, ...], model: SiteMap) ->
 
 
 def _heads(rule: Rule, site: Site, model: SiteMap) -> int | None:
-    """The number of heads on a site's `out`: of keys and values where the role says so. None where no fold asks."""
-    if "head" not in str(rule.folds):
+    """The number of heads on a site's `out`: of keys and values where its name says so. None where no fold asks."""
+    if not any("head" in how for how in rule.folds.values() if not isinstance(how, str)):
         return None
+    if not has_heads(site):
+        name = site.path.rpartition(".")[2]
+        raise SpecError(
+            f"the rows of {site.path} are not its heads one after the other, so that they cannot be folded into heads",
+            hint=f"where its parts lie one after the other, parts={{{name!r}: ['q', 'k', 'v']}} takes it apart and "
+            f"targets=['{name}[q]', '{name}[v]'] names them; or choose a format without heads",
+        )
     heads = rule.heads or model.heads
     # heads that are not the model's say nothing of its keys and values
     kv_heads = rule.kv_heads or (model.kv_heads if heads == model.heads else None)
-    is_kv = _KEY_VALUE.fullmatch(str(site.coordinates.get("role", site.path)))
+    is_kv = holds(site.path) in ("k", "v", "kv")
     return kv_heads if kv_heads and is_kv else heads
 
 

@@ -15,6 +15,7 @@ from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Group, group_sites
 from tensoradapt.presets import expand
 from tensoradapt.rows import Factor, alike, factor_of, group_dict, group_from, larger, row_of
+from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
 from tensoradapt.targets import refuse, select
@@ -146,12 +147,9 @@ def make_plan(spec: Spec, model: SiteMap) -> Plan:
 
     Raises SiteError on targets that match nothing and rules left without a site, SpecError on rules that do not fit.
     """
-    spec = expand(spec)
-    if not spec.rules:
-        raise SiteError("the spec has no rules", hint="write ta.preset('lotr', targets=['query', 'value'])")
+    spec, notes = resolved(spec, model)
     taken: list[Site] = []
     groups: list[Group] = []
-    notes: list[str] = []
     for number, rule in enumerate(spec.rules):
         refuse(model, rule)
         mine = _joined([site for site in select(model.sites, rule) if not any(_overlap(site, t) for t in taken)])
@@ -171,6 +169,15 @@ def make_plan(spec: Spec, model: SiteMap) -> Plan:
     _check_ranks(spec, groups)
     notes += _rank_notes(groups)
     return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes))
+
+
+def resolved(spec: Spec, model: SiteMap) -> tuple[Spec, list[str]]:
+    """The spec with presets expanded and sets of weights replaced by a model's own names, and notes that say which."""
+    spec = expand(spec)
+    if not spec.rules:
+        raise SiteError("the spec has no rules", hint="write ta.preset('lotr', targets=['query', 'value'])")
+    rows = [resolve(rule, model) for rule in spec.rules]
+    return Spec(rules=tuple(rule for rule, _ in rows)), [note for _, notes in rows for note in notes]
 
 
 def _overlap(one: Site, two: Site) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
@@ -27,6 +27,8 @@ Positive = Annotated[StrictInt, Field(gt=0)]
 Fold = str | Annotated[list[Positive | str], Field(min_length=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 SIDES = ("out", "in", "kernel")
+Set = Literal["query-value", "attention", "qkv", "feed-forward", "block", "convolutions", "all-linear"]
+SETS: tuple[str, ...] = get_args(Set)  # words that stand for the weights of a model that have a part in common
 TAKEN = {*SIDES, "stack", "layer", "role", "expert", "task", "site", "slot"}  # what a fold cannot be named
 
 
@@ -78,7 +80,12 @@ class Rule(_Value):
     """Which sites, how they are grouped, and the network of their deltas: format, folds, ranks, scale, start, laws."""
 
     name: str = Field("", description="label of the rule's groups in tables and files; made from the sites where empty")
-    targets: tuple[str, ...] = Field((), description="paths, path suffixes, globs (`*.q_proj`) or `re:` expressions")
+    targets: tuple[str, ...] = Field(
+        (), description="paths, path suffixes, globs (`*.q_proj`), `re:` expressions, or sets of weights (`all-linear`)"
+    )
+    default: Set | Literal[""] = Field(
+        "", description=f"the set of weights adapted where no targets are given: {', '.join(SETS)}"
+    )
     exclude: tuple[str, ...] = Field((), description="like targets: what these match is left out")
     pattern: str = Field("", description="coordinates by named fields: `encoder.layer.{layer}.attention.self.{role}`")
     parts: dict[str, list[str] | dict[str, int]] = Field(

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from tensoradapt.errors import ShapeError, SiteError, SpecError
 from tensoradapt.sites import Site, SiteMap, by_pattern
-from tensoradapt.spec import Rule
+from tensoradapt.spec import SETS, Rule
 
 
 def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
@@ -24,7 +24,7 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
     """
     if not rule.targets:
         raise SiteError(
-            "a rule has no targets", hint="write targets=['query', 'value'], or a glob such as '*.attention.*'"
+            "a rule has no targets", hint=f"write targets=['query', 'value'], or one of the sets {', '.join(SETS)}"
         )
     sites = [part for site in sites for part in split_rows(site, rule.parts)]
     for target in rule.targets:
@@ -106,7 +106,7 @@ def _check_match(field: str, name: str, sites: Sequence[Site]) -> None:
     names = sorted(
         {str(site.coordinates.get("role", site.path)) for site in sites} | {s.path.rpartition(".")[2] for s in sites}
     )
-    close = get_close_matches(name, names, n=3)
+    close = get_close_matches(name, [*names, *SETS], n=3)
     raise SiteError(
         f"{field} {name!r} matches no site",
         expected=f"one of the roles {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}",

@@ -10,7 +10,8 @@ PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
     *("version", "errors", "paths", "diagram", "spec", "folds", "formats", "presets"),
-    *("sites", "targets", "contraction", "recipe", "placing", "laws", "grouping", "rows", "plan", "budget"),
+    *("sites", "targets", "roles", "sets", "contraction", "recipe"),
+    *("placing", "laws", "grouping", "rows", "plan", "budget"),
 )
 WITH_TORCH = (
     *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "quantised", "scan", "fit", "init", "hooks"),

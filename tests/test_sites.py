@@ -197,7 +197,7 @@ def test_the_first_rule_that_matches_a_site_takes_it():
     [
         ({"targets": ["qery"]}, ["'qery' matches no site", "did you mean 'query'?"]),
         ({"targets": ["query", "zzz"]}, ["'zzz' matches no site", "query"]),
-        ({"targets": []}, ["no targets", "targets=["]),
+        ({"targets": [], "default": ""}, ["no targets", "targets=["]),
         ({"targets": ["re:("]}, ["no regular expression"]),
         ({"targets": ["query"], "exclude": ["quary"]}, ["exclude", "'quary' matches no site", "'query'"]),
         ({"targets": ["query"], "exclude": ["query"]}, ["leaves", "exclude"]),

@@ -43,6 +43,7 @@ def file_of(tmp_path, text: str | bytes, name: str = "spec.yaml"):
 EVERYTHING = ta.Rule(
     name="all",
     targets=("query", "re:.*value"),
+    default="block",
     exclude=("*.0.*",),
     pattern="encoder.layer.{layer}.self.{role}",
     parts={"c_attn": ["q", "k"], "qkv": {"q": 4, "kv": 12}},

@@ -30,6 +30,7 @@ from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.linalg import SOLO, Dense, Slice, Team
+from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 from tensoradapt.targets import select
@@ -51,8 +52,10 @@ class DeltaSource:
     def sites(self) -> tuple[Site, ...]:
         """The sites that the targets match, all of them where there are none."""
         found = self.deltas.sites
-        rule: dict[str, Any] = {"targets": self.targets}
-        return tuple(select(found, Rule(**rule))) if self.targets else found
+        if not self.targets:
+            return found
+        rule, _ = resolve(Rule(targets=self.targets), SiteMap(found))
+        return tuple(select(found, rule))
 
     def slice(self, site: Site) -> Slice:
         """One delta, its kernel flattened into `in`."""

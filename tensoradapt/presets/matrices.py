@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tensoradapt.errors import SpecError
-from tensoradapt.presets.sides import (
-    CONVOLUTIONS,
-    Folds,
-    both_sides,
-)
+from tensoradapt.presets.sides import Folds, both_sides
 
 
 def lora(rank: int = 8) -> dict[str, Any]:
@@ -96,6 +92,6 @@ def locon(rank: int = 8) -> dict[str, Any]:
             "rank": rank,
             "excess": "cap",
         },
-        **{"scale": "alpha/rank", "alpha": 8.0, "targets": CONVOLUTIONS},
+        **{"scale": "alpha/rank", "alpha": 8.0, "default": "convolutions"},
         "init": {"factor_out": "zero", "factor_in": "uniform(1/sqrt(in))", "core": "uniform(1/sqrt(r_in*kernel))"},
     }

@@ -6,13 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tensoradapt.errors import SpecError
-from tensoradapt.presets.sides import (
-    ATTENTION,
-    BLOCK,
-    FEED_FORWARD,
-    HEADS,
-    QKV,
-)
+from tensoradapt.presets.sides import HEADS
 
 
 def lotr(rank: int = 8) -> dict[str, Any]:
@@ -46,7 +40,7 @@ def lorta(rank: int = 8, heads: int | None = None, kv_heads: int | None = None) 
             "alpha": 8.0,
             "heads": heads,
             "kv_heads": kv_heads,
-            "targets": ATTENTION,
+            "default": "attention",
         },
         "init": {"factor_head_dim": "zero", "factor_in": "uniform(1/sqrt(r))"}
         | dict.fromkeys(("factor_head", "factor_layer", "factor_role"), "uniform(sqrt(6/r))"),
@@ -63,7 +57,7 @@ def fact_tt(rank: int = 16) -> dict[str, Any]:
             "rank": rank,
             "shapes": "slots",
         },
-        **{"excess": "cap", "scale": 1.0, "dropout_at": "code", "targets": BLOCK},
+        **{"excess": "cap", "scale": 1.0, "dropout_at": "code", "default": "block"},
         "init": {"factor_out": "zero", "factor_in": "uniform(1/sqrt(in))", "core": "uniform(1/sqrt(r_in))"},
     }
 
@@ -97,7 +91,7 @@ def _tenslora(rank: Any, form: str, *axes: str) -> dict[str, Any]:
         **row,
         "folds": HEADS if "head" in axes else {},
         "scale": 1.0,
-        "targets": QKV,
+        "default": "qkv",
         "init": {zero: "zero", "*": "orthogonal"},
     }
 
@@ -123,7 +117,7 @@ def tenslora_plain(*axes: str) -> Callable[..., dict[str, Any]]:
 
 
 def cara(
-    rank: int = 32, heads: int | None = None, kv_heads: int | None = None, projections: Sequence[str] = FEED_FORWARD
+    rank: int = 32, heads: int | None = None, kv_heads: int | None = None, projections: Sequence[str] = ()
 ) -> tuple[dict[str, Any], ...]:
     """A CP for attention, D[k,(h j),i] = sum_r lam[r] A1[k,r] A2[i,r] A3[h,r] A4[j,r], and one for the rest's slots."""
     both = {"format": "network", "rank": rank, "excess": "keep", "scale": 1.0}
@@ -131,6 +125,7 @@ def cara(
     nodes = "lam: r, factor_site: site r, factor_in: in r"
     attention = f"{nodes}, factor_head: head r, factor_head_dim: head_dim r -> site in head head_dim"
     blocks = f"{nodes}, factor_out: out r -> site in out"
+    rest = {"targets": tuple(projections)} if projections else {"default": "block", "exclude": ("qkv",)}
     return (
         {
             **both,
@@ -138,8 +133,8 @@ def cara(
             "folds": HEADS,
             "heads": heads,
             "kv_heads": kv_heads,
-            "targets": QKV,
+            "default": "qkv",
             "init": laws,
         },
-        {**both, "network": blocks, "shapes": "slots", "targets": tuple(projections), "init": laws},
+        {**both, "network": blocks, "shapes": "slots", **rest, "init": laws},
     )

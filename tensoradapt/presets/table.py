@@ -14,7 +14,6 @@ from typing import Any
 from tensoradapt.errors import SpecError
 from tensoradapt.presets.matrices import krona, locon, loha, lokr, lora, lora_xs, polar, vera
 from tensoradapt.presets.operators import dota, loretta, mpo_shared, quanta, tt_lora
-from tensoradapt.presets.sides import QUERY_VALUE
 from tensoradapt.presets.stacks import (
     cara,
     fact_tk,
@@ -34,6 +33,7 @@ COMMON = (
     *(
         "name",
         "targets",
+        "default",
         "exclude",
         "pattern",
         "parts",
@@ -161,7 +161,7 @@ PRESETS: dict[str, Preset] = {
 
 def _rules(rows: Any) -> tuple[Rule, ...]:
     rows = rows if isinstance(rows, tuple) else (rows,)
-    return tuple(Rule(**{"targets": QUERY_VALUE, **row}) for row in rows)
+    return tuple(Rule(**{"default": "query-value", **row}) for row in rows)
 
 
 def preset(name: str, /, **parameters: Any) -> Spec:
@@ -192,8 +192,11 @@ def preset(name: str, /, **parameters: Any) -> Spec:
 
 
 def _override(rule: Rule, extra: Mapping[str, Any], family: str, *, first: bool) -> Rule:
-    """The rule with the user's fields; laws are merged, targets and trained modules go to a preset's first rule."""
-    changed = {key: value for key, value in extra.items() if first or key not in ("targets", "train")}
+    """The rule with the user's fields; laws and excludes add up, targets and trained modules go to the first rule."""
+    changed = {key: value for key, value in extra.items() if first or key not in ("targets", "default", "train")}
+    if rule.exclude and "exclude" in changed:
+        more = changed["exclude"]
+        changed["exclude"] = (*rule.exclude, *((more,) if isinstance(more, str) else more))
     init = {**rule.init, **changed.get("init", {})}
     own = rule.model_dump(exclude_defaults=True)
     if not str(changed.get("scale", "alpha")).startswith("alpha") and "alpha" not in changed:
