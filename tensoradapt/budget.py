@@ -24,6 +24,8 @@ from tensoradapt.spec import Rule, Spec
 
 RuleRank = int | list[int] | dict[str, int | str]
 
+Progress = Callable[[str, int, int], None]  # what is planned, how many are done, how many there are
+
 
 @dataclass(frozen=True)
 class BudgetRow:
@@ -79,16 +81,23 @@ class SolvedSpec(Spec):
     num_trainable: int = Field(description="the trained entries at these ranks")
 
 
-def tabulate(specs: Spec | Mapping[str, Spec] | Sequence[Spec], model: SiteMap, ranks: Iterable[int]) -> BudgetTable:
+def tabulate(
+    specs: Spec | Mapping[str, Spec] | Sequence[Spec],
+    model: SiteMap,
+    ranks: Iterable[int],
+    progress: Progress | None = None,
+) -> BudgetTable:
     """Counts, bytes and FLOP of specs over ranks on one model. Raises RankError on ranks that are none."""
     asked = list(ranks)
     if not asked or any(not isinstance(rank, int) or rank < 1 for rank in asked):
         raise RankError("ranks are positive integers", got=asked[:8], hint="write ranks=range(1, 65), or --ranks 1:64")
-    rows = []
-    for name, spec in _named(specs).items():
-        for rank in asked if has_rank(spec) else [None]:
-            plan = make_plan(spec if rank is None else with_rank(spec, rank), model)
-            rows.append(_row(name, rank, plan))
+    named = _named(specs)
+    wanted = [(name, rank) for name, spec in named.items() for rank in (asked if has_rank(spec) else [None])]
+    rows: list[BudgetRow] = []
+    for name, rank in wanted:
+        if progress is not None:
+            progress(name if rank is None else f"{name} at rank {rank}", len(rows), len(wanted))
+        rows.append(_row(name, rank, make_plan(named[name] if rank is None else with_rank(named[name], rank), model)))
     return BudgetTable(tuple(rows))
 
 

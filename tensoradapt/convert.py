@@ -6,7 +6,7 @@ its sides; the error stated is that of the factors as they are stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from tensoradapt.peft import open_adapter
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
+
+Progress = Callable[[str, int, int], None]  # the group at work, how many are done, how many there are
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def convert(
     error: float | None = None,
     max_parameters: int | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Converted:
     """An adapter as the closest one of a spec: min sum_s |D_s - scale N_s|^2, exact where the spec can hold D_s.
 
@@ -97,7 +100,11 @@ def convert(
         raise FileError(f"{file_of(out)} exists", hint="choose another output")
     plan = make_plan(spec, _site_map(source))
     work = allocated(_Conversion(None, plan, Goal(error, max_parameters), empty(None), seed, source=source))  # type: ignore[arg-type]
-    done = [work.fit(name) for name in work.groups]
+    done = []
+    for name in work.groups:
+        if progress is not None:
+            progress(name, len(done), len(work.groups))
+        done.append(work.fit(name))
     made = replace(assembled(work, done), base=source.base)
     rows = {path: row for d in done for path, row in d.record["sites"].items()}
     file = made.save(out) if out is not None and made.plan.groups else None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
+from tensoradapt.budget import BudgetTable, Progress, SolvedSpec, solve, tabulate
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.host import HOST
 from tensoradapt.io.hub import cached
@@ -60,12 +60,18 @@ def plan(spec: Spec, model: Model) -> Plan:
     return make_plan(spec, scan(model))
 
 
-def budget(specs: Spec | Mapping[str, Spec] | Sequence[Spec], model: Model, ranks: Iterable[int]) -> BudgetTable:
+def budget(
+    specs: Spec | Mapping[str, Spec] | Sequence[Spec],
+    model: Model,
+    ranks: Iterable[int],
+    *,
+    progress: Progress | None = None,
+) -> BudgetTable:
     """Parameters, bytes and FLOP per token of specs over a range of ranks on one model.
 
     `specs` is one spec, a list, or a mapping from label to spec. Raises RankError, SiteError, SpecError or FileError.
     """
-    return tabulate(specs, scan(model), ranks)
+    return tabulate(specs, scan(model), ranks, progress)
 
 
 def solve_rank(spec: Spec, model: Model, *, max_parameters: int) -> SolvedSpec:

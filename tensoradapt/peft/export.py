@@ -9,7 +9,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from tensoradapt.scan import Model, module_at, scan
 from tensoradapt.sites import SiteMap
 
 LAYOUTS = ("portable", "compact")
+Progress = Callable[[str, int, int], None]  # the item at work, how many are done, how many there are
 # What rounding both factors to a dtype may change of a delta, relative to its norm.
 DTYPES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT expects a trained head in the folder
@@ -52,6 +53,7 @@ class _Options:
     task_type: str | None
     rank: int | None
     extras: bool
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -63,6 +65,11 @@ class _Options:
                 raise SpecError(f"no {name} {value!r}", expected=", ".join(str(a) for a in allowed if a))
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise RankError("a rank is a positive integer", got=repr(self.rank))
+
+    def tell(self, item: str, done: int, total: int) -> None:
+        """Report a step, where somebody listens."""
+        if self.progress is not None:
+            self.progress(item, done, total)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ def export_peft(  # noqa: PLR0913
     overwrite: bool = False,
     rank: int | None = None,
     extras: bool = False,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write an adapter as a PEFT LoRA folder: `W += B A`, re-opened and compared module by module before it is there.
 
@@ -98,7 +106,7 @@ def export_peft(  # noqa: PLR0913
     modules_to_save. Raises AdapterError on deltas that LoRA cannot hold, FileError where the folder cannot be written
     or its deltas differ, SpecError on other options.
     """
-    options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras)
+    options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, progress)
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
     saved, model = seen_from_within(_exact(open_adapter(source)), model)
     known = None if model is None else scan(model)
@@ -157,7 +165,10 @@ def _make(
     saved: Saved, modules: Sequence[Module], known: SiteMap | None, options: _Options
 ) -> tuple[_Made, tuple[str, ...]]:
     """Factors, config and patterns; and the modules left out since their delta is zero."""
-    found = {module: _factored(saved, module, options.rank) for module in modules}
+    found: dict[Module, Factored] = {}
+    for module in modules:
+        options.tell(f"factors of {module.path}", len(found), len(modules))
+        found[module] = _factored(saved, module, options.rank)
     zero = tuple(module.path for module, factored in found.items() if not factored.rank)
     found = {module: factored for module, factored in found.items() if factored.rank}
     if not found:
@@ -241,7 +252,7 @@ def _write(folder: Path, saved: Saved, made: _Made, options: _Options) -> Export
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     flush(folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(made.config, indent=2) + "\n", encoding="utf-8")
-    reader, errors = errors_of(folder, list(made.factored), saved, made.extras)
+    reader, errors = errors_of(folder, list(made.factored), saved, made.extras, options.tell)
     rows = {m.path: {"rank": f.rank, "error": errors[m.path]} for m, f in made.factored.items()}
     for module, factored in made.factored.items():
         if not errors[module.path] <= DTYPES[options.dtype] + factored.left * 1.01:

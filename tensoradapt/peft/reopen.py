@@ -25,13 +25,18 @@ Deltas = Callable[[Module], Tensor]
 
 
 def errors_of(
-    folder: Path, modules: Sequence[Module], saved: Saved, extras: Mapping[str, Tensor]
+    folder: Path,
+    modules: Sequence[Module],
+    saved: Saved,
+    extras: Mapping[str, Tensor],
+    tell: Callable[[str, int, int], None],
 ) -> tuple[str, dict[str, float]]:
     """Who re-opened a folder, and every module's relative error ||theirs - ours|| / ||ours||, one at a time."""
     reader, theirs = reopened(folder, modules, extras)
     held = load_file(folder / WEIGHTS)
     found: dict[str, float] = {}
     for module in modules:
+        tell(f"{module.path}, read back", len(found), len(modules))
         ours = module.delta(saved).double()
         found[module.path] = float((theirs(module).double() - ours).norm() / ours.norm())
     for path, tensor in extras.items():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensoradapt.budget import BudgetTable, SolvedSpec, has_rank
 from tensoradapt.cli.run.printing import emit, emit_json, note
+from tensoradapt.cli.run.progress import Report, progress
 from tensoradapt.cli.run.specs import parameters, parse_ranks
 from tensoradapt.errors import SpecError
 from tensoradapt.io.atomic import atomic
@@ -17,6 +18,7 @@ from tensoradapt.plots import plot_budget
 from tensoradapt.presets import PRESETS
 from tensoradapt.presets import preset as make_preset
 from tensoradapt.scan import budget, scan, solve_rank
+from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Spec
 
 
@@ -34,10 +36,10 @@ def run(
     """Tabulate, solve, write and print."""
     specs = {name: _spec(name, targets, pairs) for name in presets}
     out, asked = out and expand(out), parse_ranks(ranks)
-    sites = scan(model)
-    table = budget(specs, sites, asked)
-    able = {} if max_parameters is None else {name: spec for name, spec in specs.items() if has_rank(spec)}
-    solved = {name: solve_rank(spec, sites, max_parameters=max_parameters or 0) for name, spec in able.items()}
+    with progress("budget") as tell:
+        sites = scan(model)
+        table = budget(specs, sites, asked, progress=tell)
+        solved = {} if max_parameters is None else _solved(specs, sites, max_parameters, tell)
     if out is not None:
         _write(table, out, max_parameters)
         note(f"wrote {out}")
@@ -45,6 +47,16 @@ def run(
         solutions = {name: _solution(solution) for name, solution in solved.items()}
         return emit_json({**json.loads(table.to_json()), "solutions": solutions})
     emit("\n".join([str(table), *(_line(name, s, max_parameters) for name, s in solved.items())]))
+
+
+def _solved(specs: Mapping[str, Spec], sites: SiteMap, limit: int, tell: Report) -> dict[str, SolvedSpec]:
+    """The largest ranks within the limit, of every preset that has a rank."""
+    able = {name: spec for name, spec in specs.items() if has_rank(spec)}
+    found: dict[str, SolvedSpec] = {}
+    for name, spec in able.items():
+        tell(f"{name} within {limit:,} parameters", len(found), len(able))
+        found[name] = solve_rank(spec, sites, max_parameters=limit)
+    return found
 
 
 def _spec(name: str, targets: list[str] | None, pairs: list[str] | None) -> Spec:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.cli.run.printing import note, show
+from tensoradapt.cli.run.progress import progress
 from tensoradapt.errors import SpecError
 from tensoradapt.peft import export_peft
 
@@ -16,9 +17,9 @@ def run(adapter: str, out: Path, to: str, *, options: Mapping[str, Any], as_json
     """Export, and print what was written; warnings are lines on stderr."""
     if to != "peft":
         raise SpecError(f"no format {to!r} to export to", expected="peft")
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, progress("export") as tell:
         warnings.simplefilter("always", UserWarning)
-        result = export_peft(adapter, out, **options)
+        result = export_peft(adapter, out, progress=tell, **options)
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             note(f"warning: {warning.message}")

@@ -12,7 +12,7 @@ from tensoradapt.peft import open_adapter
 
 def run(base: str, adapter: str, out: Path, *, overwrite: bool, tied: bool, as_json: bool) -> None:
     """Merge, and print what was written."""
-    saved = open_adapter(adapter)
     with progress("merge") as tell:
+        saved = open_adapter(adapter)
         result = merge_folder(base, saved, out, overwrite=overwrite, tied=tied, progress=tell)
     show(result, as_json=as_json)

@@ -17,8 +17,8 @@ MISSED = 1  # the exit code of a tolerance that was missed
 
 def run(adapter: str, base: str, tuned: str, *, options: Mapping[str, Any], as_json: bool) -> None:
     """Compare, print the errors, and leave with an exit code that says whether they are tolerated."""
-    saved = open_adapter(adapter)
     with progress("verify") as tell:
+        saved = open_adapter(adapter)
         result = verify(saved, base, tuned, progress=tell, **options)
     show(result, as_json=as_json)
     if not result.passed:
