@@ -6,6 +6,7 @@ Invariant: a module that neither a hook on its output nor its weight at use can 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tensoradapt.io.hub import cached
 from tensoradapt.paths import expand
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.quantised import is_plain, kind_of
-from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed
+from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed, read_object
 from tensoradapt.spec import Spec
 
 SOURCES = "a module, a mapping {path: (out, in)}, a config.json, a model folder, a safetensors file, or a cached hub id"
@@ -43,8 +44,8 @@ def scan(model: Model) -> SiteMap:
         path = expand(model)
     except TypeError:
         raise FileError("this is no model", got=type(model).__name__, expected=SOURCES) from None
-    config = path if path.suffix == ".json" else path / "config.json"
-    if config.is_file():
+    config = config_in(path)
+    if config is not None:
         return _scan_config(config)
     if path.exists():
         return from_headers(path)
@@ -81,6 +82,19 @@ def solve_rank(spec: Spec, model: Model, *, max_parameters: int) -> SolvedSpec:
     Extra trained modules do not count. Raises RankError where rank 1 is too much, SpecError where the spec has no rank.
     """
     return solve(spec, scan(model), max_parameters)
+
+
+def config_in(path: Path) -> Path | None:
+    """The config that a path means: a .json file itself, or a folder's, unless that is a library's that builds modules
+    by class (diffusers), which transformers does not know.
+    """
+    config = path if path.suffix == ".json" else path / "config.json"
+    if not config.is_file():
+        return None
+    foreign = False
+    with suppress(OSError, ValueError, RecursionError):
+        foreign = path != config and "_class_name" in read_object(config.read_bytes())
+    return None if foreign else config
 
 
 def _scan_config(path: Path) -> SiteMap:

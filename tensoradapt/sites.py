@@ -19,6 +19,7 @@ from tensoradapt.errors import FileError, ShapeError, SpecError
 
 Coordinates = Mapping[str, int | str]
 MAX_HEADER_BYTES = 100_000_000
+LISTED = 12  # subfolders in an error
 
 
 @dataclass(frozen=True)
@@ -193,9 +194,7 @@ def from_headers(path: Path) -> SiteMap:
     """Sites of a safetensors file or a folder of shards: headers only, no tensor is read. Raises FileError."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
-        raise FileError(
-            f"no .safetensors file in {path}", hint="give a safetensors file, a folder of shards, or a config.json"
-        )
+        raise no_weights(path, "a safetensors file, a folder of shards, or a config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         found = read_shapes(file)
@@ -204,6 +203,20 @@ def from_headers(path: Path) -> SiteMap:
             raise FileError(f"{doubled[0]} is in two files of {path}", hint="remove the file that does not belong")
         shapes |= found
     return SiteMap(placed(_weights(shapes)), name=str(path.name), parameters=shapes)
+
+
+def no_weights(folder: Path, sources: str) -> FileError:
+    """The error on a folder that holds no safetensors file itself; subfolders that do are named, as a pipeline's."""
+    inside = sorted(file.name for file in folder.iterdir() if file.is_dir() and any(file.glob("*.safetensors")))
+    pipeline = (folder / "model_index.json").is_file()
+    if not inside and not pipeline:
+        return FileError(f"no .safetensors file in {folder}", hint=f"give {sources}")
+    return FileError(
+        f"{folder} is a pipeline of several models" if pipeline else f"no .safetensors file in {folder} itself",
+        got=f"safetensors files in {', '.join(inside[:LISTED]) or 'none of its subfolders'}",
+        expected="one model",
+        hint=f"give one of its subfolders: {folder / inside[0]}" if inside else f"give {sources}",
+    )
 
 
 def _weights(shapes: Mapping[str, tuple[int, ...]]) -> list[Site]:

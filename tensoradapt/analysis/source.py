@@ -13,7 +13,7 @@ from typing import Any
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
 from tensoradapt.io.pairs import Deltas, open_deltas
-from tensoradapt.scan import scan
+from tensoradapt.scan import config_in, scan
 from tensoradapt.sites import SiteMap
 
 READING = ("rows", "nonfinite", "prefix", "model", "base_revision", "tuned_revision")
@@ -47,7 +47,7 @@ def open_source(
 def described(base: Checkpoint, tuned: Checkpoint) -> tuple[SiteMap | None, str]:
     """What the config of the tuned side, or else of the base, says of the sites; a note where it cannot be used."""
     folders = [side.folder for side in (tuned, base) if side.folder is not None]
-    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    folder = next((folder for folder in folders if config_in(folder) is not None), None)
     if folder is None:
         return None, ""
     try:

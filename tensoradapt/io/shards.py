@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.mapped import Stamp, mapped
-from tensoradapt.sites import check_regular, read_header, read_object
+from tensoradapt.sites import check_regular, no_weights, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -165,7 +165,7 @@ def _without_index(folder: Path) -> Shards:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles:
             raise _pickled(f"{folder} ({_listed(pickles)})")
-        raise FileError(f"no .safetensors file in {folder}", hint="give a safetensors file or a folder of shards")
+        raise no_weights(folder, "a safetensors file or a folder of shards")
     holders: dict[str, Shard] = {}
     for shard in map(open_shard, files):
         doubled = next((name for name in shard.header if name in holders), None)
