@@ -167,7 +167,7 @@ def make_plan(spec: Spec, model: SiteMap) -> Plan:
         ]
         groups += _unique(group_sites(rule, mine, model), groups)
     _check_ranks(spec, groups)
-    notes += _rank_notes(groups)
+    notes += rank_notes(groups)
     return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes))
 
 
@@ -227,7 +227,7 @@ def _check_ranks(spec: Spec, groups: list[Group]) -> None:
             )
 
 
-def _rank_notes(groups: list[Group]) -> list[str]:
+def rank_notes(groups: list[Group]) -> list[str]:
     """One note for each rank that was capped."""
     capped: dict[str, int] = {}
     for group in groups:

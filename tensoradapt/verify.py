@@ -18,13 +18,16 @@ from torch import Tensor
 
 from tensoradapt.analysis.source import open_source
 from tensoradapt.errors import FileError, SpecError
+from tensoradapt.extract.holding import gaps
+from tensoradapt.extract.whole import change_of
+from tensoradapt.extract.words import EQUAL, apart, counted, percent, wrapped
 from tensoradapt.folders import delta_rows, finder
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.saved import Savable, Saved, as_saved
 from tensoradapt.merging import add_rows
 from tensoradapt.sites import Site
 
-SHOWN = 10  # rows of each list in the text
+SHOWN = 5  # rows of each list in the text
 Progress = Callable[[str, int, int], None]  # a site's path, how many are done, how many there are
 
 
@@ -32,43 +35,69 @@ Progress = Callable[[str, int, int], None]  # a site's path, how many are done, 
 class Verification:
     """How far an adapter is from tuned - base.
 
-    `relative_error` = sqrt(sum_s |D_s - D^_s|^2 / sum_s |D_s|^2) over the adapter's sites and trained modules; `sites`
-    has the same for each of them; `changed` has the norm of every change that the adapter does not hold; `only_tuned`
-    are tensors that the base lacks and the adapter does not hold either.
+    `whole_error` = sqrt(sum_t |D_t - D^_t|^2 / sum_t |D_t|^2) over every tensor that differs, and `relative_error` the
+    same over the adapter's sites and trained modules alone, `sites` for each of these; `changed` has the norm of every
+    change that the adapter does not hold, `held_share` the share of the squared change that lies in what it does hold.
+    The `tolerance` is for the first, or for the second where only what lies `within_targets` is judged. `unmeasured`
+    are tensors whose change is no number, with the reason, `only_base` and `only_tuned` those that one side lacks:
+    these are in no error.
     """
 
     relative_error: float
+    whole_error: float
     sites: Mapping[str, float]
     changed: Mapping[str, float] = field(default_factory=dict)
+    held_share: float | None = None
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    only_base: tuple[str, ...] = ()
     only_tuned: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     tolerance: float | None = None
+    within_targets: bool = False
+
+    @property
+    def judged_error(self) -> float:
+        """The error that the tolerance is for."""
+        return self.relative_error if self.within_targets else self.whole_error
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; without one, always."""
-        return self.tolerance is None or self.relative_error <= self.tolerance
+        """Whether the judged error is within the tolerance; without one, always."""
+        return self.tolerance is None or self.judged_error <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON; an error relative to no change at all is null."""
         return {
-            "relative_error": _plain(self.relative_error),
-            "tolerance": self.tolerance,
-            "passed": self.passed,
+            **{key: _plain(getattr(self, key)) for key in ("relative_error", "whole_error", "judged_error")},
+            **{key: getattr(self, key) for key in ("held_share", "tolerance", "within_targets", "passed")},
             "sites": {path: _plain(error) for path, error in self.sites.items()},
-            "changed": {name: _plain(norm) for name, norm in self.changed.items()},
+            "changed": dict(self.changed),
+            "unmeasured": dict(self.unmeasured),
+            "only_base": list(self.only_base),
             "only_tuned": list(self.only_tuned),
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        limit = "" if self.tolerance is None else f", tolerance {self.tolerance:.4g}: "
-        verdict = limit and limit + ("passed" if self.passed else "missed")
-        lines = [f"relative error {self.relative_error:.4g} over {len(self.sites)} weights{verdict}"]
-        lines += _table("worst weights", "relative error", self.sites)
-        lines += _table("changed, and not in the adapter", "norm of the change", self.changed)
-        lines += [f"only in the tuned side: {name}" for name in self.only_tuned]
-        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+        tables = [*_table("worst weights", "relative error", self.sites)]
+        tables += _table("changed, and not in the adapter", "norm of the change", self.changed)
+        beside = apart(self.only_base, self.only_tuned, self.unmeasured)
+        return "\n".join([*self._errors(), *tables, *wrapped([*beside, *(f"note: {note}" for note in self.notes)])])
+
+    def _errors(self) -> Iterator[str]:
+        """Both errors, the judged one first, with the verdict behind it."""
+        over = "its own weights" if self.within_targets else "the whole change"
+        verdict = "passed" if self.passed else "missed"
+        limit = "" if self.tolerance is None else f", tolerance {self.tolerance:.4g}: {verdict}"
+        yield f"relative error {self.judged_error:.4g} over {over}{limit}"
+        if self.held_share is None:
+            yield f"{EQUAL}: there is no change to hold"
+            return
+        other = (
+            (self.whole_error, "the whole change") if self.within_targets else (self.relative_error, "its own weights")
+        )
+        yield f"relative error {other[0]:.4g} over {other[1]}"
+        yield f"its {counted(len(self.sites), 'weight')} have {percent(self.held_share)} of the squared change"
 
 
 def _plain(number: float) -> float | None:
@@ -89,14 +118,16 @@ def verify(
     tuned: Any,
     *,
     tolerance: float | None = None,
+    within_targets: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> Verification:
     """Compare the deltas of an adapter with tuned - base, streamed: one weight at a time.
 
-    Further options are those of reading: `rows`, `nonfinite`, `prefix`, `base_revision`, `tuned_revision`. Raises
-    FileError where the checkpoints cannot be read or lack what the adapter changes, SpecError on a tolerance that is
-    none.
+    The tolerance is for the error over the whole change, what the adapter leaves out included; with `within_targets`
+    for the error over the adapter's own weights. Further options are those of reading: `rows`, `nonfinite`, `prefix`,
+    `base_revision`, `tuned_revision`. Raises FileError where the checkpoints cannot be read or lack what the adapter
+    changes, SpecError on a tolerance that is none.
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise SpecError("a tolerance is a number of at least 0", got=tolerance, hint="write 0.1 for 10 %")
@@ -107,14 +138,7 @@ def verify(
         for done, name in enumerate(run.steps(), start=1):
             if progress is not None:
                 progress(name, done, total)
-        return Verification(
-            _ratio(sum(run.lost.values()), sum(run.whole.values())),
-            {path: _ratio(run.lost[path], run.whole[path]) for path in run.lost},
-            run.changed,
-            tuple(name for name in deltas.match.only_tuned if name not in run.trained),
-            deltas.match.notes,
-            tolerance,
-        )
+        return run.result(tolerance, within_targets=within_targets)
 
 
 def _ratio(lost: float, whole: float) -> float:
@@ -159,7 +183,27 @@ class _Run:
     lost: dict[str, float] = field(default_factory=dict)
     whole: dict[str, float] = field(default_factory=dict)
     changed: dict[str, float] = field(default_factory=dict)
+    unmeasured: dict[str, str] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
+
+    def result(self, tolerance: float | None, *, within_targets: bool) -> Verification:
+        """The errors that the sums make."""
+        lost, own = math.fsum(self.lost.values()), math.fsum(self.whole.values())
+        beside = math.fsum(norm**2 for norm in self.changed.values())
+        match = self.deltas.match
+        return Verification(
+            _ratio(lost, own),
+            _ratio(lost + beside, own + beside),
+            {path: _ratio(self.lost[path], self.whole[path]) for path in self.lost},
+            self.changed,
+            own / (own + beside) if own + beside else None,
+            self.unmeasured,
+            match.only_base,
+            tuple(name for name in match.only_tuned if name not in self.trained),
+            match.notes,
+            tolerance,
+            within_targets,
+        )
 
     def steps(self) -> Iterator[str]:
         """Take in one tensor after the other, and give its name."""
@@ -173,9 +217,20 @@ class _Run:
             elif pair.tuned_name not in self.trained:
                 self._note(path, squares(self.deltas.delta(path)))
             yield path
-        for name in self.deltas.match.refused:
-            if name in self.deltas.tuned.entries and name not in self.trained:
-                self._note(name, self._difference(name))
+        for name, reason in self.deltas.match.refused.items():
+            if name not in self.trained:
+                self._beside(name, reason)
+
+    def _beside(self, name: str, refused: str) -> None:
+        """A tensor that is no site: its change, or why there is no such number."""
+        if name not in self.deltas.tuned.entries:  # a site that was left out while reading
+            self.unmeasured[name] = refused
+            return
+        change, reason = change_of(self.deltas, name) or (0.0, "")
+        if reason:
+            self.unmeasured[name] = reason
+        else:
+            self._note(name, change)
 
     def _note(self, name: str, change: float) -> None:
         if change:
@@ -197,7 +252,7 @@ class _Run:
             add_rows(part, delta_rows(self.saved, site.path, -1.0), site.path)
             self.lost[site.path] = squares(part)
             reached.append((begin, end))
-        self._note(f"{stored.path} (other rows)", sum(squares(whole[a:b]) for a, b in _gaps(reached, len(whole))))
+        self._note(f"{stored.path} (other rows)", sum(squares(whole[a:b]) for a, b in gaps(reached, len(whole))))
 
     def _extra(self, path: str, tensor: Tensor) -> None:
         """Compare a module that was trained whole with the tuned one; a base without it counts as zero."""
@@ -219,27 +274,8 @@ class _Run:
         names = self.deltas.match.names
         return self.deltas.base.read(names[name]) if name in names else None
 
-    def _difference(self, name: str) -> float:
-        """The squared change of a tensor that is no site; entries that are equal are none, whatever they are."""
-        tuned, base = self.deltas.tuned.read(name), self._base(name)
-        if base is None or base.shape != tuned.shape:
-            return math.inf
-        differs = base != tuned
-        return squares((tuned[differs].to(torch.complex128) - base[differs].to(torch.complex128)).abs())
-
 
 def squares(tensor: Tensor) -> float:
     """The sum of the squares, in float64 over the rows."""
     rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[None]
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
-
-
-def _gaps(ranges: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
-    """What ranges that do not overlap leave of all rows."""
-    last = 0
-    for begin, end in sorted(ranges):
-        if begin > last:
-            yield last, begin
-        last = max(last, end)
-    if last < size:
-        yield last, size

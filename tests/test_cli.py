@@ -167,7 +167,10 @@ def test_extract_prints_a_table_or_one_json_object(checkpoints, tmp_path, capsys
     arguments = ["extract", *checkpoints, "--preset", "lora", "--rank", "2", "--target", "q", "--out"]
     assert run([*arguments, str(tmp_path / "one")]) == 0
     out, err = lines(capsys)
-    assert "written to" in out and "layer0_q" in out and err == ""
+    assert "written to" in out.splitlines()[-1] and err == ""
+    assert [line.split()[:2] for line in out.splitlines()[:2]] == [["role", "weights"], ["q", "2"]]
+    assert run([*arguments, str(tmp_path / "wide"), "--wide"]) == 0
+    assert "layer0_q" in lines(capsys)[0]
     assert run([*arguments, str(tmp_path / "two"), "--json"]) == 0
     found = json.loads(lines(capsys)[0])
     assert found["path"] == str(tmp_path / "two" / "adapter.safetensors")

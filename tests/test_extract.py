@@ -419,7 +419,9 @@ def test_groups_of_noise_are_left_out(form, tmp_path):
     result = ta.extract(base, tuned, spec, tmp_path / "a", error="noise")
     kept = {name: row["kept"] for name, row in result.report["groups"].items()}
     assert all(kept[name] == name.startswith("loud") for name in kept)
-    assert any("no more than rounding noise" in note for note in result.notes)
+    assert {row["reason"] for row in result.change.not_held.values()} == {"no more than rounding noise"}
+    assert set(result.change.not_held) == {f"layers.{k}.q.weight" for k in range(3)}
+    assert "not held: 3 tensors" in str(result) and "over all targets" in str(result)
     assert all(min(row["rank"].values(), default=1) > 0 for row in result.report["groups"].values())
     record = json.loads((tmp_path / "a" / "extraction.json").read_text())
     assert record["sites"]["layers.0.q"]["relative_error"] == 1

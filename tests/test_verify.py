@@ -105,6 +105,9 @@ def test_errors_are_those_of_the_definition():
     changes = {name: np.linalg.norm((tuned[name] - base[name]).double().numpy()) for name in base}
     wanted = {"layers.0.v": changes["layers.0.v.weight"], "norm.weight": changes["norm.weight"]}
     assert found.changed == pytest.approx(wanted, rel=1e-5)
+    beside = sum(change**2 for change in wanted.values())
+    assert found.whole_error == pytest.approx(math.sqrt((lost + beside) / (whole + beside)), rel=1e-5)
+    assert found.held_share == pytest.approx(whole / (whole + beside), rel=1e-5)
 
 
 @pytest.mark.parametrize(("tolerance", "passed"), [(None, True), (100.0, True), (0.001, False), (0, False)])
@@ -129,7 +132,42 @@ def test_checkpoints_that_are_equal():
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["relative_error"] is None
     zero = saved_for(base, ["q"])
     zero = Saved.of(zero.plan, {key: torch.zeros_like(tensor) for key, tensor in zero.tensors.items()})
-    assert verify(zero, base, base, tolerance=0).passed
+    found = verify(zero, base, base, tolerance=0)
+    assert found.passed and "the checkpoints are equal" in str(found)
+
+
+def test_the_whole_change_is_judged_unless_asked_otherwise():
+    """An adapter that holds its own weights exactly, of a change that lies elsewhere for the most part."""
+    base = tables(0)
+    saved = saved_for(base, ["q"])
+    tuned = {name: tensor + 0.1 * tables(20)[name] for name, tensor in base.items()}
+    tuned |= {f"{path}.weight": base[f"{path}.weight"] + saved.delta(path) for path in ("layers.0.q", "layers.1.q")}
+    found = verify(saved, base, tuned, tolerance=0.01)
+    assert found.relative_error < 1e-5 and found.whole_error > 0.1
+    assert not found.passed and found.judged_error == found.whole_error
+    lines = str(found).splitlines()
+    assert "over the whole change, tolerance 0.01: missed" in lines[0] and "over its own weights" in lines[1]
+    within = verify(saved, base, tuned, tolerance=0.01, within_targets=True)
+    assert within.passed and within.judged_error == within.relative_error == found.relative_error
+    assert "over its own weights, tolerance 0.01: passed" in str(within).splitlines()[0]
+
+
+def test_what_has_no_measure_is_in_no_error():
+    """Integers that differ, and names that one side lacks; masks of infinite entries that agree are no change."""
+    base, tuned = tables(0), tables(0)
+    base |= {"mask": torch.full((4,), -math.inf), "steps": torch.tensor([1, 2]), "old.weight": torch.ones(2, 2)}
+    tuned |= {"mask": torch.full((4,), -math.inf), "steps": torch.tensor([1, 9]), "new.weight": torch.ones(3, 3)}
+    tuned["norm.weight"] = tuned["norm.weight"] + 1
+    saved = saved_for(tables(0), ["q"])
+    zero = Saved.of(saved.plan, {key: torch.zeros_like(tensor) for key, tensor in saved.tensors.items()})
+    found = verify(zero, base, tuned)
+    assert (found.relative_error, found.whole_error) == (0.0, 1.0) and list(found.changed) == ["norm.weight"]
+    assert found.unmeasured == {"steps": "holds int64"}
+    assert (found.only_base, found.only_tuned) == (("old.weight",), ("new.weight",))
+    text = " ".join(str(found).split())
+    assert (
+        "1 only in the base, 1 only in the tuned side: new.weight, old.weight" in text and "steps, holds int64" in text
+    )
 
 
 def test_what_changed_beside_the_adapter_is_listed(tmp_path):
@@ -139,14 +177,14 @@ def test_what_changed_beside_the_adapter_is_listed(tmp_path):
     merged[name] = merged[name] + 1
     merged["classifier.bias"] = merged["classifier.bias"] - 2
     merged["added.weight"] = torch.ones(2, 2)
-    found = verify(adapter, base, merged, tolerance=1e-4)
-    assert found.passed
+    found = verify(adapter, base, merged, tolerance=1e-4, within_targets=True)
+    assert found.passed and not verify(adapter, base, merged, tolerance=1e-4).passed
     assert found.changed == pytest.approx(
         {name.removesuffix(".weight"): math.sqrt(16 * 32), "classifier.bias": 12**0.5}
     )
     assert found.only_tuned == ("added.weight",)
     text = str(found)
-    assert "changed, and not in the adapter" in text and "only in the tuned side: added.weight" in text
+    assert "changed, and not in the adapter" in text and "1 only in the tuned side: added.weight" in text
     assert text.index("output.dense") < text.index("classifier.bias")
 
 
@@ -155,7 +193,7 @@ def test_rows_that_the_adapter_does_not_reach_are_listed(tmp_path):
     merged = stored(tuned)
     name = "transformer.h.0.attn.c_attn.weight"
     merged[name][:, 16:32] += 1  # the keys
-    found = verify(adapter, tiny.gpt2(), merged, tolerance=1e-4)
+    found = verify(adapter, tiny.gpt2(), merged, tolerance=1e-4, within_targets=True)
     assert found.passed and found.changed == pytest.approx({"transformer.h.0.attn.c_attn (other rows)": 16.0})
 
 
@@ -251,8 +289,19 @@ def test_verify_says_by_its_exit_code_whether_the_tolerance_was_kept(options, co
     assert run(["verify", *files, *options, "--json"]) == code
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] == (code == 0)
-    assert set(found) == {"relative_error", "tolerance", "passed", "sites", "changed", "only_tuned", "notes"}
-    assert found["relative_error"] == pytest.approx(verify(*files).relative_error)
+    known = {"relative_error", "whole_error", "judged_error", "held_share", "tolerance", "within_targets", "passed"}
+    assert set(found) == known | {"sites", "changed", "unmeasured", "only_base", "only_tuned", "notes"}
+    wanted = verify(*files)
+    assert found["relative_error"] == pytest.approx(wanted.relative_error)
+    assert found["judged_error"] == found["whole_error"] == pytest.approx(wanted.whole_error)
+
+
+def test_within_targets_on_the_command_line(files, capsys):
+    """A tolerance between both errors."""
+    found = verify(*files)
+    tolerance = str((found.relative_error + found.whole_error) / 2)
+    codes = [run(["verify", *files, "--tolerance", tolerance, *more]) for more in ([], ["--within-targets"])]
+    assert sorted(codes) == [0, 1] and (codes[0] == 1) == (found.whole_error > found.relative_error)
 
 
 def test_bad_input_is_not_a_missed_tolerance(files, capsys):

@@ -57,7 +57,7 @@ def accounted(deltas: Deltas, compared: Mapping[str, float]) -> Account:
     for pair in deltas.match.pairs:
         held.setdefault(pair.tuned_name, []).append(pair.site)
     rows = {kind: Tally() for kind in KINDS}
-    for name in _once(deltas):
+    for name in tensors_of(deltas):
         sites = held.get(name, [])
         norms = [compared[site.path] for site in sites if site.path in compared]
         square = math.fsum(norm**2 for norm in norms)
@@ -70,7 +70,7 @@ def accounted(deltas: Deltas, compared: Mapping[str, float]) -> Account:
     return Account({kind: row for kind, row in rows.items() if row.tensors})
 
 
-def _once(deltas: Deltas) -> Iterator[str]:
+def tensors_of(deltas: Deltas) -> Iterator[str]:
     """The names of the tensors of both sides, of tied ones the first."""
     seen = set()
     for name, other in deltas.match.names.items():

@@ -50,6 +50,11 @@ def _outside(site: Site, ends: Counter[str]) -> str:
     return role if alone else ".".join(parts[-2:])
 
 
+def label_of(sites: Sequence[Site]) -> str:
+    """What the roles of some sites are called together; their paths where they have none."""
+    return joined(list(dict.fromkeys(str(site.coordinates.get("role") or site.path) for site in sites)))
+
+
 def _numbered(sites: Sequence[Site]) -> str:
     """A name for modules that have numbers alone: `net`, `net.0` for one of them; `layers` where no path is before."""
     stack, layer = sites[0].coordinates.get("stack"), sites[0].coordinates.get("layer")

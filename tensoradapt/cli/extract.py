@@ -48,11 +48,14 @@ def extract(
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the memory it will need.")] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="One line for every group of weights.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Extract an adapter of any format from two checkpoints, with the error of every weight.
+    """Extract an adapter of any format from two checkpoints, with its error over the whole change.
 
-    Example: tensoradapt extract base/ tuned/ --preset lotr --rank 16 --target query --target value --out adapter
+    Without --target it takes every weight that differs and that the format can hold.
+
+    Example: tensoradapt extract base/ tuned/ --preset lora --error 0.01 --out adapter
 
     Interrupted work goes on where it stopped when the same command is given again. On several GPUs or processes:
     torchrun --nproc-per-node 4 -m tensoradapt extract ...
@@ -62,4 +65,5 @@ def extract(
     options = {"max_parameters": max_parameters, "rows": rows, "nonfinite": nonfinite, "seed": seed}
     options |= {"overwrite": overwrite}
     choice = Choice(preset, rank, target, spec, set_)
-    run(base, tuned, out, choice, error=error, device=device, options=options, dry_run=dry_run, as_json=as_json)
+    shown = {"dry_run": dry_run, "wide": wide, "as_json": as_json}
+    run(base, tuned, out, choice, error=error, device=device, options=options, **shown)

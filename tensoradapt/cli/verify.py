@@ -14,17 +14,21 @@ def verify(
     base: Annotated[str, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")],
     tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.")],
     tolerance: Annotated[
-        float | None, typer.Option("--tolerance", help="The relative error that is allowed; exit code 1 above it.")
+        float | None,
+        typer.Option("--tolerance", help="The error over the whole change that is allowed; exit code 1 above it."),
     ] = None,
+    within_targets: Annotated[
+        bool, typer.Option("--within-targets", help="The tolerance is for the adapter's own weights alone.")
+    ] = False,
     rows: RowsOption = "error",
     nonfinite: NonfiniteOption = "error",
     as_json: JsonOption = False,
 ) -> None:
-    """Compare an adapter's deltas with those of two checkpoints, weight by weight.
+    """Compare an adapter with all that differs between two checkpoints: the error over the whole change, and its own.
 
     Example: tensoradapt verify adapter base/ tuned/ --tolerance 0.1
     """
     from tensoradapt.cli.run.verify import run
 
-    options = {"tolerance": tolerance, "rows": rows, "nonfinite": nonfinite}
+    options = {"tolerance": tolerance, "within_targets": within_targets, "rows": rows, "nonfinite": nonfinite}
     run(adapter, base, tuned, options=options, as_json=as_json)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.analysis.slices import CACHE
-from tensoradapt.analysis.source import READING, known
+from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.extract.goals import Goal
 from tensoradapt.extract.output import Output
 from tensoradapt.extract.run import OPTIONS
-from tensoradapt.extract.work import prepared
+from tensoradapt.extract.whole import Whole
+from tensoradapt.extract.work import planned
 from tensoradapt.fit.compress import basis_size
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import SOLO
@@ -64,8 +65,8 @@ def preview(
     known(options, (*OPTIONS, *READING))
     reading = {key: value for key, value in options.items() if key in READING}
     goal, output = Goal(error, max_parameters), None if out is None else Output.of(out)
-    work = prepared(base, tuned, spec, goal, (device, options.get("seed", 0)), SOLO, reading)
-    with work.deltas:
+    with open_source(base, tuned, **reading) as deltas:
+        work = planned(deltas, Whole(), spec, goal, (device, options.get("seed", 0)), SOLO, reading)
         if output is not None:
             files = (*work.deltas.base.files, *work.deltas.tuned.files)
             output.check(files, overwrite=options.get("overwrite", False))

@@ -1,13 +1,17 @@
-"""The result of an extraction: its numbers, as JSON and as a table."""
+"""The result of an extraction: its numbers, as JSON and in a few lines."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tensoradapt.extract.holding import Holding
+from tensoradapt.extract.words import apart, counted, few, percent, wrapped
 from tensoradapt.plan import Plan
+
+ROWS = 12  # of the table
 
 
 @dataclass(frozen=True)
@@ -15,8 +19,9 @@ class Extraction:
     """What was extracted: the adapter's file (None where there was nothing), its plan, and the errors.
 
     `relative_error` = sqrt(sum_s |D_s - D^_s|^2 / sum_s |D_s|^2) over all targeted sites, after rounding to the stored
-    dtype; `report` has the same by site and by group: what was requested, what the fit left before rounding
-    (`fitted_error`, at most `bound` where a bound is known), and what the stored factors leave (`relative_error`).
+    dtype; `change` has the error over every tensor that differs, and what the adapter leaves out of it; `report` has
+    the errors by site and by group: what was requested, what the fit left before rounding (`fitted_error`, at most
+    `bound` where a bound is known), and what the stored factors leave (`relative_error`).
     """
 
     path: Path | None
@@ -24,33 +29,109 @@ class Extraction:
     num_parameters: int
     plan: Plan
     report: Mapping[str, Any] = field(repr=False)
+    change: Holding = field(repr=False)
     notes: tuple[str, ...] = ()
+
+    @property
+    def whole_error(self) -> float | None:
+        """The relative error over every tensor that differs; None where none does."""
+        return self.change.whole_error
+
+    @property
+    def dense_share(self) -> float | None:
+        """The adapter's parameters over the entries of the weights that it changes; None where it changes none."""
+        return self.num_parameters / self.change.dense_parameters if self.change.dense_parameters else None
+
+    @property
+    def model_share(self) -> float | None:
+        """The adapter's parameters over those of the model."""
+        return self.num_parameters / self.change.model_parameters if self.change.model_parameters else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {
             "path": None if self.path is None else str(self.path),
-            "relative_error": self.relative_error,
-            "num_parameters": self.num_parameters,
+            **{key: getattr(self, key) for key in ("relative_error", "whole_error", "num_parameters")},
+            **{key: getattr(self, key) for key in ("dense_share", "model_share")},
+            "change": self.change.to_dict(),
             **self.report,
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        rows = [("group", "sites", "ranks", "parameters", "relative error"), *map(_row, self.report["groups"].items())]
-        widths = [max(len(row[k]) for row in rows) for k in range(5)]
-        lines = [
-            "  ".join(c.ljust(w) if k in (0, 2) else c.rjust(w) for k, (c, w) in enumerate(zip(r, widths, strict=True)))
-            for r in rows
-        ]
-        worst = self.report["worst_site"]
-        total = f"{self.num_parameters:,} parameters, relative error {self.relative_error:.4g}"
-        lines.append(f"{total}; worst site {worst['path']} at {worst['relative_error']:.4g}" if worst else total)
-        lines.append("nothing to extract" if self.path is None else f"written to {self.path}")
-        return "\n".join([line.rstrip() for line in lines] + [f"note: {note}" for note in self.notes])
+        return self.text()
+
+    def text(self, *, wide: bool = False) -> str:
+        """A few lines; with `wide` one line for every group, in place of one for all that play the same roles."""
+        notes = [f"note: {note}" for note in self.notes]
+        if self.path is None:
+            return "\n".join(wrapped([*self._beside(), *notes]))
+        groups: Mapping[str, Mapping[str, Any]] = self.report["groups"]
+        rows = [_row(name, [row]) for name, row in groups.items()] if wide else _by_role(groups)
+        lines = wrapped([*notes, *self._beside(), *self._held()])
+        return "\n".join([*_aligned([HEAD, *rows]), *lines, f"written to {self.path}"])
+
+    def _beside(self) -> Iterator[str]:
+        """What of the change is not held: by reason, and what is in no number."""
+        change = self.change
+        reasons: dict[str, list[str]] = {}
+        for name, row in change.not_held.items():
+            reasons.setdefault(row["reason"], []).append(name)
+        for reason, names in reasons.items():
+            share = sum(change.not_held[name]["share"] for name in names)
+            yield f"not held: {counted(len(names), 'tensor')} ({percent(share)}), {reason}{few(names)}"
+        yield from apart(change.only_base, change.only_tuned, change.unmeasured)
+
+    def _held(self) -> Iterator[str]:
+        """What the adapter holds of the whole change, and at which cost."""
+        change = self.change
+        if change.held_share is None or change.whole_error is None:
+            return
+        of = f"{change.held_tensors:,} of {counted(change.changed_tensors, 'changed tensor')}"
+        yield f"held: {of}, {percent(change.held_share)} of the squared change"
+        whole = all(row["kept"] or not row["norm"] for row in self.report["groups"].values())
+        these = "these" if whole else "all targets"
+        yield f"relative error: {self.relative_error:.4g} over {these}, {change.whole_error:.4g} over the whole change"
+        yield from self._size()
+
+    def _size(self) -> Iterator[str]:
+        """The parameters, as shares of what they stand for."""
+        dense, model = self.dense_share or 0.0, percent(self.model_share or 0.0)
+        if dense <= 1:
+            yield f"{self.num_parameters:,} parameters: {percent(dense)} of the dense change, {model} of the model"
+            return
+        entries = f"{self.change.dense_parameters:,} entries"
+        yield f"{self.num_parameters:,} parameters, {model} of the model's"
+        yield f"this change has no low rank: {dense:.1f} times its dense size ({entries})"
 
 
-def _row(item: tuple[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    name, row = item
-    ranks = " ".join(f"{bond}={size}" for bond, size in row["rank"].items()) or ("-" if row["kept"] else "left out")
-    return name, str(row["sites"]), ranks, f"{row['num_parameters']:,}", f"{row['relative_error']:.4g}"
+HEAD = ("role", "weights", "ranks", "parameters", "error")
+Row = tuple[str, ...]
+
+
+def _by_role(groups: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """One row for the groups whose sites play the same roles, the largest change first; the smallest ones together."""
+    by_role: dict[str, list[Mapping[str, Any]]] = {}
+    for row in groups.values():
+        by_role.setdefault(row["label"], []).append(row)
+    order = sorted(by_role, key=lambda label: -sum(row["norm"] ** 2 for row in by_role[label]))
+    shown = order if len(order) <= ROWS else order[: ROWS - 1]
+    rest = [row for label in order[len(shown) :] for row in by_role[label]]
+    others = [_row(f"{len(order) - len(shown)} others", rest)] if rest else []
+    return [*(_row(label, by_role[label]) for label in shown), *others]
+
+
+def _row(label: str, rows: list[Mapping[str, Any]]) -> Row:
+    ranks = [size for row in rows for size in row["rank"].values()]
+    span = "left out" if not ranks else f"{min(ranks)}-{max(ranks)}" if min(ranks) < max(ranks) else f"{ranks[0]}"
+    norm = sum(row["norm"] ** 2 for row in rows)
+    error = (sum((row["relative_error"] * row["norm"]) ** 2 for row in rows) / norm) ** 0.5 if norm else 0.0
+    number, parameters = (sum(row[key] for row in rows) for key in ("sites", "num_parameters"))
+    return label, f"{number:,}", span, f"{parameters:,}", f"{error:.4g}"
+
+
+def _aligned(rows: list[Row]) -> Iterator[str]:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(HEAD))]
+    for row in rows:
+        cells = (c.ljust(w) if k == 0 else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(cells).rstrip()

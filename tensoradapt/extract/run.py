@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from tensoradapt.analysis.sharing import alike, together
-from tensoradapt.analysis.source import READING, known
+from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.errors import FileError
 from tensoradapt.extract.goals import Goal
+from tensoradapt.extract.holding import Fitted, holding
 from tensoradapt.extract.journal import Journal, opened
 from tensoradapt.extract.measure import overall, worst_of
 from tensoradapt.extract.output import Output
 from tensoradapt.extract.pool import each
 from tensoradapt.extract.result import Extraction
-from tensoradapt.extract.work import Done, Work, allocated, prepared
+from tensoradapt.extract.whole import whole_change
+from tensoradapt.extract.words import EQUAL
+from tensoradapt.extract.work import Done, Work, allocated, planned
 from tensoradapt.io.saved import Saved
 from tensoradapt.linalg import SOLO, Team
 from tensoradapt.plan import START, Plan
@@ -59,10 +62,11 @@ def extract(
     team: Team = options.pop("team", SOLO)
     where = (device, options.pop("seed", 0))
     output, goal = Output.of(out), Goal(error, max_parameters)
-    work = alike(team, lambda: prepared(base, tuned, spec, goal, where, team, options))
-    with work.deltas:
-        files = (*work.deltas.base.files, *work.deltas.tuned.files)
+    with alike(team, lambda: open_source(base, tuned, **options)) as deltas:
+        files = (*deltas.base.files, *deltas.tuned.files)
         together(team, lambda: output.check(files, overwrite=overwrite))
+        whole = whole_change(deltas, team, progress)
+        work = alike(team, lambda: planned(deltas, whole, spec, goal, where, team, options))
         with opened(output.journal, output.file, work.identity, team) as journal:
             result = _made(allocated(work), journal, output, progress)
             team.wait()
@@ -160,21 +164,33 @@ def _result(work: Work, made: Saved, done: list[Done], path: Path | None) -> Ext
         "match": work.deltas.match.to_dict(),
     }
     notes = (*work.notes, *_notes(work, groups))
-    return Extraction(path, overall(sites.values())[1], made.plan.num_trainable, made.plan, report, notes)
+    change = holding(work.deltas, work.whole, _fitted(work, done), _reasons(work, done))
+    return Extraction(path, overall(sites.values())[1], made.plan.num_trainable, made.plan, report, change, notes)
+
+
+def _fitted(work: Work, done: list[Done]) -> Iterator[Fitted]:
+    """Every site of the plan, with what its factors leave of it."""
+    for part in done:
+        for placement in work.group(part.name).placements:
+            row = part.record["sites"][placement.site.path]
+            squares = row["norm"] ** 2, row["error"] ** 2
+            yield Fitted(placement.site, work.stored(placement.site), *squares, kept=bool(part.tensors))
+
+
+def _reasons(work: Work, done: list[Done]) -> dict[str, str]:
+    """Why tensors that differ are not in the adapter, by their names."""
+    out = [p.site for part in done if not part.tensors for p in work.group(part.name).placements]
+    names = {work.deltas.pair(work.stored(site).path).tuned_name for site in out}
+    return {**work.deltas.match.refused, **dict.fromkeys(names, work.left_out)}
 
 
 def _notes(work: Work, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What a user should know of the groups: nothing in them, nothing above noise, an error that was not reached."""
-    norm = any(row["norm"] for row in groups.values())
-    if not norm:
-        yield "the checkpoints are equal at the targeted sites: nothing to extract"
-    out = [name for name, row in groups.items() if row["norm"] and not row["kept"]]
-    if out:
-        why = "not worth their parameters" if work.chosen is not None else "no more than rounding noise"
-        yield f"{len(out)} groups are left out, {why}: {', '.join(out[:5])}"
+    """What a user should know of the groups: an error that was not reached, or that nothing differs."""
     wanted = work.goal.error
     missed = [
         n for n, row in groups.items() if isinstance(wanted, float | int) and row["fitted_error"] > wanted + SLACK
     ]
     if missed:
         yield f"{len(missed)} groups cannot reach the error {wanted}, at their largest rank: {', '.join(missed[:5])}"
+    if not any(row["norm"] for row in groups.values()):
+        yield f"{f'{EQUAL} at the targeted sites' if work.whole.names else EQUAL}: nothing to extract"

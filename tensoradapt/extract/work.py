@@ -18,22 +18,23 @@ import torch
 from torch import Tensor
 
 from tensoradapt.analysis.floors import Floors, floors_of
+from tensoradapt.analysis.naming import label_of
 from tensoradapt.analysis.noise import Noise, noise_of
 from tensoradapt.analysis.sharing import together
 from tensoradapt.analysis.slices import Slices, empty, flat
-from tensoradapt.analysis.source import open_source
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.extract.allocate import allocate
 from tensoradapt.extract.goals import NOISE, Fixed, Goal, fit_group, group_curve
 from tensoradapt.extract.measure import compared, overall, site_row
+from tensoradapt.extract.whole import Whole
 from tensoradapt.fit.curves import Point
 from tensoradapt.fit.result import Fit
 from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.linalg import SOLO, Dense, Slice, Team
-from tensoradapt.plan import Plan, make_plan
+from tensoradapt.plan import Plan, make_plan, rank_notes
 from tensoradapt.rows import Factor, factor_of
 from tensoradapt.sites import Site
 from tensoradapt.spec import Spec
@@ -61,6 +62,7 @@ class Done:
         diagram, kept = self.diagram, bool(self.tensors)
         trained = [n for n in diagram.nodes if n in work.group(self.name).trainable] if kept else []
         return {
+            "label": label_of([p.site for p in work.group(self.name).placements]),
             "sites": len(self.record["sites"]),
             "kept": kept,
             "rank": {b: diagram.sizes[b] for b in diagram.bonds} if kept else {},
@@ -85,6 +87,7 @@ class Work:
     chosen: Mapping[str, Point | None] | None = None
     notes: tuple[str, ...] = ()
     reading: Mapping[str, Any] = field(default_factory=dict)
+    whole: Whole = field(default_factory=Whole)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,6 +114,11 @@ class Work:
         """The groups' names in the plan's order."""
         return tuple(group.name for group in self.plan.groups)
 
+    @property
+    def left_out(self) -> str:
+        """Why a group whose deltas are not zero gets no adapter."""
+        return "no more than rounding noise" if self.chosen is None else "not worth their parameters"
+
     def group(self, name: str) -> Group:
         """A group by its name."""
         return self.plan.groups[self.groups.index(name)]
@@ -132,11 +140,11 @@ class Work:
 
     def fetch(self, site: Site) -> Slice:
         """One site's delta on the device.  Shape: (out, in), the kernel flattened into `in`."""
-        return Dense(self._view(self.deltas.delta(self._stored(site).path), site).to(self.like.device))
+        return Dense(self._view(self.deltas.delta(self.stored(site).path), site).to(self.like.device))
 
     def noise(self, site: Site) -> Noise:
         """The rounding noise of one site's delta."""
-        base, tuned = (self._view(side, site) for side in self.deltas.weights(self._stored(site).path))
+        base, tuned = (self._view(side, site) for side in self.deltas.weights(self.stored(site).path))
         return noise_of(base, tuned)
 
     def _view(self, whole: Tensor, site: Site) -> Tensor:
@@ -144,9 +152,10 @@ class Work:
         part = flat(whole)
         if site.rows is not None:
             part = part[site.rows[0] : site.rows[1]]
-        return part if site.layout == self._stored(site).layout else part.mT.contiguous()
+        return part if site.layout == self.stored(site).layout else part.mT.contiguous()
 
-    def _stored(self, site: Site) -> Site:
+    def stored(self, site: Site) -> Site:
+        """The site of both checkpoints that one of the plan is, or is a part of."""
         return self._known[site.owner, site.index]
 
     @cached_property
@@ -166,7 +175,7 @@ class Work:
         found: dict[str, Tensor] = {}
         if any(group.laws[node] == WEIGHT for node in nodes):
             site = group.placements[0].site
-            weight = self._view(self.deltas.weights(self._stored(site).path)[0].float(), site)
+            weight = self._view(self.deltas.weights(self.stored(site).path)[0].float(), site)
             found |= {node: tensor for node, tensor in from_weight(group, weight).items() if node in nodes}
         for node in (n for n in nodes if n not in found):
             drawn = draw(self._factor(group, node), self.seed)
@@ -230,18 +239,25 @@ class Work:
         return {path: row for part in team.gather(rows) for path, row in part.items()}
 
 
-def prepared(
-    base: Any, tuned: Any, spec: Spec, goal: Goal, where: tuple[str | None, int], team: Team, source: Mapping[str, Any]
+def planned(
+    deltas: Deltas,
+    whole: Whole,
+    spec: Spec,
+    goal: Goal,
+    where: tuple[str | None, int],
+    team: Team,
+    reading: Mapping[str, Any],
 ) -> Work:
-    """Open the checkpoints and plan the spec on what they have in common. Raises what is wrong with either."""
+    """The plan of a spec on what two checkpoints have in common. Raises what is wrong with either."""
     like = empty(where[0])
-    deltas = open_source(base, tuned, **source)
     plan = make_plan(spec, deltas.match.sites)
+    if goal.chooses:  # the spec's own ranks are of no account then, capped or not
+        plan = replace(plan, notes=tuple(note for note in plan.notes if note not in rank_notes(list(plan.groups))))
     for group in plan.groups:
         _check(group)
     extras = ("modules named in `train` are not extracted: they are no deltas",) if plan.extras else ()
     notes = (*deltas.match.notes, *plan.notes, *extras)
-    return Work(deltas, plan, goal, like, where[1], team, notes=notes, reading=source)
+    return Work(deltas, plan, goal, like, where[1], team, notes=notes, reading=reading, whole=whole)
 
 
 def _check(group: Group) -> None:

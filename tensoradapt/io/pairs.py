@@ -149,8 +149,12 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
 
 
 def _squared(base: Tensor, tuned: Tensor) -> float:
-    """|tuned - base|^2 of a block, in float64."""
-    return float(tuned.double().sub_(base).square_().sum())
+    """|tuned - base|^2 of a block, in float64; entries that are equal are no change, whatever they are."""
+    found = float(tuned.double().sub_(base).square_().sum())
+    if math.isfinite(found):
+        return found
+    differs = base != tuned
+    return float(tuned[differs].double().sub_(base[differs]).square_().sum())
 
 
 def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:

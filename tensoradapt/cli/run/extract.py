@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.cli.options import Choice
-from tensoradapt.cli.run.printing import show
+from tensoradapt.cli.run.printing import emit, emit_json, show
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.cli.run.specs import make_spec
 from tensoradapt.distributed import team_of
@@ -25,6 +25,7 @@ def run(
     device: str | None,
     options: Mapping[str, Any],
     dry_run: bool,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Extract and print what was extracted, or print the plan of it."""
@@ -35,7 +36,10 @@ def run(
         shared: dict[str, Any] = {"device": where, "team": team, "progress": tell}
         result = extract(base, tuned, spec, out, error=goal, **options, **shared)
         if team.rank == 0:
-            show(result, as_json=as_json)
+            if as_json:
+                emit_json(result.to_dict())
+            else:
+                emit(result.text(wide=wide))
 
 
 def _error(text: str | None) -> float | str | None:

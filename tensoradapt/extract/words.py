@@ -1,0 +1,51 @@
+"""What extraction and verification say alike: shares, counts, and the tensors that are in none of their numbers."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+WIDTH = 80
+FEW = 3  # names that are written out
+EQUAL = "the checkpoints are equal"
+
+
+def percent(share: float) -> str:
+    """A share in per cent, with the digits that tell it from nothing and from all."""
+    if share >= 1 or share == 0.0:
+        return f"{100 * share:.0f} %"
+    digits = next((k for k in range(1, 5) if 0.0 < float(f"{100 * share:.{k}f}") < 100.0), 5)
+    return f"{100 * share:.{digits}f} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 tensor`, `39 tensors`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def few(names: Sequence[str]) -> str:
+    """The names where they are few: `: classifier.bias, classifier.weight`."""
+    return f": {', '.join(names)}" if len(names) <= FEW else ""
+
+
+def unmatched(only_base: Sequence[str], only_tuned: Sequence[str]) -> Iterator[str]:
+    """One line for the tensors that one side lacks."""
+    sides = [
+        f"{len(names):,} only in the {side}"
+        for side, names in (("base", only_base), ("tuned side", only_tuned))
+        if names
+    ]
+    if sides:
+        yield f"{', '.join(sides)}{few([*only_tuned, *only_base])}"
+
+
+def apart(only_base: Sequence[str], only_tuned: Sequence[str], unmeasured: Mapping[str, str]) -> Iterator[str]:
+    """The tensors that are in no error."""
+    yield from (f"not compared: {line}" for line in unmatched(only_base, only_tuned))
+    yield from (f"not compared: {name}, {reason}" for name, reason in unmeasured.items())
+
+
+def wrapped(lines: Iterable[str]) -> Iterator[str]:
+    """The lines in the width of a terminal, names and paths whole."""
+    for line in lines:
+        yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
