@@ -142,6 +142,7 @@ def candidates(groups, by_group):
     """LoRA and LoTR at some ranks: parameters counted, errors from the discarded energy."""
     found = []
     total = sum(float((d**2).sum()) for members in by_group.values() for d in members.values())
+    dense = sum(d.size for members in by_group.values() for d in members.values())
     for rank in (1, 2, 4, 8, 16):
         for preset in ("lora", "lotr"):
             lost, counts, worst = 0.0, {}, (0.0, "")
@@ -165,6 +166,7 @@ def candidates(groups, by_group):
                     {
                         **{"label": f"{label} r={rank}", "preset": preset, "rank": rank},
                         **{"num_parameters": sum(counts.values()), "relative_error": error},
+                        "share": sum(counts.values()) / dense,
                         "worst_site": {"path": worst[1] or next(iter(members)), "relative_error": worst[0]},
                         **{"by_group": counts, "front": False},
                     }
@@ -200,10 +202,59 @@ def report(roles=None, layers=4, *, kind="checkpoints", values=128, sigma=2e-3, 
             **{"matched": len(sites), "only_base": [], "only_tuned": ["classifier.weight"], "reshaped": []},
             **{"refused": {"embeddings.position_ids": "not a weight: int64"}, "notes": []},
         },
-        **{"sites": sites, "groups": groups, "candidates": rows},
-        "choice": {"label": chosen["label"], "reason": "The smallest on the front with an error below a half."},
+        **{
+            "sites": sites,
+            "groups": groups,
+            "candidates": rows,
+            "answer": answer(sites, rows),
+            "change": change(sites),
+        },
+        "choice": {
+            **{"label": chosen["label"], "reason": "The smallest on the front with an error below a half."},
+            **{"rule": "the middle of the front.", "warning": "", "holds": True, "reference": chosen["label"]},
+        },
         "comparisons": comparisons(rows),
     }
+
+
+def answer(sites, rows):
+    """Medians over the weights that differ, and the smallest candidate within each error, or else the largest LoRA."""
+    still = [row for row in sites.values() if row["norm"]]
+    if not still:
+        return None
+    dense, needed = sum(math.prod(row["shape"]) for row in still), []
+    for error in (0.1, 0.01):
+        within = [c for c in rows if c["relative_error"] <= error]
+        best = min(within, key=lambda c: c["num_parameters"]) if within else rows[-1]
+        taken = {key: best[key] for key in ("label", "preset", "rank", "num_parameters")}
+        reached = best["relative_error"] if within else None
+        needed += [{"relative_error": error, **taken, "share": best["num_parameters"] / dense, "reached": reached}]
+        needed[-1]["at_least"] = not within
+    noisy = any(row["noise"]["edge"] for row in still)
+    rules = (*(("noise",) if noisy else ()), "energy_0.95")
+    share = min(1.0, 2e-3 * math.sqrt(dense / sum(row["norm"] ** 2 for row in still))) if noisy else None
+    counts = {"weights": len(still), "layers": True, "dense": dense, "noise_share": share}
+    return {**counts, "ranks": {rule: middle(still, rule) for rule in rules}, "needed": needed}
+
+
+def middle(rows, rule):
+    known = sorted(math.inf if (r := row["ranks"][rule]) is None else r for row in rows)
+    three = [None if r == math.inf else r for r in (known[len(known) // 2], known[0], known[-1])]
+    computed = [len(row["singular_values"]) for row in rows if row["ranks"][rule] is None]
+    return dict(zip(("median", "lowest", "highest", "computed"), (*three, min(computed, default=None)), strict=True))
+
+
+def change(sites):
+    """All weights in the layers, and some vectors that hold a thousandth of the squared change."""
+    squares = sum(row["norm"] ** 2 for row in sites.values())
+    differing = sum(row["norm"] > 0 for row in sites.values())
+    shares = (0.999, 0.001) if squares else (None, None)
+    kinds = {
+        "layers": {"tensors": len(sites), "differing": differing, "weights": len(sites), "share": shares[0]},
+        "vectors": {"tensors": 7, "differing": 5 * (squares > 0), "weights": 0, "share": shares[1]},
+    }
+    counts = {key: sum(row[key] for row in kinds.values()) for key in ("tensors", "differing")}
+    return {**counts, "norm": math.sqrt(squares / 0.999), "kinds": kinds}
 
 
 def comparisons(rows):
@@ -229,7 +280,7 @@ def many_roles(count: int) -> dict[str, tuple[int, int]]:
 
 def bare(**changes):
     """A report in which nothing was found."""
-    empty = report(layers=1) | {"sites": {}, "groups": {}, "candidates": [], "choice": None}
+    empty = report(layers=1) | {"sites": {}, "groups": {}, "candidates": [], "choice": None, "answer": None}
     return empty | {"comparisons": {"at_error": [], "at_budget": []}} | changes
 
 

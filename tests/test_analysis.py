@@ -243,13 +243,13 @@ def test_shapes_have_stacks_of_their_own():
 
 
 def test_a_site_that_did_not_change():
-    """Its ranks are zero, it has no subspace to compare, and the others are as they were."""
+    """Its ranks are zero, it is in no stack, and the others are as they were."""
     deltas = {f"layers.{i}.q": random(12, 12, seed=i) * (i != 1) for i in range(3)}
     report = analysed(deltas)
     row = report.sites["layers.1.q"]
     assert row.norm == 0 and set(row.ranks.values()) == {0}
-    matrix = report.groups["q"].similarity["out"]["matrix"]
-    assert [value is None for value in matrix[0]] == [False, True, False] and matrix[1] == [None] * 3
+    assert row.group is None and report.groups["q"].sites == ("layers.0.q", "layers.2.q")
+    assert report.groups["q"].similarity["out"]["labels"] == ["layers.0.q", "layers.2.q"]
     check_report(report.to_dict())
     assert "layers.1.q" in report.to_html()
 
@@ -405,7 +405,8 @@ def test_a_report_of_a_model(dtype, tmp_path):
     text = report.to_json(tmp_path / "report.json")
     assert json.loads(text) == json.loads((tmp_path / "report.json").read_text()) == report.to_dict() | json.loads(text)
     assert "<svg" in report.to_html(tmp_path / "report.html")
-    assert "encoder.layer.0.attention.self.query" in str(report)
+    assert "encoder.layer:\n  0.attention.self.query " in str(report)
+    assert "\nencoder.layer.0.attention.self.query " in report.text(wide=True)
 
 
 def test_equal_checkpoints():

@@ -146,13 +146,17 @@ def checkpoints(tmp_path):
 def test_analyze_prints_a_table_or_one_json_object(checkpoints, tmp_path, capsys):
     assert run(["analyze", *checkpoints]) == 0
     out, err = lines(capsys)
-    assert "layers.0.q" in out and "LoRA r=2" in out and err == ""
+    assert out.startswith("What rank is it? 2 ") and "layers:\n  0.q " in out and "LoRA r=2" in out
+    assert err == ""
     assert run(["analyze", *checkpoints, "--json", "--out", str(tmp_path / "report")]) == 0
     report = json.loads(lines(capsys)[0])
     assert report["sites"]["layers.0.q"]["ranks"]["noise"] == 2 and report["sites"]["layers.0.v"]["norm"] == 0
     assert {file.name for file in (tmp_path / "report").iterdir()} == {"report.json", "report.html", "report.txt"}
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
-    assert "layers.0.q" in (tmp_path / "report" / "report.txt").read_text()
+    assert (tmp_path / "report" / "report.txt").read_text() == out
+    assert run(["analyze", *checkpoints, "--wide"]) == 0
+    wide = lines(capsys)[0]
+    assert "\nlayers.0.q " in wide and "\nlayers.0.v " in wide and "Marchenko-Pastur" in wide
 
 
 def test_analyze_some_weights_and_some_values(checkpoints, capsys):

@@ -19,6 +19,7 @@ from test_plots import OKABE_ITO, SUFFIXES, luminance
 import tensoradapt as ta
 from tensoradapt.cli.app import run
 from tensoradapt.plots import FIGURES, caption, check_report, draw_figure, drawable, read_report, render_html
+from tensoradapt.plots.answer import answer_lines, answer_words, kind_rows
 
 PLAIN = report()
 
@@ -486,10 +487,14 @@ def test_the_page_says_what_was_compared_and_the_answer():
     chosen = next(c for c in PLAIN["candidates"] if c["label"] == PLAIN["choice"]["label"])
     for words in (
         "tiny-bert-mrpc against tiny-bert",
-        f"{chosen['label']}: {chosen['num_parameters']:,} parameters",
+        answer_words(PLAIN),
+        *answer_lines(PLAIN),
+        f"Proposal: {chosen['label']}",
         PLAIN["choice"]["reason"],
-        "1 only in the tuned one: classifier.weight",
+        f"The rule: {PLAIN['choice']['rule']}",
+        "only in the tuned side: 1 tensor (classifier.weight)",
         "embeddings.position_ids (not a weight: int64)",
+        *(cell for row in kind_rows(PLAIN["change"]) for cell in row),
         *(caption(PLAIN, name) for name in FIGURES),
         *PLAIN["sites"],
         *(candidate["label"] for candidate in PLAIN["candidates"]),
@@ -630,7 +635,7 @@ def test_every_key_is_documented():
     parts = [kind for kind in vars(reading).values() if isinstance(kind, type) and issubclass(kind, reading.Part)]
     fields = {name for part in parts for name in part.model_fields}
     words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`\n]+)`", documented()))))
-    assert len(parts) == 16 and fields - words == set()
+    assert len(parts) == 19 and fields - words == set()
 
 
 def test_deltas_of_the_reports_are_reproducible():

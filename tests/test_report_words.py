@@ -1,5 +1,8 @@
 """What a report says: every number in its sentences against numpy, and names in the user's words."""
 
+import math
+import statistics
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +132,152 @@ def test_stacks_are_called_by_their_roles(case):
     sizes = {p: (4, 4 + 4 * (case.startswith("shapes") and k)) for k, paths in enumerate(stacks) for p in paths}
     sites = {site.path: site for site in from_mapping(sizes).sites}
     assert stack_names([[sites[path] for path in paths] for paths in stacks]) == wanted
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------
+
+
+def layers(matrices, dtype=torch.float32, base: float = 0.0):
+    """Checkpoints of layers whose deltas are the matrices: on zeros, or on weights of some size."""
+    rng = np.random.default_rng(7)
+    names = [f"layers.{k}.q.weight" for k in range(len(matrices))]
+    bases = [torch.from_numpy(base * rng.standard_normal(m.shape)).to(dtype) for m in matrices]
+    tuned = [(b.double() + torch.from_numpy(m)).to(dtype) for b, m in zip(bases, matrices, strict=True)]
+    return dict(zip(names, bases, strict=True)), dict(zip(names, tuned, strict=True))
+
+
+def decaying(count: int = 5, shape=(24, 18), rate: float = 0.6, seed: int = 0) -> list[np.ndarray]:
+    """Full matrices whose singular values fall at rates of their own."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for k in range(count):
+        u, _, vh = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+        found.append((u * rate ** (np.arange(min(shape)) / (k + 1))) @ vh)
+    return found
+
+
+def values(matrices) -> list[np.ndarray]:
+    return [np.linalg.svd(m, compute_uv=False) for m in matrices]
+
+
+def lora_rank(matrices, error: float) -> int:
+    """The first rank at which LoRA leaves no more than an error, one rank after the other."""
+    squares = [s**2 for s in values(matrices)]
+    total = sum(s.sum() for s in squares)
+    return next(r for r in range(max(map(len, squares)) + 1) if sum(s[r:].sum() for s in squares) <= error**2 * total)
+
+
+def energy_ranks(matrices, share: float) -> list[int]:
+    return [int((np.cumsum(s**2) < share * (s**2).sum()).sum()) + 1 for s in values(matrices)]
+
+
+def test_median_ranks_and_loras_parameters():
+    matrices = decaying()
+    report = ta.analyze(*layers(matrices), candidates=False)
+    wanted = sorted(energy_ranks(matrices, 0.95))
+    found = report.answer.ranks["energy_0.95"]
+    assert set(report.answer.ranks) == {"energy_0.95"}  # no noise, and no low rank
+    assert (found.lowest, found.median, found.highest) == (wanted[0], statistics.median_high(wanted), wanted[-1])
+    for needed, error in zip(report.answer.needed, (0.1, 0.01), strict=True):
+        rank = lora_rank(matrices, error)
+        count = sum(rank * sum(m.shape) for m in matrices)
+        assert (needed.relative_error, needed.label, needed.num_parameters) == (error, f"LoRA r={rank}", count)
+        assert needed.share == pytest.approx(count / sum(m.size for m in matrices))
+        left = sum((s[rank:] ** 2).sum() for s in values(matrices)) / sum((s**2).sum() for s in values(matrices))
+        assert needed.reached == pytest.approx(left**0.5, rel=1e-3) and not needed.at_least
+
+
+def test_the_first_lines_say_these_numbers():
+    matrices = decaying(3, (40, 36))
+    first = " ".join(str(ta.analyze(*layers(matrices), candidates=False)).split("\n\n")[0].split())
+    ranks, lora = sorted(energy_ranks(matrices, 0.95)), [lora_rank(matrices, e) for e in (0.1, 0.01)]
+    size = sum(m.size for m in matrices)
+    counts = [sum(r * sum(m.shape) for m in matrices) for r in lora]
+    assert counts[0] < size < counts[1]
+    assert first == (
+        f"What rank is it? {statistics.median_high(ranks)} for 95% of the energy ({ranks[0]} to {ranks[-1]}):"
+        " medians of 3 weights in the layers."
+        f" 10% error: LoRA r={lora[0]}, {counts[0]:,} parameters, {100 * counts[0] / size:.3g}% of the dense change"
+        f" 1% error: this change has no low rank: LoRA r={lora[1]} takes {counts[1] / size:.1f} times its dense size"
+    )
+
+
+def test_ranks_above_the_rounding_noise():
+    """A change of rank 3 on bfloat16 weights, and how much of it may be noise, by a loop over all entries."""
+    rng = np.random.default_rng(3)
+    matrices = [0.01 * rng.standard_normal((40, 3)) @ rng.standard_normal((3, 30)) for _ in range(3)]
+    sides = layers(matrices, torch.bfloat16, base=1.0)
+    report = ta.analyze(*sides, candidates=False)
+    assert report.answer.ranks["noise"].median == 3 and "exact" not in report.answer.ranks
+    noise = change = 0.0
+    for before, after in zip(*(side.values() for side in sides), strict=True):
+        for value in (*before.flatten().tolist(), *after.flatten().tolist()):
+            noise += 2.0 ** (2 * (math.floor(math.log2(abs(value))) - 7)) / 12
+        change += float((after.double() - before.double()).square().sum())
+    assert report.answer.noise_share == pytest.approx(min(1.0, (noise / change) ** 0.5), rel=1e-3)
+    text = " ".join(str(report).split())
+    assert text.startswith("What rank is it? 3 above the rounding noise, ")
+    assert f"up to {100 * report.answer.noise_share:.3g}% of the change's norm is rounding noise" in text
+    assert "above noise" in text
+
+
+def test_exact_ranks_of_float32_are_told_and_have_no_column():
+    rng = np.random.default_rng(3)
+    matrices = [rng.standard_normal((20, 2)) @ rng.standard_normal((2, 16)) for _ in range(3)]
+    report = ta.analyze(*layers(matrices))
+    assert report.answer.ranks["exact"].median == 2 and report.answer.noise_share is None
+    assert "2 above float32's own rounding" in str(report)
+    assert "above noise" not in report.text() + report.text(wide=True)
+    assert "rank above noise" not in report.to_html() and "noise edge" not in report.to_html()
+
+
+def test_what_the_values_do_not_show_is_a_bound():
+    """Four values of each weight: LoRA takes at least what is said, and the text says that it is a bound."""
+    matrices = decaying(rate=0.9)
+    report = ta.analyze(*layers(matrices), candidates=False, values=4)
+    found, error = report.answer.needed[0], 0.1
+    assert found.at_least and found.reached is None
+    assert 4 < found.rank <= lora_rank(matrices, error)
+    # what is left beyond the fourth value falls by no more than the fourth value's square from rank to rank
+    squares = [s**2 for s in values(matrices)]
+    total = sum(s.sum() for s in squares)
+    best = next(
+        r for r in range(4, 18) if sum(max(0, s[4:].sum() - (r - 4) * s[3]) for s in squares) <= error**2 * total
+    )
+    assert found.rank == best
+    text = " ".join(str(report).split())
+    size = found.num_parameters / sum(m.size for m in matrices)
+    assert size >= 1 and f"10% error: this change has no low rank: LoRA takes at least {size:.1f} times" in text
+    assert report.answer.ranks["energy_0.95"].median is None and "more than 4 for 95% of the energy" in text
+
+
+def test_the_best_format_is_named():
+    """Weights that share their spaces: LoTR is within 1 % with fewer parameters than LoRA."""
+    rng = np.random.default_rng(5)
+    left, right = rng.standard_normal((40, 4)), rng.standard_normal((4, 40))
+    matrices = [left @ rng.standard_normal((4, 4)) @ right for _ in range(6)]
+    report = ta.analyze(*layers(matrices))
+    within = [c for c in report.candidates if c.relative_error <= 0.01]
+    best = min(within, key=lambda c: c.num_parameters)
+    assert best.preset == "lotr" and best.num_parameters == 2 * 4 * 40 + 6 * 16
+    found = report.answer.needed[1]
+    assert (found.label, found.num_parameters) == (best.label, best.num_parameters)
+    assert found.share == best.share == best.num_parameters / (6 * 1600)
+
+
+def test_only_what_changed_is_counted():
+    """Weights that did not change are in no stack, no candidate and no share: adapters of them would be of no use."""
+    matrices = decaying(4)
+    base, tuned = layers(matrices)
+    still = {f"layers.{k}.v.weight": torch.ones(24, 18) for k in range(4)}
+    report, alone = ta.analyze(base | still, tuned | still), ta.analyze(base, tuned)
+    assert [c.num_parameters for c in report.candidates] == [c.num_parameters for c in alone.candidates]
+    assert report.answer == alone.answer and report.choice["spec"] == alone.choice["spec"]
+    assert [report.groups["q"].axes] == [("layer", "out", "in")] and report.sites["layers.0.v"].group is None
+
+
+def test_nothing_changed_and_nothing_compared():
+    base, _ = pair()
+    report = ta.analyze(base, base)
+    assert report.answer is None
+    assert str(report).startswith("What rank is it? 0: no weight differs.") and "no weight differs" in report.to_html()

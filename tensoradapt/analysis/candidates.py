@@ -1,4 +1,4 @@
-"""Candidates: what every format would lose on the measured deltas, at which number of parameters, and which to take.
+"""Candidates: what every format would lose on the measured deltas, at which number of parameters.
 
 Invariant: a candidate's parameters are those of the format's diagrams over the same sites; its error is measured on the
 stacks' cores, what those do not hold counted as lost.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,12 +25,9 @@ from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Shape
 from tensoradapt.lower import dense
-from tensoradapt.spec import Rule, Spec
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-REFERENCE = 8  # the largest LoRA rank that the others are compared with
 CP_SWEEPS = 12
-RESOLVED = 1e-3  # relative errors below this are differences of sums of float32 squares: all the same
 
 
 @dataclass(frozen=True)
@@ -76,23 +73,25 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tried:
-    """How every format does on one stack: by (format, rank)."""
+    """How every format does on one stack: by (format, rank); `dense` counts the entries of its weights."""
 
     name: str
     paths: tuple[str, ...]
     axes: tuple[str, ...]
+    dense: int
     norms: Tensor
     trials: Mapping[tuple[str, int], Trial]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A format at one rank on all stacks."""
+    """A format at one rank on all stacks; `share` is its parameters over the entries of the weights: dense is 1."""
 
     label: str
     preset: str
     rank: int
     num_parameters: int
+    share: float
     relative_error: float
     worst_site: Mapping[str, Any]
     by_group: Mapping[str, int]
@@ -101,15 +100,6 @@ class Candidate:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The candidates, which of them to take, and why."""
-
-    candidates: tuple[Candidate, ...]
-    choice: Mapping[str, Any] | None = None
-    comparisons: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _lora(stack: Stacked, rank: int) -> Trial:
@@ -211,18 +201,13 @@ def tried(stack: Stacked, ranks: Sequence[int] = RANKS) -> Tried:
     """Every format on one stack, at every rank."""
     made = {(key, rank): family.trial(stack, rank) for key, family in FAMILIES.items() for rank in ranks}
     trials = {at: trial for at, trial in made.items() if trial is not None}
-    return Tried(stack.name, stack.paths, stack.axes, stack.norms, trials)
+    dense = len(stack.paths) * stack.sizes["out"] * stack.sizes["in"]
+    return Tried(stack.name, stack.paths, stack.axes, dense, stack.norms, trials)
 
 
-def compared(stacks: Sequence[Tried], typical: int | None = None) -> Choice:
-    """Every format at every rank over all stacks, the front of error against parameters, and the winner with why.
-
-    The others are compared with LoRA of the `typical` rank of a site, at most 8.
-    """
-    found = [c for key in FAMILIES for c in _candidates(key, stacks)]
-    marked = tuple(replace(c, front=not any(_better(other, c) for other in found)) for c in found)
-    reference = min(REFERENCE, typical or REFERENCE)
-    return Choice(marked, _winner(marked, reference, stacks), _comparisons(marked, reference))
+def candidates_of(stacks: Sequence[Tried]) -> list[Candidate]:
+    """Every format at every rank over all stacks."""
+    return [c for key in FAMILIES for c in _candidates(key, stacks)]
 
 
 def _candidates(key: str, stacks: Sequence[Tried]) -> Iterator[Candidate]:
@@ -246,74 +231,9 @@ def _candidate(key: str, rank: int, stacks: Sequence[Tried], trials: Sequence[Tr
     }
     worst = max(errors, key=lambda p: errors[p])
     by_group = {s.name: t.num_parameters for s, t in zip(stacks, trials, strict=True)}
+    count, dense = sum(by_group.values()), sum(s.dense for s in stacks)
     return Candidate(
-        *(f"{FAMILIES[key].label} r={rank}", key, rank, sum(by_group.values()), math.sqrt(lost / total)),
+        *(f"{FAMILIES[key].label} r={rank}", key, rank, count, count / dense, math.sqrt(lost / total)),
         {"path": worst, "relative_error": errors[worst]},
         by_group,
     )
-
-
-def _better(one: Candidate, other: Candidate) -> bool:
-    """Whether one is no larger and no worse, and one of the two truly; errors below RESOLVED are all the same."""
-    errors = [max(RESOLVED, c.relative_error) for c in (one, other)]
-    no_worse = one.num_parameters <= other.num_parameters and errors[0] <= errors[1]
-    return no_worse and (one.num_parameters < other.num_parameters or errors[0] < errors[1])
-
-
-def _winner(found: Sequence[Candidate], rank: int, stacks: Sequence[Tried]) -> dict[str, Any] | None:
-    """The cheapest candidate that is no worse than LoRA of the reference rank, by how much, and its spec."""
-    loras = [c for c in found if c.preset == "lora"]
-    if not loras:
-        return None
-    reference = next((c for c in loras if c.rank >= rank), loras[-1])
-    best = min(
-        (c for c in found if _as_close(c, reference.relative_error)),
-        key=lambda c: (c.num_parameters, round(c.relative_error, 3)),
-    )
-    said = f"{reference.label} leaves a relative error of {reference.relative_error:.3g}"
-    said += f" with {reference.num_parameters:,} parameters"
-    spec = Spec(rules=tuple(_rule(best, stack) for stack in stacks)).to_dict()
-    if best == reference:
-        cheaper = "no other candidate is as close with fewer; sharing between layers does not pay here"
-        return {"label": best.label, "reason": f"{said}: {cheaper}.", "spec": spec}
-    times = reference.num_parameters / max(1, best.num_parameters)
-    does = f"{best.label} is as close ({best.relative_error:.3g}) with {best.num_parameters:,}, {times:.2g} times fewer"
-    return {"label": best.label, "reason": f"{said}; {does}.", "spec": spec}
-
-
-def _rule(best: Candidate, stack: Tried) -> Rule:
-    """What the candidate is on one stack, as a user would write it."""
-    return Rule(
-        **{"name": stack.name, "targets": stack.paths, "rank": best.rank, **FAMILIES[best.preset].rule(stack.axes)}
-    )
-
-
-def _as_close(one: Candidate, error: float) -> bool:
-    return one.relative_error <= max(RESOLVED, error * (1 + 1e-6))
-
-
-def _comparisons(found: Sequence[Candidate], rank: int) -> dict[str, Any]:
-    """The cheapest of every format at equal error, and the closest at equal budget."""
-    loras = [c for c in found if c.preset == "lora"]
-    near = next((c.rank for c in loras if c.rank >= rank), 1)
-    errors = [c.relative_error for c in loras if c.rank in (1, near, 4 * near)]
-    budgets = sorted({n for c in loras if c.rank in (1, near) for n in (c.num_parameters // 10, c.num_parameters)})
-    at_error = [{"relative_error": e, "rows": list(_cheapest(found, e))} for e in errors]
-    at_budget = [{"max_parameters": n, "rows": list(_closest(found, n))} for n in budgets]
-    return {"at_error": at_error, "at_budget": at_budget}
-
-
-def _cheapest(found: Sequence[Candidate], error: float) -> Iterator[dict[str, Any]]:
-    for key in FAMILIES:
-        good = [c for c in found if c.preset == key and _as_close(c, error)]
-        if good:
-            best = min(good, key=lambda c: c.num_parameters)
-            yield {"label": best.label, "num_parameters": best.num_parameters}
-
-
-def _closest(found: Sequence[Candidate], budget: int) -> Iterator[dict[str, Any]]:
-    for key in FAMILIES:
-        good = [c for c in found if c.preset == key and c.num_parameters <= budget]
-        if good:
-            best = min(good, key=lambda c: c.relative_error)
-            yield {"label": best.label, "relative_error": best.relative_error}

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tensoradapt.analysis.account import accounted
-from tensoradapt.analysis.candidates import RANKS, Choice, Stacked, Tried, compared, tried
+from tensoradapt.analysis.candidates import RANKS, Stacked, Tried, tried
+from tensoradapt.analysis.choice import chosen
 from tensoradapt.analysis.floors import floors_of
 from tensoradapt.analysis.noise import Noise, noise_of
 from tensoradapt.analysis.report import Report
@@ -125,18 +126,15 @@ def report_of(
         source, model, sites, getattr(source, "like", empty(None)), seed, options.get("memory", MEMORY), team
     )
     groups, trials = work.all(progress, candidates=options.get("candidates", True))
-    chosen = compared(trials, _typical(sites)) if trials else Choice(())
-    if names[0] == "adapters" and chosen.choice:  # a set's sites are no model's
-        chosen = replace(chosen, choice={key: value for key, value in chosen.choice.items() if key != "spec"})
+    found = chosen(sites, trials)
+    choice = found.choice
+    if names[0] == "adapters" and choice:  # a set's sites are no model's
+        choice = {key: value for key, value in choice.items() if key != "spec"}
     settings = {"values": values, "seed": seed, "basis": BASIS, "candidate_ranks": list(RANKS)}
-    named = {path: replace(row, group=work.group_of[path]) for path, row in sites.items()}
-    return Report(*names, settings, match, named, groups, chosen.candidates, chosen.choice, chosen.comparisons)
-
-
-def _typical(sites: dict[str, SiteReport]) -> int | None:
-    """The median rank above the noise, of the sites where it is known."""
-    ranks = sorted(r for row in sites.values() if (r := row.ranks["noise"]))
-    return ranks[len(ranks) // 2] if ranks else None
+    named = {path: replace(row, group=work.group_of.get(path)) for path, row in sites.items()}
+    return Report(
+        *(*names, settings, match, named, groups, found.candidates, choice, found.comparisons), answer=found.answer
+    )
 
 
 def _sites(source: Source, team: Team, how: tuple[int | None, int], progress: Progress) -> dict[str, SiteReport]:
@@ -168,8 +166,9 @@ class _Stacks:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The sites in stacks."""
-        return stacks_of(self.source.sites, self.model)
+        """The sites that differ in stacks; all of them where none does."""
+        differing = tuple(site for site in self.source.sites if self.sites[site.path].norm)
+        return stacks_of(differing or self.source.sites, self.model)
 
     @cached_property
     def group_of(self) -> dict[str, str]:
@@ -180,7 +179,7 @@ class _Stacks:
         """The reports of all stacks, and how the candidates do on those within the layers (on all, without layers)."""
         reports: dict[str, StackReport] = {}
         trials: list[Tried] = []
-        layered = any("layer" in site.coordinates for site in self.source.sites)
+        layered = any("layer" in p.site.coordinates for group in self.groups for p in group.placements)
         for number, group in enumerate(self.groups):
             held = self._held(group)
             floors = floors_of(group, self.source.noise, self._team(group))

@@ -44,7 +44,8 @@ class SiteReport:
     """One site's numbers, norms and singular values in the weight's units.
 
     `residual` is what `singular_values` leaves out; `complete` says that they are all there. A rank of None is above
-    the number of values computed; so is a `relative_change` of None above any number: the base is zero, or unknown.
+    the number of values computed; so is a `relative_change` of None above any number: the base is zero, or unknown. A
+    weight that did not change has no `group`.
     """
 
     shape: tuple[int, int]
@@ -62,7 +63,7 @@ class SiteReport:
     participation_ratio: float
     noise: Mapping[str, Any]
     ranks: Mapping[str, int | None]
-    group: str = ""
+    group: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

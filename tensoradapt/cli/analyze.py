@@ -33,6 +33,9 @@ def analyze(
     rows: RowsOption = "error",
     nonfinite: NonfiniteOption = "error",
     seed: SeedOption = 0,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="A row for every weight with all of its numbers, wider than 80 columns.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the rank of a fine-tuning: per weight, across layers and roles, and which format holds it.
@@ -45,4 +48,4 @@ def analyze(
 
     options = {"values": values, "targets": target or (), "candidates": candidates, "seed": seed}
     reading = {"rows": rows, "nonfinite": nonfinite}
-    run(base, tuned, adapter or (), out, device=device, options=options, reading=reading, as_json=as_json)
+    run(base, tuned, adapter or (), out, device=device, options=options, reading=reading, wide=wide, as_json=as_json)

@@ -6,13 +6,23 @@ Invariant: the page needs no other file and no network, and every word that come
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import SpecError
+from tensoradapt.plots.answer import (
+    NONE,
+    QUESTION,
+    answer_lines,
+    answer_words,
+    dense_part,
+    kind_rows,
+    one_sided,
+    proposal_words,
+)
 from tensoradapt.plots.figures import FIGURES, caption
 from tensoradapt.plots.page import INCH, styled
 from tensoradapt.plots.panels import PAGE
@@ -40,10 +50,11 @@ def render_html(report: Report) -> str:
     """The report as one self-contained page of HTML. Raises FileError on what is no report (`check_report`)."""
     check_report(report)
     here = files("tensoradapt.plots")
-    title = f"{_text(report['tuned'] or 'tuned')} against {_text(report['base'] or 'base')}"
+    title = f"{_path(report['tuned'] or 'tuned')} against {_path(report['base'] or 'base')}"
     body = [
-        f"<header><p class='kind'>tensoradapt report</p><h1>{title}</h1></header>",
-        *_summary(report),
+        f"<header><p class='kind'>tensoradapt report: {title}</p><h1>{QUESTION}</h1></header>",
+        *_answer(report),
+        *_compared_sides(report),
         *(part for name in FIGURES for part in _figure(report, name)),
         *_comparisons(report["comparisons"]),
         *_candidates(report),
@@ -55,7 +66,7 @@ def render_html(report: Report) -> str:
             "<!DOCTYPE html>",
             "<html lang='en'><head><meta charset='utf-8'>",
             "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-            f"<title>{title}</title>",
+            f"<title>{title.replace('<wbr>', '')}</title>",
             f"<style>{here.joinpath('page.css').read_text('utf-8')}</style></head><body><main>",
             *body,
             f"</main><script>{here.joinpath('page.js').read_text('utf-8')}</script></body></html>",
@@ -70,50 +81,56 @@ def _text(value: object) -> str:
 
 
 def _path(path: str) -> str:
-    """A path that may break into lines after its dots."""
-    return _text(path).replace(".", ".<wbr>")
+    """A path that may break into lines after its dots and slashes."""
+    return _text(path).replace(".", ".<wbr>").replace("/", "/<wbr>")
 
 
 # ------------------------------------------------------------------------------------------------ words
 
 
-def _summary(report: Report) -> list[str]:
-    """What was compared and the answer, in sentences."""
-    sites, choice = report["sites"], report["choice"]
-    changed = sum(site["norm"] > 0 for site in sites.values())
-    said = ["Two checkpoints were compared" if report["kind"] == "checkpoints" else "Adapters were compared"]
-    said += [f"in {some(len(sites), 'weight')} and {some(len(report['groups']), 'group')} of them."]
-    said += ["All of them changed." if changed == len(sites) else f"{changed:,} of them changed."] if sites else []
-    lines = ["<section class='summary'><h2>Summary</h2>", f"<p>{' '.join(said)}</p>"]
+def _answer(report: Report) -> list[str]:
+    """What rank it is, what an adapter takes for an error, and the proposal with its rule."""
+    lines = ["<section class='summary'>", f"<p class='answer'><strong>{_sentence(answer_words(report))}</strong></p>"]
+    lines += ["<ul>", *(f"<li>{_text(line)}</li>" for line in said), "</ul>"] if (said := answer_lines(report)) else []
+    choice = report["choice"]
     if choice:
-        chosen = next(c for c in report["candidates"] if c["label"] == choice["label"])
-        numbers = f"{chosen['num_parameters']:,} parameters, relative error {percent(chosen['relative_error'])}"
-        lines += [
-            f"<p class='answer'><strong>{_text(choice['label'])}</strong>: {numbers}. {_text(choice['reason'])}</p>"
-        ]
+        title = _text(choice["label"]) if choice.get("holds", True) else "no adapter"
+        lines += [f"<h2>Proposal: {title}</h2>"]
+        lines += [f"<p>{_text(' '.join(s for s in proposal_words(choice) if s != NONE))}</p>"]
     elif report["candidates"]:
         lines += ["<p>No candidate was chosen.</p>"]
+    return [*lines, "</section>"]
+
+
+def _sentence(words: str) -> str:
+    return _text(words[:1].upper() + words[1:])
+
+
+def _compared_sides(report: Report) -> list[str]:
+    """What was compared: the tensors by kind, what one side holds alone, and what was left out."""
+    sites = report["sites"]
+    changed = sum(site["norm"] > 0 for site in sites.values())
+    said = f"{some(len(sites), 'weight')} compared, {changed:,} of them differ."
+    change = report.get("change")
+    heads = ("tensors", "number", "differ", "of the squared change")
+    lines = ["<section><h2>What was compared</h2>", f"<p>{said}</p>"]
+    if change:
+        every = ("in both", f"{change['tensors']:,}", f"{change['differing']:,}", "")
+        lines += _rows(heads, [*(tuple(map(_text, row)) for row in kind_rows(change)), every], 1)
     return [*lines, *_match(report["match"]), "</section>"]
 
 
 def _match(match: Mapping[str, Any]) -> list[str]:
-    """What was matched, and what was left out."""
-    out = [
-        (f"{len(match[key]):,} {words}", _text(listed(match[key], 8)))
-        for key, words in (
-            ("only_base", "only in the base"),
-            ("only_tuned", "only in the tuned one"),
-            ("reshaped", "of another shape"),
-        )
-        if match[key]
-    ]
-    out += [(f"{len(match['refused']):,} refused", _refused(match["refused"]))] if match["refused"] else []
-    lines = [
-        f"<p>{some(match['matched'], 'weight')} matched by name; {'left out:' if out else 'none was left out.'}</p>"
-    ]
-    lines += ["<ul>", *(f"<li>{head}: {names}</li>" for head, names in out), "</ul>"] if out else []
-    lines += ["<ul>", *(f"<li>{_text(note)}</li>" for note in match["notes"]), "</ul>"] if match["notes"] else []
-    return lines
+    """What was not compared, and the notes."""
+    lines = [_text(said) for said in one_sided(match)]
+    lines += (
+        [f"{some(len(match['reshaped']), 'tensor')} of another shape: {_text(listed(match['reshaped'], 8))}"]
+        if (match["reshaped"])
+        else []
+    )
+    lines += [f"{len(match['refused']):,} no weights: {_refused(match['refused'])}"] if match["refused"] else []
+    lines += [_text(note) for note in match["notes"]]
+    return ["<ul>", *(f"<li>{line}</li>" for line in lines), "</ul>"] if lines else []
 
 
 def _refused(refused: Mapping[str, str], limit: int = 8) -> str:
@@ -157,9 +174,16 @@ def inline(figure: Figure, name: str) -> str:
 
 
 def _table(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], numeric: int, marked: int | None = None
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: int, marked: int | None = None
 ) -> list[str]:
-    """A table, folded where it is long; the columns from the `numeric`-th on hold numbers."""
+    """A section with a table, folded where it is long; the columns from the `numeric`-th on hold numbers."""
+    lines = _rows(heads, rows, numeric, marked)
+    if len(rows) >= LONG:
+        lines = [f"<details><summary>{len(rows):,} rows</summary>", *lines, "</details>"]
+    return [f"<section><h2>{title}</h2>", *lines, "</section>"]
+
+
+def _rows(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: int, marked: int | None = None) -> list[str]:
     cells = [
         f"<tr{' class=chosen' if k == marked else ''}>"
         + "".join(f"<td{' class=n' if c >= numeric else ''}>{cell}</td>" for c, cell in enumerate(row))
@@ -168,10 +192,7 @@ def _table(
     ]
     head = "".join(f"<th scope='col'{' class=n' if c >= numeric else ''}>{name}</th>" for c, name in enumerate(heads))
     table = f"<div class='wide'><table class='sortable'><thead><tr>{head}</tr></thead><tbody>"
-    lines = [table, *cells, "</tbody></table></div>"]
-    if len(cells) >= LONG:
-        lines = [f"<details><summary>{len(cells):,} rows</summary>", *lines, "</details>"]
-    return [f"<section><h2>{title}</h2>", *lines, "</section>"]
+    return [table, *cells, "</tbody></table></div>"]
 
 
 def _candidates(report: Report) -> list[str]:
@@ -185,36 +206,37 @@ def _candidates(report: Report) -> list[str]:
             _path(c["worst_site"]["path"]) if c["worst_site"] else "",
             percent(c["worst_site"]["relative_error"]) if c["worst_site"] else "",
             f"{c['num_parameters']:,}",
+            "–" if c.get("share") is None else dense_part(c["share"]),
             percent(c["relative_error"]),
         )
         for c in candidates
     ]
-    heads = ("candidate", "Pareto", "worst weight", "its error", "parameters", "relative error")
+    heads = ("candidate", "Pareto", "worst weight", "its error", "parameters", "of dense", "relative error")
     return _table("Candidates", heads, rows, 3, labels.index(choice["label"]) if choice else None) if rows else []
 
 
 def _sites(report: Report) -> list[str]:
-    rule = "noise" if has_noise(report) else "energy_0.95"
+    noisy = has_noise(report)
     rows = [
         (
             _path(path),
             " × ".join(map(str, site["shape"])),
             percent(site["relative_change"]) if site["relative_change"] is not None else "–",
             figures(site["spectral_norm"]),
-            figures(site["noise"]["edge"]),
-            _rank(site, "noise"),
-            _rank(site, "energy_0.95"),
+            *((figures(site["noise"]["edge"]), _rank(site, "noise")) if noisy else ()),
+            *(_rank(site, "energy_0.95"), _rank(site, "energy_0.99")),
             figures(site["stable_rank"]),
             figures(site["effective_rank"]),
         )
         for path, site in report["sites"].items()
     ]
     heads = [
-        *("weight", "out × in", "relative change", "largest singular value", "noise edge", "rank above noise"),
-        *("rank, 95 % of energy", "stable rank", "effective rank"),
+        *("weight", "out × in", "relative change", "largest singular value"),
+        *(("noise edge", "rank above noise") if noisy else ()),
+        *("rank, 95 % of energy", "rank, 99 % of energy", "stable rank", "effective rank"),
     ]
-    note = f"<p class='note'>Figures use the {_text(rule_words(rule))}. Norms are in the units of the weights.</p>"
-    return [*_table("Weights", heads, rows, 1), note] if rows else []
+    note = f"<p class='note'>Figures use the {_text(rule_words('noise' if noisy else 'energy_0.95'))}."
+    return [*_table("Weights", heads, rows, 1), f"{note} Norms are in the units of the weights.</p>"] if rows else []
 
 
 def _rank(site: Mapping[str, Any], rule: str) -> str:
@@ -228,15 +250,17 @@ def _comparisons(comparisons: Mapping[str, Any]) -> list[str]:
     """Formats at one error, and at one budget."""
     at_error = [
         (
-            f"error at most {percent(found['relative_error'])}",
-            [(r["label"], f"{r['num_parameters']:,}") for r in found["rows"]],
+            f"error at most {percent(found['relative_error'])}"
+            + (f" ({_text(of)})" if (of := found.get("label")) else ""),
+            [(r["label"], *_size(r)) for r in found["rows"]] + [(name, "none") for name in found.get("unreached", ())],
         )
         for found in comparisons.get("at_error", ())
     ]
     at_budget = [
         (
             f"at most {some(found['max_parameters'], 'parameter')}",
-            [(r["label"], percent(r["relative_error"])) for r in found["rows"]],
+            [(r["label"], percent(r["relative_error"])) for r in found["rows"]]
+            + [(name, "none") for name in found.get("unreached", ())],
         )
         for found in comparisons.get("at_budget", ())
     ]
@@ -244,7 +268,13 @@ def _comparisons(comparisons: Mapping[str, Any]) -> list[str]:
     return lines + _compared("Formats within the same budget", "relative error", at_budget)
 
 
-def _compared(title: str, what: str, parts: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> list[str]:
+def _size(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Parameters, and of the dense change where that is known."""
+    share = row.get("share")
+    return (f"{row['num_parameters']:,}" + ("" if share is None else f" ({dense_part(share)} of dense)"),)
+
+
+def _compared(title: str, what: str, parts: Sequence[tuple[str, Sequence[tuple[str, ...]]]]) -> list[str]:
     """A table in parts, each with a line of its own above it."""
     if not any(rows for _, rows in parts):
         return []
@@ -258,5 +288,13 @@ def _compared(title: str, what: str, parts: Sequence[tuple[str, Sequence[tuple[s
 
 
 def _settings(settings: Mapping[str, Any]) -> list[str]:
-    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in settings.items())
+    """The settings that were given or chosen; those left open are not there."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    rows = "".join(
+        f"<dt>{_text(name.replace('_', ' '))}</dt><dd>{_text(_listing(v))}</dd>" for name, v in given.items()
+    )
     return [f"<section><h2>Settings</h2><dl>{rows}</dl></section>"] if rows else []
+
+
+def _listing(value: Any) -> str:
+    return ", ".join(map(str, value)) if type(value) in (list, tuple) else str(value)

@@ -113,6 +113,7 @@ class Candidate(Part):
     preset: str
     rank: Any
     num_parameters: int
+    share: float | None = None
     relative_error: float | None
     worst_site: WorstSite | None
     by_group: dict[str, int]
@@ -120,10 +121,14 @@ class Candidate(Part):
 
 
 class Choice(Part):
-    """The candidate that the analysis chose, and why."""
+    """The candidate that the analysis chose, by which rule, and why."""
 
     label: str
     reason: str
+    reference: str = ""
+    rule: str = ""
+    warning: str = ""
+    holds: bool = True
 
 
 class AtError(Part):
@@ -131,6 +136,8 @@ class AtError(Part):
 
     relative_error: float
     rows: list[dict[str, Any]]
+    label: str = ""
+    unreached: list[str] = []
 
 
 class AtBudget(Part):
@@ -138,6 +145,7 @@ class AtBudget(Part):
 
     max_parameters: int
     rows: list[dict[str, Any]]
+    unreached: list[str] = []
 
 
 class Comparisons(Part):
@@ -165,6 +173,39 @@ class Account(Part):
     kinds: dict[str, Tally]
 
 
+class Ranks(Part):
+    """The ranks of some weights by one rule."""
+
+    median: int | None
+    lowest: int | None
+    highest: int | None
+    computed: int | None
+
+
+class Needed(Part):
+    """The smallest adapter within an error."""
+
+    relative_error: float
+    label: str
+    preset: str
+    rank: int
+    num_parameters: int
+    share: float
+    reached: float | None
+    at_least: bool
+
+
+class Answer(Part):
+    """What rank the change has."""
+
+    weights: int
+    layers: bool
+    dense: int
+    ranks: dict[str, Ranks]
+    noise_share: float | None
+    needed: list[Needed]
+
+
 class Report(Part):
     """The whole of a report."""
 
@@ -181,6 +222,7 @@ class Report(Part):
     choice: Choice | None
     comparisons: Comparisons
     change: Account | None = None
+    answer: Answer | None = None
 
 
 def read_report(path: str | Path) -> dict[str, Any]:

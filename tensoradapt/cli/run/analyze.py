@@ -27,6 +27,7 @@ def run(
     device: str | None,
     options: Mapping[str, Any],
     reading: Mapping[str, Any],
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Analyse two checkpoints or a set of adapters; write and print the report."""
@@ -42,7 +43,7 @@ def run(
         else:
             report = analyze(base, tuned, **options, **reading, **shared)
         if team.rank == 0:
-            _write(report, out, as_json=as_json)
+            _write(report, out, wide=wide, as_json=as_json)
 
 
 def _check(out: Path) -> None:
@@ -57,12 +58,13 @@ def _check(out: Path) -> None:
         raise FileError(f"{out} cannot be written", got=f"{nearest} is read-only", hint="choose another folder")
 
 
-def _write(report: Report, out: Path | None, *, as_json: bool) -> None:
+def _write(report: Report, out: Path | None, *, wide: bool, as_json: bool) -> None:
+    text = report.text(wide=wide)
     if out is not None:
         report.to_json(out / "report.json")
         report.to_html(out / "report.html")
         with atomic(out / "report.txt") as temporary:
-            temporary.write_text(f"{report}\n", "utf-8")
-    emit(report.to_json() if as_json else str(report))
+            temporary.write_text(f"{text}\n", "utf-8")
+    emit(report.to_json() if as_json else text)
     if out is not None and not as_json:
         emit(f"written to {out / 'report.html'}, report.json and report.txt beside it")

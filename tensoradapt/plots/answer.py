@@ -1,0 +1,108 @@
+"""The answer of a report in sentences, and the account of its tensors: the same words in text and on the page.
+
+Invariant: every number comes from the report; a bound is said to be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tensoradapt.plots.words import listed, percent, some
+
+RULE_WORDS = {
+    "noise": "above the rounding noise",
+    "exact": "above float32's own rounding",
+    "energy_0.95": "for 95% of the energy",
+}
+KIND_WORDS = {
+    "layers": "weights in the layers",
+    "embeddings": "embeddings",
+    "outside": "other weights",
+    "vectors": "biases and norms",
+    "other": "tensors that are no weights",
+    "untargeted": "weights beside the targets",
+}
+QUESTION = "What rank is it?"
+NONE = "no adapter."
+NOISE_SHOWN = 0.01  # the share of the change from which on rounding noise is spoken of
+
+
+def rank_words(rank: int | None, computed: int | None) -> str:
+    """A rank, or what it is above."""
+    return f"more than {computed:,}" if rank is None else f"{rank:,}"
+
+
+def dense_words(share: float) -> str:
+    """Parameters beside the entries of the weights that they stand for."""
+    return f"{percent(share)} of the dense change" if share < 1 else f"{share:.1f} times the dense change"
+
+
+def dense_part(share: float) -> str:
+    """The same in a table: a share, or how many times the weights' entries."""
+    return percent(share) if share < 1 else f"{share:.1f} times"
+
+
+def answer_words(report: Mapping[str, Any]) -> str:
+    """The first sentence: what rank the change has."""
+    answer = report.get("answer")
+    if not answer:
+        return "0: no weight differs." if report["sites"] else "no weight was compared."
+    said = ", ".join(_ranks(ranks, RULE_WORDS[rule]) for rule, ranks in answer["ranks"].items())
+    many = f"{some(answer['weights'], 'weight')}{' in the layers' if answer['layers'] else ''}"
+    return f"{said}: {'of ' if answer['weights'] == 1 else 'medians of '}{many}."
+
+
+def _ranks(ranks: Mapping[str, Any], words: str) -> str:
+    low, middle, high = (rank_words(ranks[key], ranks["computed"]) for key in ("lowest", "median", "highest"))
+    return f"{middle} {words}" + (f" ({low} to {high})" if low != high else "")
+
+
+def needed_words(needed: Mapping[str, Any]) -> str:
+    """What an adapter takes for an error: the smallest one, or a bound where none that was tried is within it."""
+    error, share = f"{percent(needed['relative_error'])} error", needed["share"]
+    least = "at least " if needed["at_least"] else ""
+    name = "LoRA" if needed["at_least"] else needed["label"]
+    if share >= 1:
+        return f"{error}: this change has no low rank: {name} takes {least}{share:.1f} times its dense size"
+    size = f"{needed['num_parameters']:,} parameters, {dense_words(share)}"
+    if needed["at_least"]:
+        return f"{error}: no format tried reaches it; LoRA takes at least {size}"
+    return f"{error}: {name}, {size}"
+
+
+def answer_lines(report: Mapping[str, Any]) -> list[str]:
+    """What follows the first sentence: the parameters needed for each error, and the noise where there is some."""
+    answer = report.get("answer")
+    if not answer:
+        return []
+    noise = answer["noise_share"]
+    lines = [needed_words(needed) for needed in answer["needed"]]
+    if noise is not None and noise >= NOISE_SHOWN:
+        lines += [f"up to {percent(noise)} of the change's norm is rounding noise of the stored dtypes"]
+    return lines
+
+
+def kind_rows(change: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """The tensors of both sides by kind: how many, how many differ, and their share of the squared change."""
+    for kind, row in change["kinds"].items():
+        name = KIND_WORDS[kind]
+        several = row["weights"] not in (0, row["tensors"])
+        name = f"{row['weights']:,} {name}" if several else name
+        share = "" if row["share"] is None else percent(row["share"])
+        yield name, f"{row['tensors']:,}", f"{row['differing']:,}", share
+
+
+def one_sided(match: Mapping[str, Any]) -> list[str]:
+    """What only one side holds, in a sentence each."""
+    sides = (("only_base", "only in the base"), ("only_tuned", "only in the tuned side"))
+    return [f"{words}: {some(len(match[key]), 'tensor')} ({listed(match[key])})" for key, words in sides if match[key]]
+
+
+def proposal_words(choice: Mapping[str, Any]) -> list[str]:
+    """The proposal in sentences: the candidate with its rule, or that there is none, and what the rule would give."""
+    rule = [f"The rule: {choice['rule']}"] if choice.get("rule") else []
+    warning = [choice["warning"]] if choice.get("warning") else []
+    if choice.get("holds", True):
+        return [choice["reason"], *warning, *rule]
+    return [NONE, *warning, f"By the rule it would be this: {choice['reason']}", *rule]
