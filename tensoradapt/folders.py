@@ -180,7 +180,7 @@ def _check_sound(entry: Entry, site: Site, source: Checkpoint, *, tied: bool) ->
     if others and not tied:
         raise AdapterError(
             f"{site.path} is tied to {', '.join(others)}: merging would change both",
-            hint="tied=True (--tied) does that; or merge in the model with merge(untie=True) and save it",
+            hint="tied=True (--tied) does that; or untie the two in the model, merge there, and save it",
         )
 
 

@@ -90,7 +90,7 @@ BAD = {
     "a float rank": (["--preset", "lora", "--rank", "1.5", "--target", "q"], "valid integer"),
     "an unknown preset": (["--preset", "lroa", "--target", "q"], "did you mean"),
     "a parameter that the preset lacks": (["--preset", "krona", "--rank", "4", "--target", "q"], "has no parameter"),
-    "a head format without head counts": (["--preset", "lorta", "--target", "q"], "pass heads"),
+    "a head format without head counts": (["--preset", "lorta", "--target", "q"], "pass --set heads="),
     "neither preset nor spec": ([], "give a preset or a spec file"),
     "an unknown option": (["--frobnicate"], "frobnicate"),
     "a missing spec file": (["--spec", "nowhere.yaml"], "no spec file"),
@@ -240,7 +240,7 @@ BAD_PAIRS = {
         "is a file",
     ),
     "no such device": ([*"analyze {base} {tuned} --device gpu".split()], "device 'gpu'"),
-    "no such rows": ([*"analyze {base} {tuned} --rows some".split()], "rows='some'"),
+    "no such rows": ([*"analyze {base} {tuned} --rows some".split()], "--rows some"),
 }
 
 

@@ -60,7 +60,7 @@ def test_a_peft_folder_is_an_adapter_too(adapter, tmp_path):
 
 REFUSED = [
     (["--to", "gguf"], "no format 'gguf' to export to"),
-    (["--for", "ollama"], "no consumer 'ollama'"),
+    (["--for", "ollama"], "--for ollama is none"),
     (["--for", "vllm", "--layout", "compact"], "vllm does not serve this adapter"),
     (["--dtype", "int8"], "no dtype 'int8'"),
     (["--model", "nowhere"], "no model at nowhere"),

@@ -509,7 +509,7 @@ def test_what_a_bare_file_calls_a_matrix_is_what_the_model_says(tmp_path):
 OPTIONS = [
     ({"layout": "flat"}, "no layout 'flat'"),
     ({"dtype": "float64"}, "no dtype 'float64'"),
-    ({"consumer": "ollama"}, "no consumer 'ollama'"),
+    ({"consumer": "ollama"}, "consumer='ollama' is none"),
     ({"task_type": "causal"}, "no task_type 'causal'"),
     ({"rank": 0}, "a rank is a positive integer"),
     ({"rank": True}, "a rank is a positive integer"),

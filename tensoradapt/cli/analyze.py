@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import DeviceOption, JsonOption, NonfiniteOption, RowsOption, SeedOption, TargetOption
+from tensoradapt.cli.options import (
+    DeviceOption,
+    JsonOption,
+    NonfiniteOption,
+    PrefixOption,
+    RowsOption,
+    SeedOption,
+    TargetOption,
+)
 
 
 def analyze(
@@ -31,6 +39,7 @@ def analyze(
         bool, typer.Option("--candidates/--no-candidates", help="Compare the formats that could hold the change.")
     ] = True,
     rows: RowsOption = "error",
+    prefix: PrefixOption = "auto",
     nonfinite: NonfiniteOption = "error",
     seed: SeedOption = 0,
     wide: Annotated[
@@ -47,5 +56,5 @@ def analyze(
     from tensoradapt.cli.run.analyze import run
 
     options = {"values": values, "targets": target or (), "candidates": candidates, "seed": seed}
-    reading = {"rows": rows, "nonfinite": nonfinite}
+    reading = {"rows": rows, "prefix": prefix, "nonfinite": nonfinite}
     run(base, tuned, adapter or (), out, device=device, options=options, reading=reading, wide=wide, as_json=as_json)

@@ -57,6 +57,13 @@ def _root(
     """Build, analyse, extract and compare tensor-structured adapters."""
 
 
+def _tell(error: TensorAdaptError) -> None:
+    """Print an error in the words of the command line."""
+    from tensoradapt.cli.run.words import in_options
+
+    sys.stderr.write(f"error: {in_options(str(error))}\n")
+
+
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0 done, 1 a tolerance missed, 2 the input is at fault, 130 interrupted."""
     command = typer.main.get_command(application())
@@ -69,7 +76,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except TensorAdaptError as error:
         if not error.told:
-            sys.stderr.write(f"error: {error}\n")
+            _tell(error)
         return AT_FAULT
     except UsageError as error:
         error.show()  # type: ignore[attr-defined]

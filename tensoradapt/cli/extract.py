@@ -12,6 +12,7 @@ from tensoradapt.cli.options import (
     DeviceOption,
     JsonOption,
     NonfiniteOption,
+    PrefixOption,
     PresetOption,
     RankOption,
     RowsOption,
@@ -44,6 +45,7 @@ def extract(
     ] = None,
     device: DeviceOption = None,
     rows: RowsOption = "error",
+    prefix: PrefixOption = "auto",
     nonfinite: NonfiniteOption = "error",
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
@@ -62,7 +64,7 @@ def extract(
     """
     from tensoradapt.cli.run.extract import run
 
-    options = {"max_parameters": max_parameters, "rows": rows, "nonfinite": nonfinite, "seed": seed}
+    options = {"max_parameters": max_parameters, "rows": rows, "prefix": prefix, "nonfinite": nonfinite, "seed": seed}
     options |= {"overwrite": overwrite}
     choice = Choice(preset, rank, target, spec, set_)
     shown = {"dry_run": dry_run, "wide": wide, "as_json": as_json}

@@ -41,6 +41,10 @@ RowsOption = Annotated[
 NonfiniteOption = Annotated[
     str, typer.Option("--nonfinite", help="Weights with NaN or infinite entries: error, or skip them.")
 ]
+PrefixOption = Annotated[
+    str,
+    typer.Option("--prefix", help="What one side's names have in front of the other's, such as `bert.`; or auto."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random sketches.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 PresetsOption = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, NonfiniteOption, RowsOption
+from tensoradapt.cli.options import JsonOption, NonfiniteOption, PrefixOption, RowsOption
 
 
 def verify(
@@ -21,6 +21,7 @@ def verify(
         bool, typer.Option("--within-targets", help="The tolerance is for the adapter's own weights alone.")
     ] = False,
     rows: RowsOption = "error",
+    prefix: PrefixOption = "auto",
     nonfinite: NonfiniteOption = "error",
     as_json: JsonOption = False,
 ) -> None:
@@ -30,5 +31,6 @@ def verify(
     """
     from tensoradapt.cli.run.verify import run
 
-    options = {"tolerance": tolerance, "within_targets": within_targets, "rows": rows, "nonfinite": nonfinite}
+    options = {"tolerance": tolerance, "within_targets": within_targets, "rows": rows, "prefix": prefix}
+    options |= {"nonfinite": nonfinite}
     run(adapter, base, tuned, options=options, as_json=as_json)

@@ -66,7 +66,9 @@ def _check_free(path: Path, ours: Collection[str], *, overwrite: bool) -> None:
             hint="choose another folder",
         )
     if held and not overwrite:
-        raise FileError(f"{path} is there already", got=", ".join(held), hint="choose another folder, or overwrite it")
+        raise FileError(
+            f"{path} is there already", got=", ".join(held), hint="choose another folder, or overwrite=True"
+        )
 
 
 def _swap(new: Path, path: Path) -> None:

@@ -36,5 +36,7 @@ def _snapshot(name: str, revision: str | None, what: str) -> Path:
         raise FileError(
             f"no {what} at {name}",
             got=f"no such path, and the hub cache has no {name}" + (f" at revision {revision}" if revision else ""),
-            hint=f"download it first: hf download {name}" + (f" --revision {revision}" if revision else ""),
+            hint=("" if "/" in name else "look at the path; or, for a model of the hub, ")
+            + f"download it first: hf download {name}"
+            + (f" --revision {revision}" if revision else ""),
         ) from None

@@ -236,7 +236,7 @@ def _pickled(what: str) -> FileError:
     return FileError(
         f"{what} is a pickle, which can run code when it is opened: not opened",
         expected="safetensors",
-        hint="convert it where you trust it: model.save_pretrained(folder, safe_serialization=True)",
+        hint="load it where you trust it, and save it again: save_pretrained writes safetensors",
     )
 
 

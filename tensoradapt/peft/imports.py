@@ -67,7 +67,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
         raise FileError(
             f"no {WEIGHTS} in {folder}",
             got=f"{', '.join(pickles)}, which can run code when it is opened: not opened" if pickles else None,
-            hint="save it with save_pretrained(..., safe_serialization=True) where you trust it" if pickles else None,
+            hint="load it where you trust it, and save it again, as safetensors" if pickles else None,
         )
     shard = open_shard(file)
     found = {key: shard.read(key).clone() for key in shard.header}

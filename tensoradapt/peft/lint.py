@@ -31,7 +31,7 @@ def check(consumer: str | None, folder: Folder) -> None:
     if consumer is None:
         return
     if consumer not in _CONSUMERS:
-        raise SpecError(f"no consumer {consumer!r}", expected=", ".join(_CONSUMERS))
+        raise SpecError(f"consumer={consumer!r} is none that is known", expected=", ".join(_CONSUMERS))
     problems = _CONSUMERS[consumer](folder)
     if problems:
         raise AdapterError(

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from tensoradapt.cli.run.words import in_options
+
 
 class Result(Protocol):
     """What a command ends with: a text for people, and plain JSON values."""
@@ -34,9 +36,9 @@ def show(result: Result, *, as_json: bool) -> None:
     if as_json:
         emit_json(result.to_dict())
     else:
-        emit(str(result))
+        emit("\n".join(in_options(line) if line.startswith("note: ") else line for line in str(result).splitlines()))
 
 
 def note(text: str) -> None:
     """Print a line beside the result, on stderr."""
-    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.write(in_options(text).rstrip("\n") + "\n")
