@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tensoradapt.plots.page import COLOURS, GREY, save, styled
+from tensoradapt.plots.page import COLOURS, GREY, save
 
 MARKERS = "osDv^"
 
@@ -63,12 +63,11 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 def draw(rows: Sequence[Row], metrics: Sequence[str], path: Path) -> None:
     """Draw relative error and the metrics against parameters, a line per format, the rows without a budget across."""
     names = ["relative_error", *metrics]
-    with styled():
-        figure = Figure(figsize=(2.3 * len(names), 2.4), layout="constrained")
-        panels = figure.subplots(1, len(names), squeeze=False)[0]
-        for axes, name in zip(panels, names, strict=True):
-            draw_panel(axes, rows, name)
-        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False)
+    figure = Figure(figsize=(2.3 * len(names), 2.4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        draw_panel(axes, rows, name)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False)
     save(figure, path)
 
 

@@ -108,7 +108,7 @@ UNITS = {
     "modes": {"index of the singular value", "singular value\n(units of the weights)"},
     "similarity": {
         *("rank of the subspaces", "share of the energy, %", "layer"),
-        "mean squared cosine of the principal angles (1: the same subspace)",
+        "mean squared cosine of the principal angles\n(1: the same subspace)",
     },
 }
 

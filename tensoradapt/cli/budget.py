@@ -20,7 +20,7 @@ def budget(
         int | None, typer.Option("--max-parameters", help="Also solve for the largest ranks within it.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A figure (.png, .svg, .pdf) or a table (.csv, .json).")
+        Path | None, typer.Option("--out", help="A figure (.png, .svg, .pdf, .pgf) or a table (.csv, .json).")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

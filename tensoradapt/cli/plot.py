@@ -17,11 +17,12 @@ class Suffix(Enum):
     png = "png"
     svg = "svg"
     pdf = "pdf"
+    pgf = "pgf"
 
 
 def plot(
     report: Annotated[Path, typer.Argument(help="The folder that `tensoradapt analyze` wrote, or its report.json.")],
-    out: Annotated[Path, typer.Option("--out", help="A .png, .svg or .pdf file; a folder for all figures.")],
+    out: Annotated[Path, typer.Option("--out", help="A .png, .svg, .pdf or .pgf file; a folder for all figures.")],
     figure: Annotated[
         str | None, typer.Option("--figure", help=f"One of {', '.join(FIGURES)}; all of them without it.")
     ] = None,
@@ -29,7 +30,7 @@ def plot(
         Suffix, typer.Option("--format", help="What the figures of a folder are written as.")
     ] = Suffix.png,
 ) -> None:
-    """Draw the figures of a report as PNG, SVG or PDF, for print and screen.
+    """Draw the figures of a report as PNG, SVG, PDF or PGF, for print and screen.
 
     Example: tensoradapt plot report --figure front --out front.pdf
     """

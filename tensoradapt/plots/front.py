@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.labels import extent
-from tensoradapt.plots.page import COLOURS, INCH, INK, POINT
+from tensoradapt.plots.page import INCH, POINT, Letters, ink, stroke
 from tensoradapt.plots.panels import PAGE, key, key_columns, ruled
 from tensoradapt.plots.shares import short
-from tensoradapt.plots.words import brief_name, fitted, percent, some
+from tensoradapt.plots.sheet import Sheet, root
+from tensoradapt.plots.words import brief_name, percent, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,34 +25,39 @@ if TYPE_CHECKING:
 MARKERS = "os^DvP<>X*h"  # as many as is prime to the number of colours, so that pairs recur late
 HEIGHT = 84.0
 LOG = 8.0  # the ratio of the largest to the smallest number from which an axis is logarithmic
-SMALL = 6.0
 FRONT = "Pareto front"
 CARETDOWN = 7  # matplotlib's marker: a triangle above the point that points down to it
+Box = tuple[float, float, float, float]
+NEAR = 0.01  # the share by which numbers differ that are one place to the eye
 DEEP = 1e-3  # errors are shown down to this share of the largest, and to the chosen one
 
 
-def plot_front(report: Mapping[str, Any]) -> Figure:
+def plot_front(report: Mapping[str, Any], page: Sheet) -> Figure:
     """Relative error against parameters, a marker per preset. Raises SpecError on a report without candidates."""
-    from matplotlib.figure import Figure
-
     points = _known(report)
     presets = list(dict.fromkeys(point["preset"] for point in points))
-    looks = {name: (COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]) for k, name in enumerate(presets)}
-    labels = {name: fitted(name, 40, 6.5) for name in presets}
-    columns = key_columns([*labels.values(), FRONT], PAGE)
-    height = HEIGHT + 3.4 * -(-(len(presets) + 1) // columns)
-    figure = Figure(figsize=(PAGE / INCH, height / INCH), layout="constrained")
-    axes = figure.add_subplot()
+    page.known(presets, (point["label"] for point in points))
+    colours = page.colours(presets)
+    looks = {name: (colours[name], MARKERS[k % len(MARKERS)]) for k, name in enumerate(presets)}
+    labels = {name: page.said(name, 40 * page.letters.scale) for name in presets}
+    width = page.width(PAGE)
+    columns = key_columns([*labels.values(), FRONT], width, page.letters)
+    lines = -(-(len(presets) + 1) // columns)
+    height = page.height((HEIGHT * min(1.0, width / PAGE + 0.25) + 3.4 * lines) * page.letters.scale)
+    figure = page.figure(width, height)
+    (axes,) = page.given(1, "one panel") or page.dressed([figure.add_subplot()])
     front = sorted((p for p in points if p["front"]), key=lambda p: (p["num_parameters"], -p["relative_error"]))
-    axes.plot(*_stairs(front), color=INK, linewidth=0.8, linestyle=(0, (5, 2)), zorder=1, label="front")
-    for name in presets:
-        _points(axes, [p for p in points if p["preset"] == name], *looks[name], label=labels[name])
-    _scales(axes, points, _floor(points, _chosen(points, report["choice"])))
-    axes.set(xlabel="parameters of the adapter", ylabel="relative error of the change, % of its norm")
+    axes.plot(*_stairs(front), color=ink(), linewidth=stroke(0.8), linestyle=(0, (5, 2)), zorder=1, label="front")
+    for point, depth in zip(points, _depths(points), strict=True):
+        _point(axes, point, depth, *looks[point["preset"]])
+    _scales(axes, points, _floor(points, _chosen(points, report["choice"])), width / page.letters.scale)
+    tall = (page.size[1] or height) - 20 * page.letters.scale
+    axes.set(xlabel="parameters of the adapter")
+    axes.set_ylabel(page.along("relative error of the change, % of its norm", tall))
     ruled(axes)
-    key(figure, _handles(looks, labels))
+    key(page, [axes], _handles(looks, labels))
     figure.draw_without_rendering()
-    _names(figure, axes, points, front, report["choice"])
+    _names(page, axes, points, front, report["choice"])
     return figure
 
 
@@ -98,14 +104,19 @@ def _stairs(front: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float
     return xs, ys
 
 
-def _points(axes: Axes, points: Sequence[Mapping[str, Any]], colour: str, marker: str, label: str) -> None:
-    """A preset's candidates: filled where on the front, open elsewhere."""
-    for on_front in (False, True):
-        part = [p for p in points if p["front"] is on_front]
-        xs, ys = [p["num_parameters"] for p in part], [100 * p["relative_error"] for p in part]
-        face = colour if on_front else "white"
-        axes.plot(xs, ys, linestyle="none", marker=marker, markersize=4.2, markeredgecolor=colour, markeredgewidth=0.9,
-                  markerfacecolor=face, zorder=3 if on_front else 2, label=label)  # fmt: skip
+def _depths(points: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many of the points before each stand in the same place, so that its marker goes around theirs."""
+    places = [(p["num_parameters"], p["relative_error"]) for p in points]
+    same = lambda a, b: all(math.isclose(x, y, rel_tol=NEAR) for x, y in zip(a, b, strict=True))  # noqa: E731
+    return [sum(same(place, other) for other in places[:k]) for k, place in enumerate(places)]
+
+
+def _point(axes: Axes, point: Mapping[str, Any], depth: int, colour: str, marker: str) -> None:
+    """A candidate: filled where on the front, open elsewhere, and around those in the same place."""
+    face = colour if point["front"] and not depth else "none" if depth else axes.get_facecolor()
+    axes.plot([point["num_parameters"]], [100 * point["relative_error"]], linestyle="none", marker=marker,
+              markersize=4.2 * (1 + 0.6 * depth), markeredgecolor=colour, markeredgewidth=0.9, markerfacecolor=face,
+              zorder=3 if point["front"] else 2, label=point["preset"])  # fmt: skip
 
 
 def _floor(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None) -> float:
@@ -116,18 +127,19 @@ def _floor(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None
     return least if least > 0 and max(shown) >= LOG * min(shown) else 0.0
 
 
-def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float) -> None:
+def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float, width: float) -> None:
     """Logarithmic where the numbers are far apart; errors from the floor on, what is below it marked at the edge."""
     counts, errors = [p["num_parameters"] for p in points], [100 * p["relative_error"] for p in points]
     if min(counts) > 0 and max(counts) >= LOG * min(counts):
         axes.set_xscale("log")
         low, high = axes.get_xlim()
-        axes.set_xticks(_rounded(low, high, (1, 2, 5) if high < 2000 * low else (1,)))
+        fine = math.log10(high / low) * 24 < width  # millimetres that three numbers within a decade take
+        axes.set_xticks(_rounded(low, high, (1, 2, 5) if fine else (1,)))
         axes.set_xlim(low, high)
         axes.set_xticks([], minor=True)
     else:
         axes.set_xlim(0, 1.08 * max(*counts, 1))
-    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.xaxis.set_major_formatter(short)
     if not floor:
         axes.set_ylim(-0.03 * (max(errors) or 100), 1.06 * (max(errors) or 100))
         return
@@ -135,11 +147,12 @@ def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float) -> No
     axes.set(yscale="log", ylim=(low, high))
     axes.set_yticks(_rounded(low, high, (1, 2, 5)))
     axes.set_ylim(low, high)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_yticks([], minor=True)
     lower = [point["num_parameters"] for point in points if point["relative_error"] < floor]
-    axes.plot(lower, [0] * len(lower), transform=axes.get_xaxis_transform(), linestyle="none", marker=CARETDOWN,
-              color=INK, markersize=5, clip_on=False, zorder=4, label="below")  # fmt: skip
+    if lower:
+        axes.plot(lower, [0] * len(lower), transform=axes.get_xaxis_transform(), linestyle="none", marker=CARETDOWN,
+                  color=ink(), markersize=5, clip_on=False, zorder=4, label="below")  # fmt: skip
 
 
 def _rounded(low: float, high: float, steps: Sequence[int]) -> list[float]:
@@ -155,50 +168,52 @@ def _handles(looks: Mapping[str, tuple[str, str]], labels: Mapping[str, str]) ->
         Line2D([], [], linestyle="none", marker=marker, color=colour, markersize=4.2, label=labels[name])
         for name, (colour, marker) in looks.items()
     ]
-    return [*handles, Line2D([], [], color=INK, linewidth=0.8, linestyle=(0, (5, 2)), label=FRONT)]
+    return [*handles, Line2D([], [], color=ink(), linewidth=stroke(0.8), linestyle=(0, (5, 2)), label=FRONT)]
 
 
 def _names(
-    figure: Figure,
+    page: Sheet,
     axes: Axes,
     points: Sequence[Mapping[str, Any]],
     front: Sequence[Mapping[str, Any]],
     choice: Mapping[str, Any] | None,
 ) -> None:
     """Names beside the chosen point, and beside those of the front that have room, in that order."""
-    at = lambda p: axes.transData.transform((p["num_parameters"], 100 * p["relative_error"]))  # noqa: E731
-    inches = figure.dpi / INCH
-    places = {id(point): tuple(at(point) / inches) for point in points}
+    inches, size = root(axes).dpi / INCH, page.letters.note
+    at = lambda p: axes.transData.transform((p["num_parameters"], 100 * p["relative_error"])) / inches  # noqa: E731
+    places = {id(point): tuple(at(point)) for point in points}
     taken = [(x - 1, y - 1, x + 1, y + 1) for x, y in places.values()]
     corners = [tuple(axes.transData.transform(corner) / inches) for corner in zip(*_stairs(front), strict=True)]
     taken += [(min(a[0], b[0]), min(a[1], b[1]), max(a[0], b[0]), max(a[1], b[1])) for a, b in pairwise(corners)]
-    box = axes.get_window_extent()
-    frame = (box.x0 / inches, box.y0 / inches, box.x1 / inches, box.y1 / inches)
+    taken += [_in_millimetres(axes.get_legend(), inches)] if axes.get_legend() else []
+    frame = _in_millimetres(axes, inches)
     chosen = _chosen(points, choice)
-    if chosen:
-        xy = (chosen["num_parameters"], 100 * chosen["relative_error"])
-        axes.plot(*zip(xy, strict=True), linestyle="none", marker="o", markersize=9, markerfacecolor="none",
-                  markeredgecolor=INK, markeredgewidth=1.2, zorder=4, label="chosen")  # fmt: skip
     for point in [*([chosen] if chosen else []), *(p for p in front if p is not chosen)]:
-        text = fitted(point["label"], 36, SMALL)
+        text = page.said(point["label"], min(36 * page.letters.scale, 0.6 * (frame[2] - frame[0])), size)
         text = f"chosen: {text}" if point is chosen else text
-        spot = _spot(places[id(point)], extent(text, SMALL), taken, frame, must=point is chosen)
-        if spot is None:
-            continue
-        left, bottom, right, top = spot
-        taken.append(spot)
-        axes.annotate(
-            text,
-            (point["num_parameters"], 100 * point["relative_error"]),
-            xytext=((left - places[id(point)][0]) / POINT, ((bottom + top) / 2 - places[id(point)][1]) / POINT),
-            textcoords="offset points",
-            fontsize=SMALL,
-            va="center",
-            fontweight="bold" if point is chosen else "normal",
-        )
+        spot = _spot(places[id(point)], extent(text, size, markup=True), taken, frame, must=point is chosen)
+        if spot:
+            taken.append(spot)
+            _name(axes, point, text, places[id(point)], spot, page.letters, point is chosen)
 
 
-Box = tuple[float, float, float, float]
+def _in_millimetres(artist: Any, inches: float) -> Box:
+    box = artist.get_window_extent()
+    return box.x0 / inches, box.y0 / inches, box.x1 / inches, box.y1 / inches
+
+
+def _name(
+    axes: Axes, point: Mapping[str, Any], text: str, place: tuple[float, float], spot: Box, sizes: Letters, bold: bool
+) -> None:
+    """A name at its spot; that of the chosen point bold, and the point ringed."""
+    xy = (point["num_parameters"], 100 * point["relative_error"])
+    left, bottom, _, top = spot
+    if bold:
+        axes.plot(*zip(xy, strict=True), linestyle="none", marker="o", markersize=9, markerfacecolor="none",
+                  markeredgecolor=ink(), markeredgewidth=1.2, zorder=4, label="chosen")  # fmt: skip
+    offset = ((left - place[0]) / POINT, ((bottom + top) / 2 - place[1]) / POINT)
+    axes.annotate(text, xy, xytext=offset, textcoords="offset points", fontsize=sizes.note, va="center", color=ink(),
+                  fontweight="bold" if bold else "normal")  # fmt: skip
 
 
 def _spot(

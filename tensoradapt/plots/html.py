@@ -24,9 +24,10 @@ from tensoradapt.plots.answer import (
     proposal_words,
 )
 from tensoradapt.plots.figures import FIGURES, caption
-from tensoradapt.plots.page import INCH, styled
+from tensoradapt.plots.page import INCH, WRITTEN, writing
 from tensoradapt.plots.panels import PAGE
 from tensoradapt.plots.reading import check_report
+from tensoradapt.plots.sheet import sheet
 from tensoradapt.plots.words import figures, has_noise, listed, percent, plain, rule_words, some
 
 if TYPE_CHECKING:
@@ -146,8 +147,7 @@ def _figure(report: Report, name: str) -> list[str]:
     heading = f"<h2 id='{name}'>{TITLES[name]}</h2>"
     try:
         said = _text(caption(report, name))
-        with styled():
-            drawn = inline(FIGURES[name][0](report), name)
+        drawn = inline(FIGURES[name][0](report, sheet()), name)
     except SpecError as error:
         return [f"<section>{heading}<p class='none'>{_text(str(error).splitlines()[0])}.</p></section>"]
     return [f"<section>{heading}<figure>{drawn}<figcaption>{said}</figcaption></figure></section>"]
@@ -155,10 +155,8 @@ def _figure(report: Report, name: str) -> list[str]:
 
 def inline(figure: Figure, name: str) -> str:
     """A figure as an SVG element: its letters are outlines, so that no font is needed; its ids begin with `name`."""
-    from matplotlib import rc_context
-
     stream = StringIO()
-    with rc_context({"svg.fonttype": "path"}):
+    with writing({**WRITTEN, "svg.fonttype": "path"}):
         figure.savefig(stream, format="svg", metadata=METADATA)
     text = stream.getvalue()
     text = re.sub(r"<!--.*?-->|<style.*?</style>", "", text[text.index("<svg") :], flags=re.DOTALL)

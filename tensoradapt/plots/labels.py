@@ -68,16 +68,24 @@ class Label:
         return Box(*place, *extent(self.text, self.size))
 
 
+def extent(text: str, size: float, markup: bool = False) -> tuple[float, float]:
+    """The width and the height of one line of text in the user's font, in millimetres; `markup` may be mathematics."""
+    from matplotlib.font_manager import FontProperties, findfont
+
+    return _extent(text, size, markup, str(findfont(FontProperties())))
+
+
 @lru_cache(maxsize=4096)
-def extent(text: str, size: float) -> tuple[float, float]:
-    """The width and the height of one line of text, in millimetres."""
+def _extent(text: str, size: float, markup: bool, font: str) -> tuple[float, float]:
+    from matplotlib.cbook import is_math_text
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    width, _, _ = text_to_path.get_text_width_height_descent(
-        text, FontProperties(family="DejaVu Sans", size=size), False
-    )
-    return width * POINT + 0.3, 1.25 * size * POINT
+    math = markup and bool(is_math_text(text))
+    shown = text.replace(r"\$", "$") if markup and not math else text
+    prop = FontProperties(fname=font, size=size)
+    width, height, _ = text_to_path.get_text_width_height_descent(shown, prop, math)
+    return width * POINT + 0.3, max(1.25 * size, height if math else 0.0) * POINT
 
 
 def around(point: Point, radius: float, text: str, size: float) -> tuple[Point, ...]:

@@ -18,14 +18,14 @@ from tensoradapt.plots.page import (
     DARKER,
     GREEN,
     GREY,
-    INCH,
     INK,
     PURPLE,
     VERMILION,
     checked,
+    new_figure,
     save,
-    styled,
 )
+from tensoradapt.plots.sheet import literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,9 +99,7 @@ def draw_diagram(
     """
     target = checked(path)
     states = _states(diagram, tuple(frozen), zero)
-    with styled():
-        picture = _picture(diagram, states)
-        figure = _drawn(picture, diagram, states, title)
+    figure = _drawn(_picture(diagram, states), diagram, states, title)
     save(figure, target)
     return figure
 
@@ -205,7 +203,6 @@ def _labels(
 
 
 def _drawn(picture: Picture, diagram: Diagram, states: Mapping[str, str], title: str) -> Figure:
-    from matplotlib.figure import Figure
     from matplotlib.legend_handler import HandlerPatch
     from matplotlib.patches import Circle
 
@@ -216,13 +213,13 @@ def _drawn(picture: Picture, diagram: Diagram, states: Mapping[str, str], title:
     foot = ROW * -(-len(key) // max(columns, 1)) + 1.0
     width = max(COLUMN, max(right - left, extent(title, TITLE)[0]) + 2 * MARGIN)
     height = top - bottom + 2 * MARGIN + head + foot
-    figure = Figure(figsize=(width / INCH, height / INCH))
+    figure = new_figure(width, height, layout=None)
     axes = figure.add_axes((0, 0, 1, 1))
     middle = (left + right) / 2
     axes.set(xlim=(middle - width / 2, middle + width / 2), ylim=(bottom - MARGIN - foot, top + MARGIN + head))
     axes.set_axis_off()
     _draw(axes, picture, states)
-    axes.text(middle, top + MARGIN + head / 2, title, fontsize=TITLE, ha="center", va="center")
+    axes.text(middle, top + MARGIN + head / 2, literal(title), fontsize=TITLE, ha="center", va="center")
     axes.legend(
         handles=key,
         handler_map={Circle: HandlerPatch(patch_func=_small_circle)},
@@ -250,9 +247,10 @@ def _draw(axes: Axes, picture: Picture, states: Mapping[str, str]) -> None:
         if is_dot(vertex):
             axes.add_patch(Circle(point, DOT_RADIUS, facecolor=INK, edgecolor=INK, linewidth=0, zorder=3))
         else:
-            axes.add_patch(Circle(point, RADIUS, zorder=2, **_look(states.get(vertex, ""))))
+            axes.add_patch(Circle(point, RADIUS, zorder=2, hatch_linewidth=0.5, **_look(states.get(vertex, ""))))
     for label, (x, y) in picture.labels:
-        axes.text(x, y, label.text, fontsize=label.size, color=label.colour, ha="center", va="center", zorder=4)
+        text = literal(label.text)
+        axes.text(x, y, text, fontsize=label.size, color=label.colour, ha="center", va="center", zorder=4)
 
 
 def _look(state: str) -> dict[str, Any]:

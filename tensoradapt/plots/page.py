@@ -1,20 +1,26 @@
-"""What all figures share: the size of a printed column, colours that colour-blind readers can tell apart, and saving.
+"""What all figures share: sizes, letters and colours, the user's settings before the library's, and saving.
 
-Invariant: no figure goes through pyplot, and matplotlib's settings are as they were once a figure is drawn or saved.
+Invariant: no figure goes through pyplot, and none is drawn by changing matplotlib's settings: threads share these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import atomic
 from tensoradapt.paths import expand
+from tensoradapt.plots.pgf import write_pgf
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMN = 80.0  # the width of a printed column, in millimetres
@@ -27,32 +33,97 @@ INK, GREY = "#222222", "#999999"
 # The same, darker: thin letters need more contrast than lines.
 DARKER = {BLUE: "#006BA8", VERMILION: "#B84F00", GREEN: "#008060", PURPLE: "#A8508A"}
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, INK)
-STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 7,
-    **{
-        "axes.titlesize": 7,
-        "axes.labelsize": 7,
-        "xtick.labelsize": 6.5,
-        "ytick.labelsize": 6.5,
-        "legend.fontsize": 6.5,
-    },
-    **{"axes.linewidth": 0.6, "axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False},
-    **{"text.color": INK, "text.usetex": False, "text.parse_math": False, "hatch.linewidth": 0.5},
-    **{"figure.facecolor": "white", "savefig.facecolor": "auto", "savefig.bbox": None},
-    **{"svg.fonttype": "none", "svg.hashsalt": "tensoradapt", "pdf.fonttype": 42},
-}
+STROKE = 1.2  # the width of a line of data, in points
+# Settings by which a user says what letters should be like: one of them, and all sizes are taken from the settings.
+LETTERS = (
+    *("font.family", "font.serif", "font.sans-serif", "font.size", "axes.labelsize", "axes.titlesize"),
+    *("xtick.labelsize", "ytick.labelsize", "legend.fontsize", "text.usetex"),
+)
+WRITTEN = {"svg.fonttype": "none", "svg.hashsalt": "tensoradapt", "pdf.fonttype": 42}
 # The dates are left out, so that one figure gives one file.
-METADATA: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+METADATA: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".pgf": {}}
+SAVING = Lock()
 
 
-@contextmanager
-def styled() -> Iterator[None]:
-    """The settings of the library's figures, for as long as the block runs."""
-    from matplotlib import rc_context
+@dataclass(frozen=True)
+class Letters:
+    """Sizes in points: names of axes, numbers at ticks, keys, titles of panels, and notes within them."""
 
-    with rc_context(STYLE):
-        yield
+    label: float = 7.0
+    tick: float = 6.5
+    key: float = 6.5
+    title: float = 7.0
+    note: float = 6.0
+
+    @property
+    def scale(self) -> float:
+        """How much larger they are than the library's own: sizes on the page grow with them."""
+        return self.key / 6.5
+
+
+def letters(*, settings: bool = False) -> Letters:
+    """The library's small letters for print; those of the `settings` if asked, or where the user has touched one."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties
+
+    if not settings and all(untouched(name) for name in LETTERS):
+        return Letters()
+    points = lambda name: FontProperties(size=rcParams[name]).get_size_in_points()  # noqa: E731
+    key = points("legend.fontsize")
+    return Letters(points("axes.labelsize"), points("xtick.labelsize"), key, points("axes.titlesize"), 0.92 * key)
+
+
+def untouched(name: str) -> bool:
+    """Whether a setting is as matplotlib has it by default."""
+    from matplotlib import rcParams, rcParamsDefault
+
+    return bool(rcParams[name] == rcParamsDefault[name])
+
+
+def setting(name: str, ours: Any) -> Any:
+    """A setting of the user's; `ours` where it is untouched."""
+    from matplotlib import rcParams
+
+    return ours if untouched(name) else rcParams[name]
+
+
+def ink() -> str:
+    """The colour of words and of what is drawn like them: the user's, else nearly black."""
+    found: str = setting("text.color", INK)
+    return found
+
+
+def stroke(width: float) -> float:
+    """A line's width in points, in proportion to the user's."""
+    found: float = width * setting("lines.linewidth", STROKE) / STROKE
+    return found
+
+
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+    """An empty figure of a size in millimetres, which a notebook shows even where pyplot was never imported."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / INCH, height / INCH), layout=layout)
+    setattr(figure, "_repr_png_", partial(_as_png, figure))  # noqa: B010  matplotlib's own class has no such method
+    return figure
+
+
+def _as_png(figure: Figure) -> bytes:
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=max(200, figure.dpi))
+    return stream.getvalue()
+
+
+def dress(axes: Axes, sizes: Letters) -> Axes:
+    """The library's look for axes of its own, in what the user has not set: two spines, thin, and these letters."""
+    for side, spine in axes.spines.items():
+        spine.set_linewidth(setting("axes.linewidth", 0.6))
+        if side in ("top", "right"):
+            spine.set_visible(setting(f"axes.spines.{side}", False))
+    axes.tick_params(labelsize=sizes.tick)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_size(sizes.label)
+    return axes
 
 
 def checked(path: str | Path | None) -> Path | None:
@@ -75,5 +146,23 @@ def save(figure: Figure, path: Path | None) -> None:
     if path is None:
         return
     suffix = path.suffix.lower()
-    with styled(), atomic(path) as temporary:
-        figure.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=METADATA[suffix])
+    with atomic(path) as temporary:
+        if suffix == ".pgf":
+            return write_pgf(figure, temporary)
+        with writing(WRITTEN):
+            dpi = setting("savefig.dpi", DPI)
+            figure.savefig(temporary, format=suffix[1:], dpi=dpi, metadata=METADATA[suffix])
+
+
+@contextmanager
+def writing(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Settings that matplotlib's writers read from its global ones: these alone, one thread at a time, and put back."""
+    from matplotlib import rcParams
+
+    with SAVING:
+        before = {name: rcParams[name] for name in settings}
+        rcParams.update(settings)
+        try:
+            yield
+        finally:
+            rcParams.update(before)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.labels import extent
-from tensoradapt.plots.page import INCH
+from tensoradapt.plots.page import INCH, Letters, setting
+from tensoradapt.plots.sheet import Sheet, literal, root
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = 170.0  # two printed columns with the space between them, in millimetres
-ACROSS, HEIGHT = 3, 44.0
-KEY, HANDLE = 6.5, 10.0  # the letters of a key in points, and what an entry needs beside its label
+ACROSS, HEIGHT, HEAD = 3, 44.0, 8.0
+NARROW, LOW = 38.0, 26.0  # the least width and height of a panel
+HANDLE = 10.0  # what an entry of a key needs beside its label
 MOST = 12  # panels of one figure
 DECADES, BELOW = 1e5, 20.0  # how far below the largest value, and below the noise, a logarithmic axis reaches
 FINE = 200  # the longest axis of indices with ticks at 2 and 5
@@ -26,15 +28,41 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 PALE = "#DDDDDD"
 
 
-def grid(count: int, across: int = ACROSS, height: float = HEIGHT, head: float = 8.0) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels that share both axes, filled row by row; `head` is room for the key above."""
-    from matplotlib.figure import Figure
+def capacity(page: Sheet, most: int = MOST) -> int:
+    """How many panels there is room for: one for each of the caller's axes, or as many as the size holds."""
+    if page.ax:
+        return len(page.ax)
+    width, height = page.size
+    if height is None:
+        return most
+    scale = page.letters.scale
+    rows = max(1, int((height / scale - HEAD - 4.0) / LOW))
+    return min(most, rows * _across(page, most, width or PAGE))
 
-    across = min(count, across)
+
+def _across(page: Sheet, count: int, width: float) -> int:
+    """Panels side by side: as many as have room, the rows filled evenly."""
+    across = max(1, min(count, ACROSS, int(width / (NARROW * page.letters.scale))))
+    return -(-count // -(-count // across))
+
+
+def panel_width(page: Sheet, count: int) -> float:
+    """The width of a panel's frame, in millimetres, about."""
+    if page.ax:
+        return (page.size[0] or PAGE) / len(page.ax)
+    width = page.width(PAGE if count > 1 else 0.62 * PAGE)
+    return (width - 10.0 * page.letters.scale) / _across(page, count, width) - 5.0 * page.letters.scale
+
+
+def grid(page: Sheet, count: int, height: float = HEIGHT) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels that share both axes, filled row by row; or the caller's axes."""
+    if page.ax:
+        return root(page.ax[0]), list(page.given(count, f"{count} panels"))
+    width = page.width(PAGE if count > 1 else 0.62 * PAGE)
+    across = _across(page, count, width)
     rows = -(-count // across)
-    width = PAGE if across > 1 else 0.62 * PAGE
-    figure = Figure(figsize=(width / INCH, (rows * height + head) / INCH), layout="constrained")
-    axes = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel().tolist()
+    figure = page.figure(width, page.height((rows * height + HEAD) * page.letters.scale))
+    axes = page.dressed(figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel())
     for spare in axes[count:]:
         spare.set_axis_off()
     for panel in axes[:count]:
@@ -42,30 +70,37 @@ def grid(count: int, across: int = ACROSS, height: float = HEIGHT, head: float =
     return figure, axes[:count]
 
 
-def name_axes(figure: Figure, xlabel: str, ylabel: str) -> None:
-    """Name the axes of all panels once, below and beside them."""
-    figure.supxlabel(xlabel, fontsize=7)
-    figure.supylabel(ylabel, fontsize=7)
+def name_axes(page: Sheet, panels: Sequence[Axes], xlabel: str, ylabel: str) -> None:
+    """Name the axes of all panels once, below and beside them; the caller's each."""
+    if page.ax:
+        for panel in panels:
+            panel.set(xlabel=xlabel, ylabel=ylabel)
+        return
+    root(panels[0]).supxlabel(xlabel, fontsize=page.letters.label)
+    root(panels[0]).supylabel(ylabel, fontsize=page.letters.label)
 
 
-def key(figure: Figure, handles: Sequence[Any]) -> None:
-    """The key of a whole figure, above its panels, in as few rows as its width allows."""
+def key(page: Sheet, panels: Sequence[Axes], handles: Sequence[Any]) -> None:
+    """The key of a whole figure, above its panels, in as few rows as its width allows; in the caller's first axes."""
+    look = {"frameon": False, "fontsize": page.letters.key, "handlelength": 2.4, "handletextpad": 0.5}
+    if page.ax:
+        panels[0].legend(handles=list(handles), loc="lower left", **look)
+        return
+    figure = root(panels[0])
     figure.legend(
         handles=list(handles),
         loc="outside upper left",
-        ncols=key_columns([handle.get_label() for handle in handles], figure.get_figwidth() * INCH),
-        frameon=False,
-        handlelength=2.4,
+        ncols=key_columns([handle.get_label() for handle in handles], figure.get_figwidth() * INCH, page.letters),
         columnspacing=1.4,
-        handletextpad=0.5,
         labelspacing=0.3,
         borderaxespad=0.1,
+        **look,
     )
 
 
-def key_columns(labels: Sequence[str], width: float) -> int:
+def key_columns(labels: Sequence[str], width: float, sizes: Letters) -> int:
     """The largest number of columns in which the entries of a key fit side by side."""
-    wide = [1.04 * extent(label, KEY)[0] + HANDLE for label in labels]
+    wide = [1.04 * extent(label, sizes.key, markup=True)[0] + HANDLE * sizes.scale for label in labels]
     for columns in range(len(labels), 1, -1):
         size, more = divmod(len(labels), columns)
         ends = [k * size + min(k, more) for k in range(columns + 1)]  # as numpy's array_split, and matplotlib's legend
@@ -74,14 +109,14 @@ def key_columns(labels: Sequence[str], width: float) -> int:
     return 1
 
 
-def falling(axes: Axes, longest: int, values: Sequence[float], floors: Sequence[float]) -> None:
-    """Both axes logarithmic, for values that fall: five decades at most, floors in sight."""
+def falling(axes: Axes, longest: int, values: Sequence[float], floors: Sequence[float], wide: bool = True) -> None:
+    """Both axes logarithmic, for values that fall: five decades at most, floors in sight; more ticks if `wide`."""
     top = max((value for value in (*values, *floors) if value > 0), default=1.0)
     floor = min((edge for edge in floors if edge > 0), default=0.0)
     least = min((value for value in (*values, *floors) if value > 0), default=top / 10)
     low, high = max(least, top / DECADES, min(floor, top) / BELOW) / 1.5, top * 2.5
     axes.set(xscale="log", yscale="log", xlim=(0.9, max(2, longest) * 1.12), ylim=(low, high))
-    steps = (1, 2, 5) if longest <= FINE else (1,)
+    steps = (1, 2, 5) if longest <= FINE and wide else (1,)
     ticks = [step * 10**n for n in range(7) for step in steps if step * 10**n <= max(2, longest)]
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.set_xticks([], minor=True)
@@ -90,7 +125,7 @@ def falling(axes: Axes, longest: int, values: Sequence[float], floors: Sequence[
 
 def ruled(axes: Axes) -> None:
     """Thin lines at the ticks, behind what is drawn."""
-    axes.grid(True, linewidth=0.3, color=PALE)
+    axes.grid(True, linewidth=setting("grid.linewidth", 0.3), color=setting("grid.color", PALE))
     axes.set_axisbelow(True)
 
 
@@ -100,7 +135,7 @@ def _decades(axes: Axes, low: float, high: float) -> None:
     ticks = [10.0**n for n in powers if low <= 10.0**n <= high]
     if len(ticks) < 2:
         ticks = [m * 10.0**n for n in powers for m in (1, 2, 5) if low <= m * 10.0**n <= high]
-    axes.set_yticks(ticks, [_power(tick) for tick in ticks])
+    axes.set_yticks(ticks, [literal(_power(tick)) for tick in ticks])
     axes.set_yticks([], minor=True)
 
 
@@ -119,18 +154,14 @@ def thinned(count: int) -> list[int]:
     return sorted({*range(min(count, 16)), *(k for k in steps if k < count), *([count - 1] if count else [])})
 
 
-def shades(count: int) -> list[Any]:
+def shades(page: Sheet, count: int) -> list[Any]:
     """Colours from dark to light for lines in an order (cividis: the same to colour-blind readers, a ramp in grey)."""
-    from matplotlib import colormaps
-
-    return [colormaps["cividis"](0.78 * k / max(1, count - 1)) for k in range(count)]
+    return [page.ramp("cividis")(0.78 * k / max(1, count - 1)) for k in range(count)]
 
 
-def blues() -> Colormap:
+def blues(page: Sheet) -> Colormap:
     """Light for little, dark for much: one hue, so that it is the same ramp in grey."""
-    from matplotlib import colormaps
-
-    return colormaps["Blues"]
+    return page.ramp("Blues")
 
 
 def letters_on(colour: Sequence[float]) -> str:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.labels import extent
-from tensoradapt.plots.page import COLOURS, GREY, INCH
+from tensoradapt.plots.page import GREY, INCH, setting
+from tensoradapt.plots.sheet import Sheet, literal, root
 from tensoradapt.plots.words import brief_name, listed, percent, plain
 
 if TYPE_CHECKING:
@@ -22,41 +24,58 @@ PARTS = 7  # as many named parts of a bar as there are colours
 OTHERS, BANK = "others", "shared by groups"
 HATCHES = ("", "////", "....", r"\\\\", "xxxx", "----", "++++")
 LABEL = 26  # the longest label, in letters
-BAR = 6.0  # the height of a bar in millimetres
-ENTRY = 3.4  # the height of a line of a key
-KEY, KEY_WIDTH, HANDLE = 6.5, 66.0, 9.0  # its letters in points, its width, and what an entry needs beside its label
+BAR, FEET = 6.0, 10.0  # the height of a bar, and of what is below the bars, in millimetres
+ENTRY, HANDLE = 3.4, 9.0  # the height of a line of a key, and what an entry needs beside its label
 BARS, WIDTH = 12, 120.0  # bars of a report's budget at most, and the width of the figure
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: its label, counts by part, and all that is counted."""
+    """One bar: its name, counts by part, all that is counted, and what is said before and behind the name."""
 
-    label: str
+    name: str
     shares: Mapping[str, int]
     total: int
+    behind: str = ""
+    before: str = ""
 
 
-def plot_parameters(report: Mapping[str, Any]) -> Figure:
+@dataclass(frozen=True)
+class Shares:
+    """Bars, each cut into the same parts."""
+
+    bars: Sequence[Bar]
+
+    @cached_property
+    def cut(self) -> list[dict[str, int]]:
+        """Every bar's counts by part."""
+        return parts(self.bars)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of all parts, what is gathered at the end."""
+        found = dict.fromkeys(name for shares in self.cut for name in shares)
+        return [*(n for n in found if n not in (OTHERS, BANK)), *(n for n in (BANK, OTHERS) if n in found)]
+
+
+def plot_parameters(report: Mapping[str, Any], page: Sheet) -> Figure:
     """Parameters of the front's candidates and the chosen one, cut by group. Raises SpecError where there are none."""
-    from matplotlib.figure import Figure
-
-    bars = [Bar(_label(c, report["choice"]), c["by_group"], c["num_parameters"]) for c in _drawn(report)]
-    cut = parts(bars)
-    names = named(cut)
-    columns = columns_of(names, WIDTH - 20)
-    height = 12.0 + (BAR + 0.8) * len(bars) + ENTRY * -(-len(names) // columns)
-    figure = Figure(figsize=(WIDTH / INCH, height / INCH), layout="constrained")
-    axes = figure.add_subplot()
-    draw_shares(axes, [bar.label for bar in bars], cut, names)
-    axes.set_xlabel("share of the adapter's parameters, %")
-    key_above(axes, columns)
+    width = page.width(WIDTH)
+    for most in range(BARS, 0, -1):
+        shares = Shares([_bar(c, report["choice"]) for c in _drawn(report, most)])
+        if page.size[1] is None or shares_height(page, shares, width) <= page.size[1]:
+            break
+    page.known(shares.names, (bar.name for bar in shares.bars))
+    figure = page.figure(width, page.height(shares_height(page, shares, width)))
+    (axes,) = page.given(1, "one panel") or page.dressed([figure.add_subplot()])
+    draw_shares(page, axes, shares)
+    axes.set_xlabel(literal("share of the adapter's parameters, %"))
     return figure
 
 
 def parameters_caption(report: Mapping[str, Any]) -> str:
     """What to read off the bars: where the parameters go."""
-    shown = _drawn(report)
+    shown = _drawn(report, BARS)
     said = ["Where the parameters go: the candidates of the front and the chosen one, cut by group."]
     chosen = next((c for c in shown if report["choice"] and c["label"] == report["choice"]["label"]), None)
     if chosen and len(chosen["by_group"]) > 1 and chosen["num_parameters"]:
@@ -72,21 +91,21 @@ def parameters_caption(report: Mapping[str, Any]) -> str:
     return " ".join(said)
 
 
-def _drawn(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _drawn(report: Mapping[str, Any], most: int) -> list[Mapping[str, Any]]:
     """The chosen candidate and those of the front, evenly thinned to as many as a figure holds, by size."""
     if not report["candidates"]:
         raise SpecError("the report has no candidates to draw", hint="analyse with candidates")
     label = report["choice"]["label"] if report["choice"] else None
     front = sorted((c for c in report["candidates"] if c["front"]), key=lambda c: c["num_parameters"])
-    step = -(-len(front) // (BARS - 1))
-    kept = [*front[::step], *(c for c in report["candidates"] if c["label"] == label)]
-    found = {c["label"]: c for c in kept or report["candidates"][:BARS]}
+    step = -(-len(front) // max(1, most - 1))
+    kept = [*front[::step], *(c for c in report["candidates"] if c["label"] == label)][-most:]
+    found = {c["label"]: c for c in kept or report["candidates"][:most]}
     return sorted(found.values(), key=lambda c: c["num_parameters"])
 
 
-def _label(candidate: Mapping[str, Any], choice: Mapping[str, Any] | None) -> str:
+def _bar(candidate: Mapping[str, Any], choice: Mapping[str, Any] | None) -> Bar:
     chosen = "chosen: " if choice and candidate["label"] == choice["label"] else ""
-    return f"{chosen}{shortened(candidate['label'])}\n{candidate['num_parameters']:,}"
+    return Bar(candidate["label"], candidate["by_group"], candidate["num_parameters"], before=chosen)
 
 
 def parts(bars: Sequence[Bar]) -> list[dict[str, int]]:
@@ -106,51 +125,73 @@ def parts(bars: Sequence[Bar]) -> list[dict[str, int]]:
     return result
 
 
-def named(cut: Sequence[Mapping[str, int]]) -> list[str]:
-    """The names of all parts, what is gathered at the end."""
-    found = dict.fromkeys(name for shares in cut for name in shares)
-    return [*(n for n in found if n not in (OTHERS, BANK)), *(n for n in (BANK, OTHERS) if n in found)]
+def shares_height(page: Sheet, shares: Shares, width: float) -> float:
+    """The height that bars, with their key and axis, take in a figure of a width, in millimetres."""
+    lines = -(-len(shares.names) // _columns(page, shares.names, width - shares_room(page, shares)))
+    return (FEET + BAR * len(shares.bars) + ENTRY * lines + 2.0) * page.letters.scale
 
 
-def draw_shares(axes: Axes, labels: Sequence[str], cut: Sequence[Mapping[str, int]], names: Sequence[str]) -> None:
-    """One bar of 100 % for every label, cut into parts."""
-    own = [name for name in names if name not in (OTHERS, BANK)]
-    looks = {name: (COLOURS[k % len(COLOURS)], HATCHES[k % len(HATCHES)]) for k, name in enumerate(own)}
-    looks |= {OTHERS: (GREY, ""), BANK: ("#DDDDDD", "")}
-    left = [0.0 for _ in labels]
-    for name in names:
-        widths = [100 * shares.get(name, 0) / max(sum(shares.values()), 1) for shares in cut]
-        axes.barh(
-            range(len(labels)),
-            widths,
-            left=left,
-            height=0.7,
-            color=looks[name][0],
-            hatch=looks[name][1],
-            edgecolor="white",
-            linewidth=0.6,
-            label=shortened(name),
-        )
+def draw_shares(page: Sheet, axes: Axes, shares: Shares) -> None:
+    """One bar of 100 % for every name, cut into parts."""
+    looks = _looks(page, shares.names)
+    left = [0.0 for _ in shares.bars]
+    for name in shares.names:
+        widths = [100 * counts.get(name, 0) / max(sum(counts.values()), 1) for counts in shares.cut]
+        bars = axes.barh(range(len(widths)), widths, left=left, height=0.7, edgecolor="white", linewidth=0.6,
+                         label=shortened(page, name), **looks[name])  # fmt: skip
+        for bar in bars:
+            bar.set_hatch_linewidth(setting("hatch.linewidth", 0.5))
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(labels)), labels, linespacing=1.05)
+    axes.set_yticks(range(len(left)), [_label(page, bar) for bar in shares.bars], linespacing=1.05)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    key_above(page, axes, shares_room(page, shares))
 
 
-def columns_of(labels: Sequence[str], width: float = KEY_WIDTH) -> int:
-    """The number of columns in which labels fit side by side in a key."""
-    longest = max((extent(shortened(label), KEY)[0] for label in labels), default=1.0)
-    return max(1, int(width / (longest + HANDLE)))
+def _looks(page: Sheet, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The colour and the hatching of every part; what is gathered has neither."""
+    own = [name for name in names if name not in (OTHERS, BANK)]
+    colours = page.colours(own)
+    looks = {name: {"color": colours[name], "hatch": HATCHES[k % len(HATCHES)]} for k, name in enumerate(own)}
+    return looks | {OTHERS: {"color": GREY}, BANK: {"color": "#DDDDDD"}}
 
 
-def key_above(axes: Axes, columns: int) -> None:
-    """The key above a panel."""
+def _label(page: Sheet, bar: Bar) -> str:
+    """A bar's name and its count."""
+    return f"{bar.before}{shortened(page, bar.name)}{bar.behind}\n{bar.total:,}"
+
+
+def shares_room(page: Sheet, shares: Shares) -> float:
+    """The width of the labels beside the bars."""
+    lines = [line for bar in shares.bars for line in _label(page, bar).splitlines()]
+    return max(extent(line, page.letters.tick, markup=True)[0] for line in lines) + 2.0
+
+
+def _columns(page: Sheet, names: Sequence[str], width: float) -> int:
+    """The number of columns in which the entries of a key fit side by side."""
+    longest = max((extent(shortened(page, name), page.letters.key, markup=True)[0] for name in names), default=1.0)
+    return max(1, int(width / (longest + HANDLE * page.letters.scale)))
+
+
+def key_above(page: Sheet, axes: Axes, beside: float = 12.0) -> None:
+    """The key above a panel that has something `beside` it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    longest = max(extent(label, page.letters.key, markup=True)[0] for label in labels) + HANDLE * page.letters.scale
+    width = root(axes).get_figwidth() * INCH
+    if page.ax:
+        root(axes).draw_without_rendering()  # what stands beside the bars has taken its room
+        width = axes.get_window_extent().width / root(axes).dpi * INCH + beside
     axes.legend(
+        handles,
+        labels,
         loc="lower left",
         bbox_to_anchor=(0, 1.0),
-        ncols=columns,
+        ncols=max(1, int((width - beside - 2.0) / longest)),
+        fontsize=page.letters.key,
         frameon=False,
         handlelength=2.2,
         columnspacing=1.2,
@@ -160,17 +201,21 @@ def key_above(axes: Axes, columns: int) -> None:
     )
 
 
-def shortened(label: str) -> str:
-    """A label that fits a key: of many joined by + the first and a number, of a long one the two ends."""
-    text = plain(label)
+def shortened(page: Sheet, name: str) -> str:
+    """A name that fits a key: of many joined by + the first and a number, of a long one the two ends."""
+    return page.labels.get(name) or literal(_shortened(name))
+
+
+def _shortened(name: str) -> str:
+    text = plain(name)
     first, *more = text.split("+")
     if len(text) > LABEL and more:
-        return f"{shortened(first)} + {len(more)} more"
+        return f"{_shortened(first)} + {len(more)} more"
     return text if len(text) <= LABEL else f"{text[: LABEL - 12]}…{text[-11:]}"
 
 
-def short(value: float) -> str:
-    """A count on an axis: 300, 20k, 1.5M, 2B."""
+def short(value: float, position: int | None = None) -> str:
+    """A count on an axis (at whatever position): 300, 20k, 1.5M, 2B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"

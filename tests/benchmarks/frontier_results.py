@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensoradapt.plots.page import COLOURS, GREY, INCH, INK, save, styled
+from tensoradapt.plots.page import COLOURS, GREY, INCH, INK, save
 from tensoradapt.plots.panels import PAGE, ruled
 
 if TYPE_CHECKING:
@@ -175,23 +175,20 @@ def figure(rows: Iterable[Mapping[str, str]]) -> Figure:
     for each in found:
         if each.method != "full":
             lines.setdefault(series_of(each.method), []).append(each)
-    with styled():
-        result = Figure(figsize=(PAGE / INCH, 95 / INCH), layout="constrained")
-        axes = result.add_subplot()
-        for each in found:
-            if each.method in REFERENCES:
-                _reference(axes, each)
-        for number, (name, points) in enumerate(lines.items()):
-            _line(axes, name, sorted(points, key=lambda each: each.parameters), number)
-        axes.set(
-            xscale="log", xlabel="trainable adapter parameters, head apart (points of one budget set side by side)"
-        )
-        ticks = [1e4, 2e4, 5e4, 1e5, 2e5, 5e5]
-        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-        axes.set_xticks([], minor=True)
-        axes.set_ylabel("mean of MRPC F1, CoLA Matthews, RTE accuracy, in points (%)")
-        ruled(axes)
-        result.legend(loc="outside right upper", frameon=False)
+    result = Figure(figsize=(PAGE / INCH, 95 / INCH), layout="constrained")
+    axes = result.add_subplot()
+    for each in found:
+        if each.method in REFERENCES:
+            _reference(axes, each)
+    for number, (name, points) in enumerate(lines.items()):
+        _line(axes, name, sorted(points, key=lambda each: each.parameters), number)
+    axes.set(xscale="log", xlabel="trainable adapter parameters, head apart (points of one budget set side by side)")
+    ticks = [1e4, 2e4, 5e4, 1e5, 2e5, 5e5]
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_ylabel("mean of MRPC F1, CoLA Matthews, RTE accuracy, in points (%)")
+    ruled(axes)
+    result.legend(loc="outside right upper", frameon=False)
     return result
 
 
