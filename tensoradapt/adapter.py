@@ -6,6 +6,7 @@ Invariant: the base model keeps every parameter name and value; `detach` leaves 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.grouping import Group
-from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
+from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed, sources
 from tensoradapt.interchange import to_tensorly
 from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
-from tensoradapt.merging import Merged, Rows, Target, laid_out, merge, restore_all, rows_of
+from tensoradapt.merging import Merged, Rows, Target, Untied, laid_out, merge, restore_all, rows_of
 from tensoradapt.plan import START, Plan
 from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site
@@ -44,16 +45,16 @@ class Adapter(nn.Module):
         self.extra = Bank()
         self._model = [model]  # in a list: no registered reference to the model, which would recurse
         self._handles: list[Any] = []
-        self._merged: list[Merged] | None = None
+        self._merged: list[Merged | Untied] | None = None
         self._kept: str | None = None
         self._scale, self._enabled = 1.0, True
         self._lines: dict[str, tuple[Group, Site, Line]] = {}
         self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
-        self._sources = _sources(plan)
+        self._sources = sources(plan)
 
     def replan(self, plan: Plan, lines: Mapping[str, tuple[Group, Site, Line]]) -> None:
         """Take a plan of the same sites, and the lines made from it; its tensors are the caller's to put."""
-        self.plan, self._sources, self._lines = plan, _sources(plan), dict(lines)
+        self.plan, self._sources, self._lines = plan, sources(plan), dict(lines)
 
     # -- what it holds ------------------------------------------------------------------------------------------
 
@@ -263,26 +264,39 @@ class Adapter(nn.Module):
         self._merged = None
         self._host().merged.remove(self.name)
 
+    def merge_and_detach(self, *, untie: bool = False) -> nn.Module:
+        """Make the deltas, and the modules trained with them, part of the base for good; returns the model, bare.
+
+        W <- W + delta; no hook, key or attribute of the adapter's stays, so that `save_pretrained` writes a plain
+        model. Raises AdapterError as `merge` does; nothing is changed then.
+        """
+        if not self.merged:
+            self.merge(keep=None, untie=untie)
+        self._kept = None
+        self.detach()
+        return self._model[0]
+
     def detach(self) -> None:
         """Take the adapter off the model: hooks, registration and frozen flags go, merged weights are restored.
 
-        After `merge(keep=None)` the merged weights stay, which is how an adapter is made part of its base for good.
+        Warns where that takes a merged change out again: `merge_and_detach` leaves it in.
         """
         host = self._host()
         if self._merged is not None and self._kept is not None:
             self.unmerge()
+            warnings.warn(
+                f"detach() of the merged adapter {self.name!r} takes its change out of the weights again: the model is "
+                "its base now. adapter.merge_and_detach() leaves it in; unmerge() first says that this is meant",
+                stacklevel=2,
+            )
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         host.merged = [name for name in host.merged if name != self.name]
         del host._modules[self.name]
         if not len(host):
-            model = self._model[0]
-            del home_of(model)._modules[HOST]
-            if host.quantised:
-                model.is_quantized = True  # type: ignore[assignment]
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad = host.flags.get(name, parameter.requires_grad)
+            del home_of(self._model[0])._modules[HOST]
+            host.restore(self._model[0])
 
     def _host(self) -> Host:
         host = host_of(self._model[0])
@@ -296,20 +310,3 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows of the adapter."""
         return f"{self.name!r}, {self.plan.num_sites} sites, {self.plan.num_trainable:,} trainable"
-
-
-def _sources(plan: Plan) -> dict[str, list[tuple[str, str, str, tuple[int, ...], bool]]]:
-    """Where every group's tensors stand: node, bank, name, shape, and whether it is cut from a larger one."""
-    banked = _banked(plan)
-    return {
-        g.name: [(n, *key.rpartition(".")[::2], g.diagram.shape(n), key in banked) for n, key in g.store.items()]
-        for g in plan.groups
-    }
-
-
-def _banked(plan: Plan) -> set[str]:
-    return (
-        {key for key in plan.factors if sum(key in g.store.values() for g in plan.groups) > 1}
-        if any(g.rule.shapes == "slices" for g in plan.groups)
-        else set()
-    )

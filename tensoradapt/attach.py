@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
 from tensoradapt.grouping import Group
+from tensoradapt.handover import stand_in
 from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
@@ -255,11 +256,15 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     """Freeze the base, register the adapter, and hook every site."""
     host = host_of(model)
     if host is None:
-        host = Host({name: p.requires_grad for name, p in model.named_parameters()}, quantised=admit_training(model))
+        host = Host(
+            {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
+            quantised=admit_training(model),
+        )
         for parameter in model.parameters():
             parameter.requires_grad = False
         home_of(model).add_module(HOST, host)
     host.add_module(adapter.name, adapter)
+    stand_in(model, host)
     for path, (group, site, _) in adapter._lines.items():
         if site.delivery == "output":
             hook = OutputHook(

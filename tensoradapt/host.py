@@ -11,19 +11,44 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensoradapt.plan import Plan
+
 HOST = "tensoradapt"  # the name under which adapters register themselves on a model
+NONE = "tensoradapt: no attribute"  # a string, so that it is itself in a copy of the model too
 
 
 class Host(nn.Module):
-    """What a model carries its adapters in, and what the first one changed of it.
+    """What a model carries its adapters in, and how it was before the first one came.
 
-    `flags` says which parameters were trainable, `quantised` whether the model said of itself that it is quantised.
+    `flags` says which parameters were trainable, `quantised` whether the model said of itself that it is quantised,
+    `shadowed` what its attributes were that have been set. The state dictionary has no keys of adapters that are
+    merged: their deltas stand in the base's weights.
     """
 
     def __init__(self, flags: Mapping[str, bool], *, quantised: bool = False) -> None:
         super().__init__()
         self.flags, self.quantised = dict(flags), quantised
         self.merged: list[str] = []
+        self.shadowed: dict[str, Any] = {}
+        self.register_state_dict_post_hook(_without_merged)
+        self.register_load_state_dict_post_hook(_merged_may_lack)
+
+    def shadow(self, model: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of the model itself, until `restore`."""
+        self.shadowed.setdefault(name, model.__dict__.get(name, NONE))
+        model.__dict__[name] = value
+
+    def restore(self, model: nn.Module) -> None:
+        """Make the model what it was before its first adapter: its flags, its attributes, and no host."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = self.flags.get(name, parameter.requires_grad)
+        if self.quantised:
+            model.is_quantized = True  # type: ignore[assignment]
+        for name, value in self.shadowed.items():
+            model.__dict__[name] = value
+            if value == NONE:
+                del model.__dict__[name]
+        self.shadowed.clear()
 
     def forward(self, x: Any) -> Any:
         """The identity: `nn.Sequential` calls everything that is registered on it."""
@@ -51,6 +76,16 @@ def host_of(model: nn.Module) -> Host | None:
     return home_of(model)._modules.get(HOST)  # type: ignore[return-value]
 
 
+def _without_merged(host: Host, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(tuple(f"{prefix}{name}." for name in host.merged))]:
+        del state[key]
+
+
+def _merged_may_lack(host: Host, found: Any) -> None:
+    merged = tuple(f"{HOST}.{name}." for name in host.merged)
+    found.missing_keys[:] = [key for key in found.missing_keys if not key[key.find(f"{HOST}.") :].startswith(merged)]
+
+
 class Bank(nn.Module):
     """Tensors, or banks of them, by name. Unlike `nn.ParameterDict` it takes any: `values`, say, or `keys`."""
 
@@ -65,3 +100,20 @@ class Bank(nn.Module):
 def slashed(path: str) -> str:
     """A parameter's path as one name: PyTorch takes dots for levels."""
     return path.replace(".", "/")
+
+
+def sources(plan: Plan) -> dict[str, list[tuple[str, str, str, tuple[int, ...], bool]]]:
+    """Where every group's tensors stand: node, bank, name, shape, and whether it is cut from a larger one."""
+    banked = _banked(plan)
+    return {
+        g.name: [(n, *key.rpartition(".")[::2], g.diagram.shape(n), key in banked) for n, key in g.store.items()]
+        for g in plan.groups
+    }
+
+
+def _banked(plan: Plan) -> set[str]:
+    return (
+        {key for key in plan.factors if sum(key in g.store.values() for g in plan.groups) > 1}
+        if any(g.rule.shapes == "slices" for g in plan.groups)
+        else set()
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,18 @@ def rows_of(chain: Chain, scale: float) -> Rows:
     return lambda start, block: block + dense[start : start + len(block)].to(block)
 
 
-def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, untie: bool) -> list[Merged]:
+@dataclass
+class Untied:
+    """A config of transformers' that said that embeddings are tied, which loaders would make of them again."""
+
+    config: Any
+
+    def restore(self) -> None:
+        """Let it say so again."""
+        self.config.tie_word_embeddings = True
+
+
+def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, untie: bool) -> list[Merged | Untied]:
     """Write every target's deltas into its parameter; what changed is returned, and undone where anything fails.
 
     Raises AdapterError before anything is changed where a parameter cannot take a delta, or is tied and not to be
@@ -123,16 +135,28 @@ def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, unti
     keep_original(torch.empty(0), keep)
     holders = _holders(model)
     apart = {target.name: _tied(target, holders, untie) for target in targets}
+    parted = [id(target.parameter) for target in targets if apart[target.name]]
+    words = any(isinstance(module, nn.Embedding) for key in parted for _, (module, _) in holders[key])
     for target in targets if keep is None else ():
         _write(target, write=False)
-    records: list[Merged] = []
+    records: list[Merged | Untied] = []
     try:
         for target in targets:
             records.append(_take(target, keep, apart=apart[target.name]))
             _write(target)
+        records += _untied(model) if words else []
     except BaseException:
         restore_all(records)
         raise
+    return records
+
+
+def _untied(model: nn.Module) -> list[Untied]:
+    """Clear `tie_word_embeddings` in the configs of a model: loaders tie what was parted, where it says so."""
+    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+    records = [Untied(config) for config in configs.values() if getattr(config, "tie_word_embeddings", None) is True]
+    for record in records:
+        record.config.tie_word_embeddings = False
     return records
 
 
@@ -220,7 +244,7 @@ def keep_original(parameter: Tensor, keep: str | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def restore_all(merged: Sequence[Merged]) -> None:
+def restore_all(merged: Sequence[Merged | Untied]) -> None:
     """Undo a merge, the last parameter first."""
     for record in reversed(merged):
         record.restore()

@@ -15,7 +15,7 @@ TORCH_FREE = (
 )
 WITH_TORCH = (
     *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "quantised", "scan", "fit", "init", "hooks"),
-    *("merging", "adapter", "attach"),
+    *("merging", "adapter", "handover", "attach"),
     *(
         "change",
         "optim",

@@ -994,4 +994,5 @@ def test_nothing_is_warned_of_on_an_ordinary_model():
         model = tiny.bert()
         adapter = lotr(model)
         adapter.merge()
+        adapter.unmerge()
         adapter.detach()

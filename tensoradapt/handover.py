@@ -1,0 +1,92 @@
+"""Handing over: what `save_pretrained` writes of a model that carries adapters.
+
+Invariant: no folder that `from_pretrained` opens lacks a change that the model had without a word of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from tensoradapt.adapter import Adapter
+from tensoradapt.host import Host, host_of, slashed
+from tensoradapt.io.atomic import atomic
+
+SAVE = "save_pretrained"
+WEIGHTS = "model.safetensors"  # the name under which loaders look for a model's weights
+
+
+class SavePretrained:
+    """A model's `save_pretrained` while adapters are attached: its own, with a warning where one is not merged.
+
+    `only` is the adapter that is written in the model's place, as a `Trainer`'s checkpoints want it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = [model]  # in a list: no registered reference
+        self.only: Adapter | None = None
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The model's own method, whose signature this one has."""
+        model = self._model[0]
+        return getattr(type(model), SAVE).__get__(model)
+
+    def __call__(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **options: Any
+    ) -> Any:
+        """Write the model, or the adapter alone."""
+        host = host_of(self._model[0])
+        unmerged = [name for name, adapter in host._modules.items() if not adapter.merged]  # type: ignore[union-attr]
+        if self.only is None or self.only.merged:
+            if unmerged:
+                warnings.warn(_says(unmerged), stacklevel=2)
+            return self.__wrapped__(save_directory, is_main_process, *args, **options)
+        if is_main_process:
+            write_checkpoint(self.only, Path(save_directory), options.get("state_dict"))
+        return None
+
+
+def stand_in(model: nn.Module, host: Host) -> SavePretrained | None:
+    """Put a method in the place of the model's own, once; None where it has none of the name."""
+    if hasattr(type(model), SAVE) and SAVE not in host.shadowed:
+        host.shadow(model, SAVE, SavePretrained(model))
+    return model.__dict__.get(SAVE)
+
+
+def _says(names: list[str]) -> str:
+    return (
+        f"save_pretrained writes the base: {', '.join(map(repr, names))} is not merged, and from_pretrained will not "
+        "read it. Call adapter.merge_and_detach() first for a model of its own, adapter.save(path) for the adapter; "
+        "with the Trainer, pass callbacks=[tensoradapt.trainer.AdapterCallback(adapter)]"
+    )
+
+
+def state_keys(adapter: Adapter) -> dict[str, str]:
+    """Every tensor's key in the adapter file, and the one in the model's state dictionary."""
+    prefix = next(name for name, module in adapter._model[0].named_modules() if module is adapter)
+    extras = {f"extra.{path}": f"{prefix}.extra.{slashed(path)}" for path in adapter.plan.extras}
+    return {key: extras.get(key, f"{prefix}.stored.{key}") for key in adapter.tensors()}
+
+
+def write_checkpoint(adapter: Adapter, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write an adapter's file and, under the name where trainers look for weights, a link to it.
+
+    Tensors come from `state`, a model's state dictionary, where it has them: gathered ones, say. The file is never
+    changed in place, so that the link may be a hard one.
+    """
+    saved = adapter.as_saved()
+    gathered = {key: state[name] for key, name in state_keys(adapter).items() if name in state} if state else {}
+    file = replace(saved, tensors={**saved.tensors, **gathered}).save(folder)
+    with atomic(folder / WEIGHTS) as temporary:
+        try:
+            os.link(file, temporary)
+        except OSError:  # the file system has none
+            shutil.copyfile(file, temporary)
