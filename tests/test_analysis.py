@@ -460,11 +460,15 @@ def test_two_dtypes():
     assert report.sites["encoder.layer.0.attention.self.query"].ranks["noise"] == 2
 
 
-def test_progress_is_told():
+def test_progress_names_every_item_as_it_begins_and_as_it_ends():
     told = []
-    report = ta.analyze(*bert_pair(), candidates=False, progress=lambda *step: told.append(step))
-    sites = [step for step in told if step[2] == len(report.sites)]
-    assert [step[1] for step in sites] == list(range(1, len(sites) + 1)) and sites[-1][1] == sites[-1][2]
+    report = ta.analyze(*bert_pair(), progress=lambda *step: told.append(step))
+    (total,) = {step[2] for step in told}
+    counts = [step[1] for step in told]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == total
+    named = [step[0] for step in told]
+    for item in (*report.sites, *report.groups):
+        assert named.count(item) >= 2
 
 
 class Narrow(nn.Module):

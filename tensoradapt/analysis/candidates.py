@@ -197,14 +197,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def tried(stack: Stacked, ranks: Sequence[int] = RANKS) -> Tried:
-    """Every format on one stack, at every rank."""
-    made = {(key, rank): family.trial(stack, rank) for key, family in FAMILIES.items() for rank in ranks}
-    trials = {at: trial for at, trial in made.items() if trial is not None}
-    dense = len(stack.paths) * stack.sizes["out"] * stack.sizes["in"]
-    return Tried(stack.name, stack.paths, stack.axes, dense, stack.norms, trials)
-
-
 def candidates_of(stacks: Sequence[Tried]) -> list[Candidate]:
     """Every format at every rank over all stacks."""
     return [c for key in FAMILIES for c in _candidates(key, stacks)]

@@ -22,7 +22,7 @@ _STORED = {
     torch.float16: (torch.int16, 0x7C00, 10, 2.0**-14),
     torch.float32: (torch.int32, 0x7F800000, 23, 2.0**-126),
 }
-BLOCK = 1 << 20
+BLOCK = 1 << 18  # entries that are looked at at a time: with their copies they stay in the cache
 UNEVEN = 2.0  # from this ratio of the largest to the mean variance of rows or columns on, they are scaled first
 TRACY_WIDOM = 2.02  # its 99 % quantile
 FLOOR = 1e-3  # the share of the median variance that a row or column is given at least
@@ -74,11 +74,11 @@ class Noise:
         """What a singular value must rise above, where the largest is `first`: all rounding, that of float32 too."""
         return max(self.whole.edge, first * max(len(self.rows), len(self.cols)) * EPS)
 
-    def scaled(self, delta: Tensor) -> Tensor:
-        """The delta with the noise of every row and column brought to one, D[i, j] / sqrt(r[i] c[j])."""
+    @property
+    def inverse(self) -> tuple[Tensor, Tensor]:
+        """1 / sqrt(r[i]) and 1 / sqrt(c[j]): what brings the noise of every row and column to one."""
         rows, cols = self.balance or (self.rows, self.cols / self.variance)
-        left, right = ((1 / side.sqrt()).to(delta) for side in (rows, cols))
-        return delta * left[:, None] * right
+        return 1 / rows.sqrt(), 1 / cols.sqrt()
 
 
 def edge(sigma: float, rows: int, cols: int) -> float:
@@ -134,21 +134,38 @@ def _means(
 ) -> tuple[Tensor, Tensor]:
     """The means of var[i, j] / (r[i] c[j]) over every row, and over every column; some rows at a time."""
     rows, cols = torch.zeros(shape[0], dtype=torch.float64), torch.zeros(shape[1], dtype=torch.float64)
+    left, right = (_weights(side, size) for side, size in zip((r, c), shape, strict=True))
     for side in (side for side in sides if side.numel()):
-        height = max(1, BLOCK // side.shape[1])
-        for start in range(0, len(side), height):
-            squares = _ulp_squares(side[start : start + height])
-            stop = start + len(squares)
-            squares = squares if r is None else squares / r[start:stop, None].to(squares)
-            squares = squares if c is None else squares / c[: side.shape[1]].to(squares)
-            rows[start:stop] += squares.sum(1).double().cpu() / (12 * shape[1])
-            cols[: side.shape[1]] += squares.sum(0).double().cpu() / (12 * shape[0])
-    return rows, cols
+        along = (rows[: side.shape[0]], left[: side.shape[0]]), (cols[: side.shape[1]], right[: side.shape[1]])
+        if side.stride(0) < side.stride(1):  # an embedding is stored with its columns as rows
+            _add_sums(side.mT, *along[::-1])
+        else:
+            _add_sums(side, *along)
+    return rows / (12 * shape[1]), cols / (12 * shape[0])
+
+
+def _weights(side: Tensor | None, size: int) -> Tensor:
+    return torch.ones(size) if side is None else (1 / side).float()
+
+
+def _add_sums(side: Tensor, rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor]) -> None:
+    """Add ulp[i, j]^2 w[i] v[j], summed over j to rows[0] and over i to cols[0], where w and v are rows[1] and cols[1].
+
+    Some rows at a time, without the kernel's axes.  Shapes: (m, n), (m), (n).
+    """
+    height = max(1, BLOCK // side.shape[1])
+    left, right = (weights.to(side.device) for _, weights in (rows, cols))
+    for start in range(0, len(side), height):
+        squares = _ulp_squares(side[start : start + height])
+        part = slice(start, start + len(squares))
+        rows[0][part] += ((squares @ right) * left[part]).double().cpu()
+        cols[0].add_(((left[part] @ squares) * right).double().cpu())
 
 
 def _ulp_squares(values: Tensor) -> Tensor:
     """The square of a unit in the last place of every entry, in float32."""
     integers, mask, bits, smallest = _STORED[values.dtype]
     power = (values.contiguous().view(integers) & mask).view(values.dtype).float()  # 2^floor(log2 |w|)
-    power = torch.where(values == 0, torch.zeros_like(power), power.clamp(min=smallest))
-    return (power * 2.0**-bits).square()
+    if smallest > 2.0**-64:  # the squares of smaller ones are none
+        power = torch.where(values == 0, power, power.clamp(min=smallest))
+    return power.mul_(2.0**-bits).square_()

@@ -1,21 +1,22 @@
 """`analyze`: two checkpoints -> the report of what their difference is made of.
 
-Invariant: one delta is in memory at a time, and one stack's core.
+Weights within the layers come first, the others (embeddings, heads, poolers) last, each on its own. Invariant: a few
+deltas are in memory at a time, those of large weights never whole, and one stack's core.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tensoradapt.analysis.account import accounted
-from tensoradapt.analysis.candidates import RANKS, Stacked, Tried, tried
+from tensoradapt.analysis.candidates import RANKS, Stacked, Tried
 from tensoradapt.analysis.choice import chosen
 from tensoradapt.analysis.floors import floors_of
 from tensoradapt.analysis.noise import Noise, noise_of
@@ -24,20 +25,23 @@ from tensoradapt.analysis.sharing import alike, together
 from tensoradapt.analysis.slices import Slices, empty
 from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.analysis.spectra import SiteReport, Source, site_report
-from tensoradapt.analysis.stacks import BASIS, StackReport, leading, stack_report, stacks_of
+from tensoradapt.analysis.stacks import BASIS, StackReport, alone_report, leading, stack_report, stacks_of
+from tensoradapt.analysis.steps import Steps
+from tensoradapt.analysis.trials import tried
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import SOLO, Dense, Slice, Team
+from tensoradapt.linalg import BLOCK, SOLO, Dense, Slice, Strips, Team, each
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 from tensoradapt.targets import select
 
 MEMORY = 1 << 28  # bytes of a stack that is kept whole instead of in shared bases
-Progress = Callable[[str, int, int], None]
+WIDE = 4096  # directions up to which a stack that is kept whole shows the spectra of its modes
+LARGE = 1 << 26  # entries from which on a delta is read in strips
 OPTIONS = ("names", "values", "targets", "candidates", "seed", "team", "progress", "memory")
 
 
@@ -48,28 +52,41 @@ class DeltaSource:
     deltas: Deltas
     like: Tensor
     targets: tuple[str, ...] = ()
+    noises: dict[str, Noise] = field(default_factory=dict)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites that the targets match, all of them where there are none."""
+        """The sites that the targets match, all of them where there are none; those outside the layers last."""
         found = self.deltas.sites
-        if not self.targets:
-            return found
-        rule, _ = resolve(Rule(targets=self.targets), SiteMap(found))
-        return tuple(select(found, rule))
+        if self.targets:
+            rule, _ = resolve(Rule(targets=self.targets), SiteMap(found))
+            found = tuple(select(found, rule))
+        return tuple(sorted(found, key=lambda site: "layer" not in site.coordinates))
 
     def slice(self, site: Site) -> Slice:
-        """One delta, its kernel flattened into `in`."""
+        """One delta, its kernel flattened into `in`; in strips where it is large."""
+        if site.numel > LARGE:
+            shape = site.out, site.numel // site.out
+            width = max(1, BLOCK // min(shape))
+            parts = tuple(slice(k, min(k + width, max(shape))) for k in range(0, max(shape), width))
+            return Strips(shape, parts, partial(self._strip, site.path), self.like)
         return Dense(self.deltas.delta(site.path).flatten(1).to(self.like.device))
 
+    def _strip(self, path: str, at: slice) -> Tensor:
+        return self.deltas.strip(path, at).to(self.like.device)
+
     def noise(self, site: Site) -> Noise:
-        """The rounding noise of one delta."""
-        return noise_of(*self.deltas.weights(site.path))
+        """The rounding noise of one delta, found once."""
+        if site.path not in self.noises:
+            self.noises[site.path] = noise_of(*self.deltas.weights(site.path))
+        return self.noises[site.path]
 
     def described(self, site: Site) -> dict[str, Any]:
         """The dtypes of both sides, and the norm of the base's weight."""
         base, tuned = self.deltas.weights(site.path)
-        norm = math.sqrt(math.fsum(squares(block.float()) for block in base.flatten(1).split(1024)))
+        rows = base.flatten(1) if base.stride(0) >= base.stride(-1) else base.mT  # as they lie in the file
+        blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
+        norm = math.sqrt(math.fsum(squares(block.float()) for block in blocks))
         return {"dtypes": (str(base.dtype)[6:], str(tuned.dtype)[6:]), "base_norm": norm}
 
 
@@ -120,12 +137,10 @@ def report_of(
     """The report of a source of deltas; `names` are the kind, the base and the tuned side."""
     team: Team = options.get("team", SOLO)
     seed, values = options.get("seed", 0), options.get("values")
-    progress: Progress = options.get("progress") or (lambda *_: None)
-    sites = _sites(source, team, (values, seed), progress)
-    work = _Stacks(
-        source, model, sites, getattr(source, "like", empty(None)), seed, options.get("memory", MEMORY), team
-    )
-    groups, trials = work.all(progress, candidates=options.get("candidates", True))
+    steps = Steps(options.get("progress"), 2 * len(source.sites))
+    sites = _sites(source, team, (values, seed), steps)
+    work = _Stacks(source, model, sites, seed, options.get("memory", MEMORY), team, steps)
+    groups, trials = work.all(candidates=options.get("candidates", True))
     found = chosen(sites, trials)
     choice = found.choice
     if names[0] == "adapters" and choice:  # a set's sites are no model's
@@ -137,18 +152,26 @@ def report_of(
     )
 
 
-def _sites(source: Source, team: Team, how: tuple[int | None, int], progress: Progress) -> dict[str, SiteReport]:
-    """Every site's numbers, each member of a team a share of them."""
+def _sites(source: Source, team: Team, how: tuple[int | None, int], steps: Steps) -> dict[str, SiteReport]:
+    """Every site's numbers, each member of a team a share of them: some small sites at a time, one per core."""
+    mine = {site.path: site for site in source.sites[team.rank :: team.size]}
+    found: dict[str, SiteReport] = {}
 
-    def mine() -> dict[str, SiteReport]:
-        found: dict[str, SiteReport] = {}
-        for number, site in enumerate(source.sites):
-            if number % team.size == team.rank:
-                found[site.path] = site_report(source, site, *how)
-            progress(site.path, number + 1, len(source.sites))
+    def measure(path: str) -> None:
+        found[path] = site_report(source, mine[path], *how)
+
+    def all_of_mine() -> dict[str, SiteReport]:
+        small = [path for path, site in mine.items() if site.numel <= LARGE and source.like.device.type == "cpu"]
+        for path in each(small, measure, steps.begin):
+            steps.end(path, team.size)
+        for path in (path for path in mine if path not in found):
+            steps.begin(path)
+            measure(path)
+            steps.end(path, team.size)
         return found
 
-    gathered = {path: row for part in together(team, mine) for path, row in part.items()}
+    gathered = {path: row for part in together(team, all_of_mine) for path, row in part.items()}
+    steps.reach(len(source.sites))
     return {site.path: gathered[site.path] for site in source.sites}
 
 
@@ -159,10 +182,10 @@ class _Stacks:
     source: Source
     model: SiteMap
     sites: dict[str, SiteReport]
-    like: Tensor
     seed: int
     memory: int
     team: Team
+    steps: Steps
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -175,27 +198,41 @@ class _Stacks:
         """The stack of every site."""
         return {path: group.name for group in self.groups for path in group.paths}
 
-    def all(self, progress: Progress, *, candidates: bool) -> tuple[dict[str, StackReport], list[Tried]]:
+    def all(self, *, candidates: bool) -> tuple[dict[str, StackReport], list[Tried]]:
         """The reports of all stacks, and how the candidates do on those within the layers (on all, without layers)."""
         reports: dict[str, StackReport] = {}
         trials: list[Tried] = []
         layered = any("layer" in p.site.coordinates for group in self.groups for p in group.placements)
-        for number, group in enumerate(self.groups):
-            held = self._held(group)
-            floors = floors_of(group, self.source.noise, self._team(group))
-            spectra = [self.sites[path].singular_values for path in group.paths]
-            reports[group.name] = stack_report(group, held, floors, spectra)
-            counts = held.total > 0 and (not layered or "layer" in group.placements[0].site.coordinates)
-            if candidates and counts:
-                trials.append(tried(self._stacked(group, held)))
-            progress(group.name, number + 1, len(self.groups))
+        self.steps.reach(self.steps.total - sum(len(group.placements) for group in self.groups))
+        for group in self.groups:
+            self.steps.begin(group.name)
+            counts = not layered or "layer" in group.placements[0].site.coordinates
+            reports[group.name], tried_here = self._one(group, candidates=candidates and counts)
+            trials += tried_here
+            self.steps.end(group.name, len(group.placements))
         return reports, trials
+
+    def _one(self, group: Group, *, candidates: bool) -> tuple[StackReport, list[Tried]]:
+        """A stack's report, and its candidates where they are asked for; a weight that stands alone has no stack."""
+        single = len(group.placements) == 1
+        changed = any(self.sites[path].norm for path in group.paths)
+        held = self._held(group) if not single or (candidates and changed) else None
+        trials = [tried(self._stacked(group, held), tell=self.steps.tick)] if held and candidates and changed else []
+        if single:
+            return alone_report(group, self.sites[group.paths[0]]), trials
+        assert held is not None
+        floors = floors_of(group, self.source.noise, self._team(group))
+        spectra = [self.sites[path].singular_values for path in group.paths]
+        return stack_report(group, held, floors, spectra, self.steps.tick), trials
 
     def _held(self, group: Group) -> Compressed:
         """The stack whole, or in shared bases where it is large."""
-        stream = Slices(group, self.source.slice, self.like, self._team(group)).stream(self.seed)
-        size = math.prod(group.diagram.sizes[a] for a in group.diagram.open) * self.like.element_size()
-        return stream.held(resized(group, BASIS), whole=size <= self.memory)
+        slices = Slices(group, self.source.slice, self.source.like, self._team(group), tell=self.steps.tick)
+        sizes = [group.diagram.sizes[a] for a in group.diagram.open]
+        size = math.prod(sizes)
+        widest = max(min(n, size // n) for n in sizes)
+        whole = size * self.source.like.element_size() <= self.memory and widest <= WIDE
+        return slices.stream(self.seed).held(resized(group, BASIS), whole=whole)
 
     def _team(self, group: Group) -> Team:
         """Who reads a stack's sites: the team together, or each member all of a small one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Slices:
     like: Tensor
     team: Team = SOLO
     kept: dict[str, Slice] = field(default_factory=dict)
+    tell: Callable[[str], None] = lambda _: None  # called with a site's path whenever its delta is read
 
     @property
     def mine(self) -> list[Placement]:
@@ -41,12 +43,14 @@ class Slices:
         """The stream that a fit reads."""
         lead, rows, cols = axes_of(self.group.diagram)
         shape = (count_of(rows), count_of(cols))
-        stack = Stack(self._pass, count_of(lead), shape, self.like)
+        reads = [partial(self._read, placement) for placement in self.mine]
+        stack = Stack(self._pass, count_of(lead), shape, self.like, reads)
         return Stream(stack, lead, rows, cols, self.team, seed)
 
     def slice(self, placement: Placement) -> Slice:
         """One site's delta, kept for the next pass where the group is small."""
         path = placement.site.path
+        self.tell(path)
         if path in self.kept:
             return self.kept[path]
         found = self.fetch(placement.site)
@@ -56,9 +60,12 @@ class Slices:
 
     def _pass(self) -> Iterator[tuple[int, Slice]]:
         for placement in self.mine:
-            found = self.slice(placement)
-            parts = [found] if placement.slots == (1, 1) else _slotted(found, placement.slots)
-            yield from zip(positions_of(self.group, placement), parts, strict=True)
+            yield from self._read(placement)
+
+    def _read(self, placement: Placement) -> Iterator[tuple[int, Slice]]:
+        found = self.slice(placement)
+        parts = [found] if placement.slots == (1, 1) else _slotted(found, placement.slots)
+        return zip(positions_of(self.group, placement), parts, strict=True)
 
 
 def positions_of(group: Group, placement: Placement) -> range:

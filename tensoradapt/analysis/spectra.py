@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from tensoradapt.analysis.noise import EPS, Noise, edge
 from tensoradapt.analysis.ranks import effective_rank, participation_ratio, ranks_of
-from tensoradapt.linalg import Product, Slice, singular_values, square, truncated_svd
+from tensoradapt.linalg import Product, Slice, Values, slice_values
 from tensoradapt.sites import Site
 
 WHOLE = 1024  # up to this side all singular values are computed
 VALUES = 128  # so many leading ones beyond it
+SPARE = 32  # values beyond those that are expected above the noise
 
 
 class Source(Protocol):
@@ -31,6 +32,10 @@ class Source(Protocol):
 
     def slice(self, site: Site) -> Slice:
         """One delta, its kernel flattened into `in`."""
+
+    @property
+    def like(self) -> Tensor:
+        """The dtype and the device of deltas."""
 
     def noise(self, site: Site) -> Noise:
         """The rounding noise of one delta."""
@@ -74,7 +79,8 @@ def site_report(source: Source, site: Site, values: int | None = None, seed: int
     """Norms, singular values and ranks of one site's delta; `values` of them, or as many as are cheap."""
     found = source.slice(site)
     shape, total = found.shape, found.square
-    s, method = _values(found, values, seed)
+    known = _values(found, values, seed)
+    s = known.s
     noise = source.noise(site)
     described = source.described(site)
     first, limit = (float(s[0]) if len(s) else 0.0), min(shape)
@@ -88,82 +94,64 @@ def site_report(source: Source, site: Site, values: int | None = None, seed: int
         singular_values=tuple(s.tolist()),
         complete=len(s) >= limit,
         residual=0.0 if len(s) >= limit else math.sqrt(max(0.0, total - float(s.double().square().sum()))),
-        method=method,
+        method=known.method,
         stable_rank=total / first**2 if first else 0.0,
         effective_rank=effective_rank(s, total, limit),
         participation_ratio=participation_ratio(s, total, limit),
         noise={"sigma": noise.sigma, "edge": noise.edge, "scaled": noise.uneven},
-        ranks=ranks_of(s, total, shape, noise_rank(found, s, noise, values, seed)),
+        ranks=ranks_of(s, total, shape, noise_rank(found, known, noise, values, seed)),
     )
 
 
-def _values(found: Slice, values: int | None, seed: int) -> tuple[Tensor, str]:
+def _values(found: Slice, values: int | None, seed: int, start: Tensor | None = None) -> Values:
     """The leading singular values, and how they were found."""
     limit = min(found.shape)
     if isinstance(found, Product) and found.outer.shape[1] < limit:
         outer, inner = torch.linalg.qr(found.outer.double())[1], torch.linalg.qr(found.inner.double().mT)[1]
         s = torch.linalg.svdvals(outer @ inner.mT)
-        return torch.cat([s, s.new_zeros(limit - len(s))])[: values or limit].cpu(), "factors"
+        return Values(torch.cat([s, s.new_zeros(limit - len(s))])[: values or limit].cpu(), "factors")
     wanted = values or (limit if limit <= WHOLE else VALUES)
-    if wanted >= limit or limit <= WHOLE:
-        return singular_values(found.dense())[:wanted].cpu(), "gram"
-    low = truncated_svd(found.dense(), wanted, seed=seed, tolerance=1e-2)
-    return low.s.cpu(), low.method
+    made = slice_values(found, None if limit <= WHOLE else wanted, seed=seed, start=start)
+    return replace(made, s=made.s[:wanted].cpu())
 
 
-def noise_rank(found: Slice, s: Tensor, noise: Noise, values: int | None, seed: int) -> int | None:
+def noise_rank(found: Slice, known: Values, noise: Noise, values: int | None, seed: int) -> int | None:
     """How many singular values rise above the rounding noise of the stored dtypes, and above that of float32.
 
     Where rows or columns are unevenly noisy, those of the delta after its noise has been brought to one everywhere.
     """
-    first, limit = (float(s[0]) if len(s) else 0.0), min(found.shape)
-    if first == 0.0:
+    s, limit = known.s, min(found.shape)
+    if not len(s) or s[0] == 0.0:
         return 0
-    if noise.uneven:
-        s, _ = _values(_Scaled(found, noise), values, seed)
+    above = int((s > noise.floor(float(s[0]))).sum())
+    if not noise.uneven:
+        return None if above == len(s) < limit else above
+    return _even_rank(found, known, noise, (values, min(SPARE + 2 * above, values or VALUES)), seed)
+
+
+def _even_rank(found: Slice, known: Values, noise: Noise, counts: tuple[int | None, int], seed: int) -> int | None:
+    """The rank above even noise: of a large weight first by a few values, near the directions that are known."""
+    (values, few), limit = counts, min(found.shape)
+    rows, cols = (side.to(found.like) for side in noise.inverse)
+    scaled = found.scaled(rows, cols)
+    start = known.directions
+    if start is not None:
+        start = start * (rows if found.shape[0] <= found.shape[1] else cols)[:, None]
+    for count in (few, values) if start is not None and few != values else (values,):
+        s = _values(scaled, count, seed, start).s
         floor = max(edge(1.0, *found.shape), float(s[0]) * max(found.shape) * EPS)
-    else:
-        floor = noise.floor(first)
-    above = int((s > floor).sum())
-    return None if above == len(s) < limit else above
+        above = int((s > floor).sum())
+        if above < len(s) or len(s) == limit:
+            return above
+    return None
 
 
 def rank_above(found: Slice, noise: Noise, seed: int = 0) -> int:
     """The rank above the noise, of as many singular values as it takes to know it."""
     values = None
     while True:
-        s, _ = _values(found, values, seed)
-        rank = noise_rank(found, s, noise, values, seed)
+        known = _values(found, values, seed)
+        rank = noise_rank(found, known, noise, values, seed)
         if rank is not None:
             return rank
-        values = 2 * len(s)
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    """A slice whose noise is one everywhere."""
-
-    found: Slice
-    noise: Noise
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.found.shape
-
-    def dense(self) -> Tensor:
-        """The scaled delta."""
-        return self.noise.scaled(self.found.dense())
-
-    @property
-    def square(self) -> float:
-        """The squared norm."""
-        return float(square(self.dense()))
-
-    def right(self, x: Tensor) -> Tensor:
-        """D x."""
-        return self.dense() @ x
-
-    def left(self, y: Tensor) -> Tensor:
-        """D^T y."""
-        return self.dense().mT @ y
+        values = 2 * len(known.s)

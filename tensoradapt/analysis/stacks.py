@@ -7,8 +7,9 @@ norm that core holds (1 where no basis was needed).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,20 @@ from torch import Tensor
 from tensoradapt.analysis.floors import Floors, short_of
 from tensoradapt.analysis.naming import stack_names
 from tensoradapt.analysis.ranks import energy_rank
+from tensoradapt.analysis.spectra import SiteReport
 from tensoradapt.errors import TensorAdaptError
 from tensoradapt.fit.compress import Compressed
 from tensoradapt.grouping import Group, group_sites
-from tensoradapt.linalg import singular_values, truncated_svd
+from tensoradapt.linalg import pooled, singular_values, truncated_svd
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 
 BASIS = 64  # the rank of the shared bases of stacks that are too large to be kept whole
 SIMILAR = 8  # the dimension of the subspaces that are compared between sites
 LISTED = 256  # singular values listed per spectrum
+SHARED = (1, 2, 4, 8, 16, 32, 64)  # ranks at which shared and private bases are compared
+SHARES = (0.9, 0.95, 0.99)
+SIDES = ("out", "in")
 
 
 @dataclass(frozen=True)
@@ -80,18 +85,29 @@ def _stack(members: list[Site], model: SiteMap) -> Group:
     return group
 
 
-def stack_report(group: Group, held: Compressed, floors: Floors, spectra: Sequence[Sequence[float]]) -> StackReport:
+def stack_report(
+    group: Group,
+    held: Compressed,
+    floors: Floors,
+    spectra: Sequence[Sequence[float]],
+    tell: Callable[[str], None] = lambda _: None,
+) -> StackReport:
     """Mode spectra, TT cuts, similarity of subspaces and shared energy of one stack, from its core.
 
-    `spectra` are the leading singular values of its sites, as far as they are known.
+    `spectra` are the leading singular values of its sites, as far as they are known; `tell` is called with what begins.
     """
     axes, full = group.diagram.open, group.diagram.sizes
     core = held.core.permute([held.diagram.open.index(a) for a in axes])
-    lead = len(axes) - 2
-    modes = {axis: _listed(_unfolded(core, (k,))) for k, axis in enumerate(axes)}
-    cuts = {" ".join(axes[:k]): _listed(_unfolded(core, tuple(range(k)))) for k in range(1, len(axes))}
+    slices = core.reshape(-1, *core.shape[len(axes) - 2 :])
+    modes = {f"mode {axis}": partial(_listed, core, (k,)) for k, axis in enumerate(axes)}
+    cuts = {f"cut {' '.join(axes[:k])}": partial(_listed, core, tuple(range(k))) for k in range(2, len(axes) - 1)}
+    other: dict[str, Callable[[], Any]] = {
+        "similarity": partial(_similarity, slices, [p.site.path for p in group.placements]),
+        "shared energy": partial(_shared, slices, spectra, held.total),
+    }
+    made = pooled({**modes, **cuts, **other}, tell)
+    spectra_of = {axis: made[f"mode {axis}"] for axis in axes}
     ends = {axis: floors.whole.edge((axis,)) for axis in axes}
-    slices = core.reshape(-1, *core.shape[lead:])
     return StackReport(
         axes=axes,
         sizes={a: full[a] for a in axes},
@@ -99,12 +115,34 @@ def stack_report(group: Group, held: Compressed, floors: Floors, spectra: Sequen
         sites=group.paths,
         norm=math.sqrt(held.total),
         captured=1 - held.lost / held.total if held.total else 1.0,
-        mode_spectra=modes,
+        mode_spectra=spectra_of,
         noise_edges={axis: floors.edge((axis,)) for axis in axes},
-        tt_spectra=cuts,
-        multilinear_rank=_multilinear(modes, ends, {a: full[a] for a in axes}, held.total),
-        similarity=_similarity(slices, [p.site.path for p in group.placements]),
-        shared_energy=_shared(slices, spectra, held.total),
+        tt_spectra={" ".join(axes[:k]): made[_cut(axes, k)] for k in range(1, len(axes))},
+        multilinear_rank=_multilinear(spectra_of, ends, {a: full[a] for a in axes}, held.total),
+        similarity=made["similarity"],
+        shared_energy=made["shared energy"],
+    )
+
+
+def alone_report(group: Group, site: SiteReport) -> StackReport:
+    """A weight that stands alone: its modes and its cut have its own spectrum, and there is nothing to share."""
+    listed = list(site.singular_values[:LISTED])
+    held = torch.tensor(site.singular_values, dtype=torch.float64).square().cumsum(0)
+    ranks = [r for r in SHARED if r <= min(BASIS, *site.shape)]
+    own = [float(held[min(r, len(held)) - 1]) / site.norm**2 if site.norm else 0.0 for r in ranks]
+    rules = {rule: {axis: site.ranks[rule] for axis in SIDES} for rule in ("noise", *(f"energy_{x}" for x in SHARES))}
+    return StackReport(
+        axes=group.diagram.open,
+        sizes={a: group.diagram.sizes[a] for a in group.diagram.open},
+        labels={a: list(values) for a, values in group.labels.items()},
+        sites=group.paths,
+        norm=site.norm,
+        captured=1.0,
+        mode_spectra=dict.fromkeys(SIDES, listed),
+        noise_edges=dict.fromkeys(SIDES, site.noise["edge"]),
+        tt_spectra={SIDES[0]: listed},
+        multilinear_rank=rules,
+        shared_energy={"rank": ranks, "shared": own, "private": own},
     )
 
 
@@ -113,16 +151,20 @@ def _unfolded(core: Tensor, dims: tuple[int, ...]) -> Tensor:
     return core.permute(*dims, *rest).reshape(math.prod(core.shape[k] for k in dims), -1)
 
 
-def _listed(matrix: Tensor) -> list[float]:
-    return [float(v) for v in singular_values(matrix)[:LISTED]]
+def _cut(axes: Sequence[str], k: int) -> str:
+    """What is computed for the cut behind the first k axes: those of one axis on a side are its mode's."""
+    return f"mode {axes[0 if k == 1 else -1]}" if k in (1, len(axes) - 1) else f"cut {' '.join(axes[:k])}"
+
+
+def _listed(core: Tensor, dims: tuple[int, ...]) -> list[float]:
+    return [float(v) for v in singular_values(_unfolded(core, dims))[:LISTED]]
 
 
 def _multilinear(
     modes: Mapping[str, list[float]], edges: Mapping[str, float], sizes: Mapping[str, int], total: float
 ) -> dict[str, Any]:
     noise = {axis: _above(s, edges[axis], sizes, axis) if total else 0 for axis, s in modes.items()}
-    shares = (0.9, 0.95, 0.99)
-    energies = {f"energy_{x}": {a: energy_rank(torch.tensor(s), total, x) for a, s in modes.items()} for x in shares}
+    energies = {f"energy_{x}": {a: energy_rank(torch.tensor(s), total, x) for a, s in modes.items()} for x in SHARES}
     return {"noise": noise, **energies}
 
 
@@ -161,11 +203,11 @@ def _defined(matrix: list[list[float]], zero: list[bool]) -> list[list[float | N
 def _shared(slices: Tensor, spectra: Sequence[Sequence[float]], total: float) -> dict[str, Any]:
     """The share of the squared norm held by one pair of bases of rank r for all sites, and by a pair for each."""
     limit = min(min(slices.shape[1:]), BASIS)
-    ranks = [r for r in (1, 2, 4, 8, 16, 32, 64) if r <= limit]
+    ranks = [r for r in SHARED if r <= limit]
     if total == 0.0:
         return {"rank": ranks, "shared": [0.0] * len(ranks), "private": [0.0] * len(ranks)}
     own = leading(slices, spectra, ranks[-1]).square().sum(0).cumsum(0)
-    turned = rotated(slices)
+    turned = rotated(slices, ranks[-1])
     shared = [float(turned[:, :r, :r].double().square().sum()) / total for r in ranks]
     return {"rank": ranks, "shared": shared, "private": [float(own[r - 1]) / total for r in ranks]}
 
@@ -178,10 +220,9 @@ def leading(slices: Tensor, spectra: Sequence[Sequence[float]], rank: int) -> Te
     return truncated_svd(slices, rank).s.double().cpu()
 
 
-def rotated(slices: Tensor) -> Tensor:
-    """The slices in the singular bases of both of their modes: the first r x r entries are the best shared ones."""
-    sides = []
-    for dim in (1, 2):
-        flat = torch.movedim(slices, dim, 0).flatten(1)
-        sides.append(torch.linalg.eigh((flat @ flat.mT).double())[1].flip(-1).to(slices.dtype))
+def rotated(slices: Tensor, rank: int = BASIS) -> Tensor:
+    """The slices in the leading singular bases of both of their modes: the first r x r entries are the best shared
+    ones.  Shape: (site, m, n) -> (site, k, k), k at most `rank`.
+    """
+    sides = [truncated_svd(torch.movedim(slices, dim, 0).flatten(1), rank).u for dim in (1, 2)]
     return sides[0].mT @ slices @ sides[1]

@@ -14,6 +14,7 @@ from tensoradapt.cli.convert import convert
 from tensoradapt.cli.demo import demo
 from tensoradapt.cli.export import export
 from tensoradapt.cli.extract import extract
+from tensoradapt.cli.interrupt import INTERRUPTED, prompt
 from tensoradapt.cli.merge import merge
 from tensoradapt.cli.plan import plan
 from tensoradapt.cli.plot import plot
@@ -22,7 +23,7 @@ from tensoradapt.cli.verify import verify
 from tensoradapt.errors import TensorAdaptError
 from tensoradapt.version import VERSION
 
-INTERRUPTED, AT_FAULT = 130, 2
+AT_FAULT = 2
 # Recent versions of typer carry their own copy of click, so the class is found by what it is the base of.
 UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -68,9 +69,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0 done, 1 a tolerance missed, 2 the input is at fault, 130 interrupted."""
     command = typer.main.get_command(application())
     try:
-        code = command.main(
-            args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tensoradapt", standalone_mode=False
-        )
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with prompt():
+            code = command.main(args=given, prog_name="tensoradapt", standalone_mode=False)
         if code == INTERRUPTED:  # recent versions of typer turn the interruption into its code themselves
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0

@@ -21,13 +21,12 @@ from tensoradapt.extract.holding import Fitted, holding
 from tensoradapt.extract.journal import Journal, opened
 from tensoradapt.extract.measure import overall, worst_of
 from tensoradapt.extract.output import Output
-from tensoradapt.extract.pool import each
 from tensoradapt.extract.result import Extraction
 from tensoradapt.extract.whole import whole_change
 from tensoradapt.extract.words import EQUAL
 from tensoradapt.extract.work import Done, Work, allocated, planned
 from tensoradapt.io.saved import Saved
-from tensoradapt.linalg import SOLO, Team
+from tensoradapt.linalg import SOLO, Team, each
 from tensoradapt.plan import START, Plan
 from tensoradapt.spec import Spec
 

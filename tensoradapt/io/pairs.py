@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -100,6 +100,22 @@ class Deltas:
         self.tuned.check(name)
         return any(squares), math.fsum(squares)
 
+    def strip(self, path: str, at: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A part of the delta, its kernel flattened into `in`: a range along its longer side.
+
+        Shape: (range, in) where out > in, else (out, range). Raises FileError on values that are not finite.
+        """
+        pair = self.pair(path)
+        sides = [_view(part, pair.site).flatten(1) for part in self._stored(path)]
+        dim = 0 if max(side.shape[0] for side in sides) > max(side.shape[1] for side in sides) else 1
+        base, tuned = (side.narrow(dim, *_within(at, side.shape[dim])) for side in sides)
+        found = _difference(base, tuned, dtype)
+        self.base.check(pair.base_name)
+        self.tuned.check(pair.tuned_name)
+        if found is None:
+            self._refuse_nonfinite(pair, dtype)
+        return found
+
     def nonfinite(self, path: str) -> tuple[int, int]:
         """How many entries of a site are NaN or infinite, of the base and of the tuned side."""
         base, tuned = (sum(int((~part[b].isfinite()).sum()) for b in _blocks(part)) for part in self._stored(path))
@@ -113,7 +129,7 @@ class Deltas:
         rows = pair.site.shape[1 if pair.site.layout == "in out" else 0]
         return base[:rows], tuned[:rows]
 
-    def _refuse_nonfinite(self, pair: Pair, dtype: torch.dtype) -> None:
+    def _refuse_nonfinite(self, pair: Pair, dtype: torch.dtype) -> NoReturn:
         counts = self.nonfinite(pair.site.path)
         names = (pair.base_name, self.base.name), (pair.tuned_name, self.tuned.name)
         size = pair.site.numel
@@ -165,6 +181,29 @@ def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
     else:
         total = out.copy_(tuned.to(precise) - base.to(precise)).sum(dtype=precise)
     return bool(total.isfinite()) or bool(out.isfinite().all())
+
+
+def _within(at: slice, size: int) -> tuple[int, int]:
+    """The part of a range that a side of so many rows has: where it begins, and its length."""
+    begin = min(at.start, size)
+    return begin, min(at.stop, size) - begin
+
+
+def _difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The delta of two parts, laid out as they are; None where it is not finite.
+
+    Rows or columns that the base lacks count as zero there, those that the tuned side lacks as unchanged.
+    """
+    if tuned.stride(0) < tuned.stride(1):
+        turned = _difference(base.mT, tuned.mT, dtype)
+        return None if turned is None else turned.mT
+    rows, cols = (min(base.shape[k], tuned.shape[k]) for k in (0, 1))
+    found = torch.zeros([max(base.shape[k], tuned.shape[k]) for k in (0, 1)], dtype=dtype)
+    if (rows, cols) != tuned.shape:
+        found[: tuned.shape[0], : tuned.shape[1]] = tuned
+    blocks = _blocks(found[:rows, :cols])
+    finite = all([_subtract(tuned[b, :cols], base[b, :cols], found[b, :cols]) for b in blocks])
+    return found if finite and ((rows, cols) == found.shape or bool(found.isfinite().all())) else None
 
 
 def open_deltas(

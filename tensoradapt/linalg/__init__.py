@@ -2,9 +2,10 @@
 
 from tensoradapt.linalg.krylov import krylov
 from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, orthonormal, square
+from tensoradapt.linalg.pool import each, pooled
 from tensoradapt.linalg.ranges import Range, Ranges, Stack, find_ranges, range_of
-from tensoradapt.linalg.slices import Dense, Product, Slice
-from tensoradapt.linalg.svd import METHODS, choose, singular_values, truncated_svd
+from tensoradapt.linalg.slices import Dense, Product, Slice, Strips
+from tensoradapt.linalg.svd import METHODS, Values, choose, singular_values, slice_values, truncated_svd
 from tensoradapt.linalg.team import SOLO, Team
 
 __all__ = [
@@ -19,13 +20,18 @@ __all__ = [
     "Seed",
     "Slice",
     "Stack",
+    "Strips",
     "Team",
+    "Values",
     "choose",
+    "each",
     "find_ranges",
     "krylov",
     "orthonormal",
+    "pooled",
     "range_of",
     "singular_values",
+    "slice_values",
     "square",
     "truncated_svd",
 ]

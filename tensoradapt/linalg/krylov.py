@@ -5,12 +5,14 @@ Invariant: the singular values found never exceed the true ones, and the residua
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tensoradapt.linalg.parts import LowRank, Seed, leftover, orthonormal, signed, square
+from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, leftover, orthonormal, signed, square
+from tensoradapt.linalg.slices import Slice
 
 OVERSAMPLE = 10
 LANES = 16  # sketches are as wide as a multiple of it: the products with further columns cost nothing
@@ -62,18 +64,53 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Operator:
+    """A matrix A (m, n), or a batch of them, as what multiplies thin ones: right(x) = A x, left(y) = A^T y."""
+
+    shape: tuple[int, int]
+    like: Tensor
+    total: Tensor
+    right: Callable[[Tensor], Tensor]
+    left: Callable[[Tensor], Tensor]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The entries' dtype."""
+        return self.like.dtype
+
+    @classmethod
+    def of(cls, a: Tensor) -> Operator:
+        """A matrix in memory, or a batch."""
+        return cls((a.shape[-2], a.shape[-1]), a, square(a), lambda x: _times(a, x), lambda y: (y.mT @ a).mT)
+
+    @classmethod
+    def short(cls, part: Slice) -> Operator:
+        """A slice, turned so that it has no more rows than columns."""
+        total = torch.tensor(part.square, dtype=torch.float64, device=part.like.device)
+        if part.shape[0] <= part.shape[1]:
+            return cls(part.shape, part.like, total, part.right, part.left)
+        return cls((part.shape[1], part.shape[0]), part.like, total, part.left, part.right)
+
+
+@dataclass(frozen=True)
 class Space:
     """A Krylov space of matrices A: an orthonormal basis (.., m, k), image = A^T basis (.., n, k), and its Gram matrix.
 
-    `done` says whether the residual of its leading directions is estimated within the tolerance of the optimal one.
+    `images` are the image's blocks of columns. `done` says whether the residual of the leading directions is estimated
+    within the tolerance of the optimal one.
     """
 
     basis: Tensor
-    image: Tensor
+    images: tuple[Tensor, ...]
     gram: Tensor
     total: Tensor
     steps: int
     done: bool
+
+    @property
+    def image(self) -> Tensor:
+        """A^T basis."""
+        return torch.cat(self.images, -1) if len(self.images) > 1 else self.images[0]
 
     def directions(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """The squared singular values in the space, descending, and their directions, the first `count`."""
@@ -82,34 +119,41 @@ class Space:
 
 
 def krylov_space(
-    a: Tensor,
+    a: Operator,
     rank: int,
     *,
     oversample: int = OVERSAMPLE,
     tolerance: float = 1e-3,
     steps: int = STEPS,
     seed: Seed | None = None,
+    start: Tensor | None = None,
 ) -> Space:
     """A space that holds the leading `rank` left singular vectors of matrices.  Shape: (.., m, n).
 
-    K = [Q1 .. Qk], Q1 = orth(A W), Q(i+1) = orth(A A^T Qi).
+    K = [Q1 .. Qk], Q1 = orth(A W), Q(i+1) = orth(A A^T Qi); with a `start` (m, j) near those vectors, Q1 = orth(start)
+    with some random columns beside it.
     """
-    width = min(rank + oversample, *a.shape[-2:])
-    q = orthonormal(_times(a, (seed or Seed()).noise(a.shape[-1], width, like=a)))
-    basis, image = q, (q.mT @ a).mT
-    gram = _gram(image, image)
-    held = Held(rank, square(a))
+    width = min(rank + oversample, *a.shape)
+    random, like = seed or Seed(), a.like
+    if start is None:
+        q = orthonormal(a.right(random.noise(a.shape[1], width, like=like)))
+    else:
+        near = start[:, : width - oversample] / torch.linalg.vector_norm(start, dim=0)[: width - oversample]
+        q = orthonormal(torch.cat([near, random.noise(a.shape[0], width - near.shape[1], like=like)], 1))
+    basis, images = q, (a.left(q),)
+    gram = _gram(images[0], images[0])
+    held = Held(rank, a.total)
     for step in range(1, steps + 1):
         held.add(gram)
         done = held.converged(tolerance)
-        if done or step == steps or basis.shape[-1] + width > min(a.shape[-2:]):
+        if done or step == steps or basis.shape[-1] + width > min(a.shape):
             break
-        q = orthonormal(_times(a, image[..., -width:]), basis)
-        new = (q.mT @ a).mT
-        cross = _gram(image, new)
+        q = orthonormal(a.right(images[-1]), basis)
+        new = a.left(q)
+        cross = torch.cat([_gram(image, new) for image in images], -2)
         gram = torch.cat([torch.cat([gram, cross], -1), torch.cat([cross.mT, _gram(new, new)], -1)], -2)
-        basis, image = torch.cat([basis, q], -1), torch.cat([image, new], -1)
-    return Space(basis, image, gram, held.total, step, done)
+        basis, images = torch.cat([basis, q], -1), (*images, new)
+    return Space(basis, images, gram, held.total, step, done)
 
 
 def krylov(
@@ -126,7 +170,7 @@ def krylov(
     A ~ K K^T A with the basis K of a Krylov space.  Shape: (.., m, n).
     """
     wide = LANES * -(-(rank + oversample) // LANES) - rank
-    space = krylov_space(a, rank, oversample=wide, tolerance=tolerance, steps=steps, seed=seed)
+    space = krylov_space(Operator.of(a), rank, oversample=wide, tolerance=tolerance, steps=steps, seed=seed)
     values, vectors = space.directions(rank)
     s = values.sqrt().to(a.dtype)
     u, sv = space.basis @ vectors, space.image @ vectors
@@ -144,8 +188,17 @@ def _times(a: Tensor, x: Tensor) -> Tensor:
 
 
 def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """In float64: the eigenvalues are squares, so that float32 would end at 3e-4 of the largest singular value."""
-    return x.mT.double() @ y.double()
+    """X^T Y in float64: the eigenvalues are squares, so that float32 would end at 3e-4 of the largest singular value.
+
+    Some rows at a time.  Shape: (.., n, k), (.., n, l) -> (.., k, l).
+    """
+    height = max(1, BLOCK * x.shape[-2] // max(x.numel(), 1))
+    parts = (slice(start, start + height) for start in range(0, x.shape[-2], height))
+    first = next(parts, slice(0))
+    found = x[..., first, :].mT.double() @ y[..., first, :].double()
+    for rows in parts:
+        found += x[..., rows, :].mT.double() @ y[..., rows, :].double()
+    return found
 
 
 def worth(values: Tensor, rank: int, total: Tensor) -> int:

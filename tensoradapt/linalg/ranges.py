@@ -6,16 +6,22 @@ Krylov iteration on sum_l D_l D_l^T and sum_l D_l^T D_l. Invariant: every slice 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, Held, krylov_space, worth
+from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, Held, Operator, krylov_space, worth
+from tensoradapt.linalg.lapack import eigh
 from tensoradapt.linalg.parts import Seed, gram_matrix, orthonormal
+from tensoradapt.linalg.pool import mapped
 from tensoradapt.linalg.slices import Slice
 from tensoradapt.linalg.team import SOLO, Team
+
+T = TypeVar("T")
 
 FULL = 2  # a basis of more than 1/FULL of a side is no saving: the side is kept as it is
 
@@ -24,13 +30,23 @@ FULL = 2  # a basis of more than 1/FULL of a side is no saving: the side is kept
 class Stack:
     """Slices D[l, out, in] that can be read again and again: `passes()` makes one pass over (position, slice).
 
-    `count` is the number of all slices, whoever of a team reads them; `like` gives the dtype and the device.
+    `count` is the number of all slices, whoever of a team reads them; `like` gives the dtype and the device. `reads`
+    are what reads the slices of a pass one after the other, where they may be read some at a time.
     """
 
     passes: Callable[[], Iterable[tuple[int, Slice]]]
     count: int
     shape: tuple[int, int]
     like: Tensor
+    reads: Sequence[Callable[[], Iterable[tuple[int, Slice]]]] = ()
+
+    def each(self, function: Callable[[int, Slice], T]) -> Iterator[T]:
+        """The function's values for every position and slice, in the order of a pass."""
+        if not self.reads or self.like.device.type != "cpu":
+            yield from (function(*found) for found in self.passes())
+            return
+        for values in mapped(lambda read: [function(*found) for found in read()], self.reads):
+            yield from values
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ def range_of(a: Tensor, rank: int, seed: int = 0) -> Range:
     """A basis of a matrix that is in memory, with its leading `rank` directions.
 
     Shape: (m, n), k <= 2 (rank + 10). By block Krylov iteration; where that does not settle, by the eigenvectors of
-    A A^T. What fails is tried once more on the CPU in float64.
+    A A^T or A^T A, the smaller of them. What fails is tried once more on the CPU in float64.
     """
     try:
         return _range_of(a, rank, seed)
@@ -134,10 +150,9 @@ def range_of(a: Tensor, rank: int, seed: int = 0) -> Range:
 
 
 def _range_of(a: Tensor, rank: int, seed: int) -> Range:
-    space = krylov_space(a, rank, seed=Seed(seed))
-    if not space.done and space.basis.shape[1] < len(a):
-        values, vectors = torch.linalg.eigh(gram_matrix(a))
-        basis = vectors.flip(1)[:, : worth(values.flip(0), rank, space.total)].to(a.dtype)
+    space = krylov_space(Operator.of(a), rank, seed=Seed(seed))
+    if not space.done and space.basis.shape[1] < min(a.shape):
+        basis = _eigenvectors(a, rank, space.total)
         return Range(basis, (basis.mT @ a).mT)
     values, vectors = torch.linalg.eigh(space.gram)
     leading = vectors.flip(1)[:, : worth(values.flip(0).clamp(min=0), rank, space.total)]
@@ -148,6 +163,14 @@ def _range_of(a: Tensor, rank: int, seed: int) -> Range:
         for x in (wide, space.image.double() @ leading)
     )
     return Range(basis.to(a.dtype), image.to(a.dtype))
+
+
+def _eigenvectors(a: Tensor, rank: int, total: Tensor) -> Tensor:
+    """The leading left singular vectors, by the smaller Gram matrix."""
+    tall = len(a) > a.shape[1]
+    values, vectors = eigh(gram_matrix(a.mT if tall else a))
+    kept = vectors.flip(1)[:, : worth(values.flip(0).clamp(min=0), rank, total)].to(a.dtype)
+    return torch.linalg.qr(a @ kept)[0] if tall else kept
 
 
 def find_ranges(
@@ -173,22 +196,25 @@ def find_ranges(
     bases = [side.kept() for side in sides]
     sizes = [size if q is None else q.shape[1] for size, q in zip(stack.shape, bases, strict=True)]
     core = stack.like.new_zeros(stack.count, *sizes)
-    for position, part in stack.passes():
-        core[position] = _projected(part, bases[0], bases[1])
+    for position, part in stack.each(lambda position, part: (position, _projected(part, bases[0], bases[1]))):
+        core[position] = part
     return Ranges(bases[0], bases[1], float(total), passes + 1, team.add(core))
 
 
 def _sketch(stack: Stack, sides: list[_Side], seed: Seed, team: Team) -> Tensor:
     """The first pass: the total, and random combinations of columns and of rows."""
     out, inp = sides
-    sketches = [stack.like.new_zeros(side.size, side.width) for side in sides]
+    sketches = [stack.like.new_zeros(side.size, 0 if side.whole else side.width) for side in sides]
     total = torch.zeros((), dtype=torch.float64)
-    for position, part in stack.passes():
-        total += part.square
-        if not out.whole:
-            sketches[0] += part.right(seed.noise(inp.size, out.width, like=stack.like, salt=2 * position + 1))
-        if not inp.whole:
-            sketches[1] += part.left(seed.noise(out.size, inp.width, like=stack.like, salt=2 * position + 2))
+
+    def sketched(position: int, part: Slice) -> tuple[float, list[Tensor | None]]:
+        noise = partial(seed.noise, like=stack.like)
+        rows = None if out.whole else part.right(noise(inp.size, out.width, salt=2 * position + 1))
+        return part.square, [rows, None if inp.whole else part.left(noise(out.size, inp.width, salt=2 * position + 2))]
+
+    for square, made in stack.each(sketched):
+        total += square
+        _add(sketches, made)
     team.add(total)
     for side, sketch in zip(sides, sketches, strict=True):
         if not side.whole:
@@ -200,14 +226,22 @@ def _pass(stack: Stack, sides: list[_Side | None], team: Team) -> None:
     """One more pass: M times the last block of every side that still grows."""
     blocks = [None if side is None else side.block() for side in sides]
     images = [stack.like.new_zeros(n, 0 if b is None else b.shape[1]) for n, b in zip(stack.shape, blocks, strict=True)]
-    for _, part in stack.passes():
-        if blocks[0] is not None:
-            images[0] += part.right(part.left(blocks[0]))
-        if blocks[1] is not None:
-            images[1] += part.left(part.right(blocks[1]))
+
+    def multiplied(_: int, part: Slice) -> list[Tensor | None]:
+        rows = None if blocks[0] is None else part.right(part.left(blocks[0]))
+        return [rows, None if blocks[1] is None else part.left(part.right(blocks[1]))]
+
+    for made in stack.each(multiplied):
+        _add(images, made)
     for side, image in zip(sides, images, strict=True):
         if side is not None:
             side.grow(team.add(image))
+
+
+def _add(sums: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
+    for whole, part in zip(sums, parts, strict=True):
+        if part is not None:
+            whole += part
 
 
 def _projected(part: Slice, out: Tensor | None, inp: Tensor | None) -> Tensor:

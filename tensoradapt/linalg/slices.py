@@ -1,18 +1,23 @@
-"""Slices: the deltas of a stack, dense or as a product of two factors, behind what a range finder asks of them.
+"""Slices: the deltas of a stack, dense, as a product of two factors or in strips, behind what a range finder asks.
 
-Invariant: no method of a product forms its (out, in) matrix but `dense`.
+Invariant: no method of a product, or of strips, forms its (out, in) matrix but `dense`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tensoradapt.linalg.parts import square
+from tensoradapt.linalg.parts import gram_matrix, square
+from tensoradapt.linalg.pool import mapped
+
+T = TypeVar("T")
 
 
 class Slice(Protocol):
@@ -23,6 +28,10 @@ class Slice(Protocol):
         """(out, in)."""
 
     @property
+    def like(self) -> Tensor:
+        """What gives the dtype and the device."""
+
+    @property
     def square(self) -> float:
         """The squared norm."""
 
@@ -31,6 +40,12 @@ class Slice(Protocol):
 
     def left(self, y: Tensor) -> Tensor:
         """D^T y.  Shape: (out, k) -> (in, k)."""
+
+    def gram(self) -> Tensor:
+        """D^T D or D D^T, the smaller of them, in float64."""
+
+    def scaled(self, rows: Tensor, cols: Tensor) -> Slice:
+        """rows[i] D[i, j] cols[j].  Shapes: (out), (in)."""
 
     def dense(self) -> Tensor:
         """D itself.  Shape: (out, in)."""
@@ -47,6 +62,11 @@ class Dense:
         """(out, in)."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
+    @property
+    def like(self) -> Tensor:
+        """What gives the dtype and the device."""
+        return self.matrix
+
     @cached_property
     def square(self) -> float:
         """The squared norm."""
@@ -59,6 +79,14 @@ class Dense:
     def left(self, y: Tensor) -> Tensor:
         """D^T y.  Shape: (out, k) -> (in, k)."""
         return self.matrix.mT @ y
+
+    def gram(self) -> Tensor:
+        """D^T D or D D^T, the smaller of them, in float64."""
+        return gram_matrix(self.matrix if self.shape[0] <= self.shape[1] else self.matrix.mT)
+
+    def scaled(self, rows: Tensor, cols: Tensor) -> Slice:
+        """rows[i] D[i, j] cols[j].  Shapes: (out), (in)."""
+        return Dense((self.matrix * rows[:, None]).mul_(cols))
 
     def dense(self) -> Tensor:
         """D itself.  Shape: (out, in)."""
@@ -77,6 +105,11 @@ class Product:
         """(out, in)."""
         return self.outer.shape[0], self.inner.shape[1]
 
+    @property
+    def like(self) -> Tensor:
+        """What gives the dtype and the device."""
+        return self.outer
+
     @cached_property
     def square(self) -> float:
         """The squared norm, sum_rs (B^T B)[r, s] (A A^T)[r, s]."""
@@ -91,6 +124,77 @@ class Product:
         """D^T y.  Shape: (out, k) -> (in, k)."""
         return self.inner.mT @ (self.outer.mT @ y)
 
+    def gram(self) -> Tensor:
+        """D^T D or D D^T, the smaller of them, in float64."""
+        return gram_matrix(self.dense() if self.shape[0] <= self.shape[1] else self.dense().mT)
+
+    def scaled(self, rows: Tensor, cols: Tensor) -> Slice:
+        """rows[i] D[i, j] cols[j].  Shapes: (out), (in)."""
+        return Product(self.outer * rows[:, None], self.inner * cols)
+
     def dense(self) -> Tensor:
         """D itself.  Shape: (out, in)."""
         return self.outer @ self.inner
+
+
+@dataclass(frozen=True)
+class Strips:
+    """A delta that is too large to be formed: strips of it are read again whenever they are needed, one per core.
+
+    `parts` are ranges along the longer side, in order, and `read` gives the strip of one. Shape of a strip: (range, in)
+    where out > in, else (out, range).
+    """
+
+    shape: tuple[int, int]
+    parts: tuple[slice, ...]
+    read: Callable[[slice], Tensor]
+    like: Tensor
+
+    @cached_property
+    def square(self) -> float:
+        """The squared norm."""
+        return math.fsum(self._each(lambda at: float(square(self.read(at)))))
+
+    def right(self, x: Tensor) -> Tensor:
+        """D x.  Shape: (in, k) -> (out, k)."""
+        if self._tall:
+            return torch.cat(list(self._each(lambda at: self.read(at) @ x)))
+        return _summed(self._each(lambda at: self.read(at) @ x[at]))
+
+    def left(self, y: Tensor) -> Tensor:
+        """D^T y.  Shape: (out, k) -> (in, k)."""
+        if not self._tall:
+            return torch.cat(list(self._each(lambda at: self.read(at).mT @ y)))
+        return _summed(self._each(lambda at: self.read(at).mT @ y[at]))
+
+    def gram(self) -> Tensor:
+        """D^T D or D D^T, the smaller of them, in float64."""
+        return _summed(self._each(lambda at: gram_matrix(self.read(at).mT if self._tall else self.read(at))))
+
+    def dense(self) -> Tensor:
+        """D itself.  Shape: (out, in)."""
+        return torch.cat(list(self._each(self.read)), 0 if self._tall else 1)
+
+    def scaled(self, rows: Tensor, cols: Tensor) -> Strips:
+        """rows[i] D[i, j] cols[j], in strips too.  Shapes: (out), (in)."""
+
+        def read(at: slice) -> Tensor:
+            left, right = (rows[at], cols) if self._tall else (rows, cols[at])
+            return (self.read(at) * left[:, None]).mul_(right)
+
+        return Strips(self.shape, self.parts, read, self.like)
+
+    @property
+    def _tall(self) -> bool:
+        return self.shape[0] > self.shape[1]
+
+    def _each(self, function: Callable[[slice], T]) -> Iterator[T]:
+        on_cpu = self.like.device.type == "cpu"
+        return mapped(function, self.parts) if on_cpu else map(function, self.parts)
+
+
+def _summed(parts: Iterator[Tensor]) -> Tensor:
+    first = next(parts)
+    for part in parts:
+        first += part
+    return first

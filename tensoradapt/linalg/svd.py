@@ -7,14 +7,16 @@ one machine and thread count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tensoradapt.errors import RankError, ShapeError, SpecError
-from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, krylov
+from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, Operator, krylov, krylov_space
+from tensoradapt.linalg.lapack import eigh, eigvalsh, svd
 from tensoradapt.linalg.parts import LowRank, Seed, gram_matrix, leftover, signed, square
+from tensoradapt.linalg.slices import Slice
 
 METHODS = ("auto", "krylov", "gram", "exact")
 SMALL = 96  # below this many rows or columns a full decomposition costs no more than the bookkeeping of the others
@@ -92,7 +94,7 @@ def _on_cpu(a: Tensor, rank: int, method: str, options: tuple[int, float, int], 
 
 
 def _exact(a: Tensor, rank: int) -> LowRank:
-    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    u, s, vh = svd(a)
     dropped = s[..., rank:].double().square().sum(-1).sqrt().to(a.dtype)
     u, v = signed(u[..., :rank], vh.mT[..., :rank])
     return LowRank(u, s[..., :rank], v, square(a), dropped, "exact")
@@ -102,7 +104,7 @@ def _gram(a: Tensor, rank: int) -> LowRank:
     """By the eigenvectors of the smaller Gram matrix, in float64."""
     if a.shape[-2] > a.shape[-1]:
         return _gram(a.mT, rank).turned()
-    values, vectors = torch.linalg.eigh(gram_matrix(a))
+    values, vectors = eigh(gram_matrix(a))
     u = vectors.flip(-1)[..., :rank].to(a.dtype)
     v, triangle = torch.linalg.qr(a.mT @ u)  # its columns are all but orthogonal; those of zero norm get a basis
     s, sign = triangle.diagonal(dim1=-2, dim2=-1).abs(), triangle.diagonal(dim1=-2, dim2=-1).sign()
@@ -116,7 +118,37 @@ def singular_values(a: Tensor) -> Tensor:
     Shape: (.., m, n) -> (.., min(m, n)).
     """
     side = a if a.shape[-2] <= a.shape[-1] else a.mT
-    return torch.linalg.eigvalsh(gram_matrix(side)).flip(-1).clamp(min=0).sqrt()
+    return eigvalsh(gram_matrix(side)).flip(-1).clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True)
+class Values:
+    """Leading singular values, how they were found, and their directions along the shorter side where that shows them.
+
+    Shapes: s (k), directions (min(m, n), k).
+    """
+
+    s: Tensor
+    method: str
+    directions: Tensor | None = None
+
+
+def slice_values(
+    part: Slice, count: int | None = None, *, tolerance: float = 1e-2, seed: int = 0, start: Tensor | None = None
+) -> Values:
+    """The leading `count` singular values of a slice; all of them without a count.
+
+    By block Krylov iteration on the shorter side, from directions to `start` with if they are known, until the norm of
+    what lies beyond the values is estimated within `tolerance`; where that does not settle, and for all of them, by the
+    smaller Gram matrix in float64.
+    """
+    if count is not None and choose(part.shape, count) == "krylov":
+        options = {"tolerance": tolerance, "seed": Seed(seed), "start": start}
+        space = krylov_space(Operator.short(part), count, **options)
+        if space.done:
+            values, vectors = space.directions(count)
+            return Values(values.sqrt(), "krylov", space.basis @ vectors)
+    return Values(eigvalsh(part.gram()).flip(-1)[:count].clamp(min=0).sqrt(), "gram")
 
 
 def _nothing(a: Tensor) -> LowRank:

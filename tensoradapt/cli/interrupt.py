@@ -1,0 +1,58 @@
+"""Interruptions: Ctrl-C ends a command within a second, whatever it computes.
+
+Python looks at signals between calls alone, and threads that compute are joined before a process ends; a call into
+LAPACK may take minutes. Invariant: a command that ends by itself in time has cleaned up behind it; one that does not is
+ended as by a kill, after which files are the old or the new ones and an extraction can be resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+INTERRUPTED = 130
+GRACE = 0.5  # seconds that a command has to end by itself
+
+
+@contextmanager
+def prompt() -> Iterator[None]:
+    """A watch beside the block: an interruption that has not ended it after a while ends the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours, theirs = socket.socketpair()  # signals arrive here at once, whatever the main thread does
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ours, ended), name="interruptions", daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        watch.join()
+        ours.close()
+
+
+def _watch(signals: socket.socket, ended: threading.Event) -> None:
+    """Wait for an interruption, and then for the end of the block. An end of the stream is one of the block."""
+    with suppress(OSError):
+        while numbers := signals.recv(64):
+            if signal.SIGINT in numbers and not ended.wait(GRACE):
+                leave("interrupted\n", INTERRUPTED)
+
+
+def leave(words: str, code: int) -> None:
+    """End the process at once, without the threads that still compute."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(words)
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(code)
