@@ -152,7 +152,7 @@ def make_plan(spec: Spec, model: SiteMap) -> Plan:
     groups: list[Group] = []
     for number, rule in enumerate(spec.rules):
         refuse(model, rule)
-        mine = _joined([site for site in select(model.sites, rule) if not any(_overlap(site, t) for t in taken)])
+        mine = _joined([site for site in select(model.sites, rule) if not any(overlap(site, t) for t in taken)])
         if not mine:
             raise SiteError(
                 f"rule {number + 1} is left without a site: earlier rules take all of its targets",
@@ -180,7 +180,7 @@ def resolved(spec: Spec, model: SiteMap) -> tuple[Spec, list[str]]:
     return Spec(rules=tuple(rule for rule, _ in rows)), [note for _, notes in rows for note in notes]
 
 
-def _overlap(one: Site, two: Site) -> bool:
+def overlap(one: Site, two: Site) -> bool:
     """Whether two sites share entries of one stored tensor (tied modules hold the same one)."""
     if one.tensor != two.tensor or one.index != two.index:
         return False

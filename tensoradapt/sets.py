@@ -36,8 +36,8 @@ def resolve(rule: Rule, model: SiteMap) -> tuple[Rule, tuple[str, ...]]:
         raise SiteError(f"exclude leaves nothing of {' and '.join(words)}", got=list(rule.exclude))
     others = [s.path for s in sites if s.path not in chosen and not _any(literal, s.path)]
     others += [path for path in (*model.refused, *left) if path not in others]
-    names, more = _names(roles.ordered(mine), others)
-    drop = [*kept, *more, *_names([s for s in sites if s.path in left and _any(literal, s.path)], list(chosen))[0]]
+    names, more = names_of(roles.ordered(mine), others)
+    drop = [*kept, *more, *names_of([s for s in sites if s.path in left and _any(literal, s.path)], list(chosen))[0]]
     resolved = rule.model_copy(update={"targets": (*literal, *names), "exclude": tuple(dict.fromkeys(drop))})
     return resolved, _notes(words, mine, names, roles)
 
@@ -73,7 +73,7 @@ def _rank_of(roles: Roles) -> Callable[[Site], int]:
     return lambda site: 3 * ("layer" not in site.coordinates) + kind(site)
 
 
-def _names(sites: Sequence[Site], others: Sequence[str]) -> tuple[list[str], list[str]]:
+def names_of(sites: Sequence[Site], others: Sequence[str]) -> tuple[list[str], list[str]]:
     """Literal targets that match the sites, and the excludes that keep the other paths out."""
     targets: list[str] = []
     excludes: list[str] = []

@@ -51,8 +51,13 @@ def _outside(site: Site, ends: Counter[str]) -> str:
 
 
 def label_of(sites: Sequence[Site]) -> str:
-    """What the roles of some sites are called together; their paths where they have none."""
-    return joined(list(dict.fromkeys(str(site.coordinates.get("role") or site.path) for site in sites)))
+    """What the roles of some sites are called together; outside the layers with what is before it: `pooler.dense`."""
+    return joined(list(dict.fromkeys(_labelled(site) for site in sites)))
+
+
+def _labelled(site: Site) -> str:
+    role = str(site.coordinates.get("role") or site.path)
+    return role if "layer" in site.coordinates or "." in role else ".".join(site.path.split(".")[-2:])
 
 
 def _numbered(sites: Sequence[Site]) -> str:

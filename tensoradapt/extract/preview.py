@@ -1,6 +1,6 @@
 """A look ahead: what an extraction would make, and the memory it would need, before anything is fitted.
 
-Invariant: nothing is written, and no tensor is read.
+Invariant: nothing is written, and no tensor is read, but to see which differ where a rule names no targets.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.extract.goals import Goal
 from tensoradapt.extract.output import Output
 from tensoradapt.extract.run import OPTIONS
-from tensoradapt.extract.whole import Whole
+from tensoradapt.extract.whole import Whole, whole_change
 from tensoradapt.extract.work import planned
 from tensoradapt.fit.compress import basis_size
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import SOLO
 from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS
 from tensoradapt.plan import Plan
+from tensoradapt.presets import expand
 from tensoradapt.spec import Spec
 
 SINGLE = 4  # bytes of a float32 entry
@@ -66,13 +67,15 @@ def preview(
     reading = {key: value for key, value in options.items() if key in READING}
     goal, output = Goal(error, max_parameters), None if out is None else Output.of(out)
     with open_source(base, tuned, **reading) as deltas:
-        work = planned(deltas, Whole(), spec, goal, (device, options.get("seed", 0)), SOLO, reading)
+        free = any(not rule.targets for rule in expand(spec).rules)
+        whole = whole_change(deltas) if free else Whole()
+        work = planned(deltas, whole, spec, goal, (device, options.get("seed", 0)), SOLO, reading)
         if output is not None:
             files = (*work.deltas.base.files, *work.deltas.tuned.files)
             output.check(files, overwrite=options.get("overwrite", False))
         needs = {group.name: memory_of(group) for group in work.plan.groups}
-        largest = max(needs, key=lambda name: needs[name])
-        return Preview(work.plan, needs[largest] + 2 * work.plan.num_bytes, largest, goal.chooses)
+        largest = max(needs, key=lambda name: needs[name], default="")
+        return Preview(work.plan, needs.get(largest, 0) + 2 * work.plan.num_bytes, largest, goal.chooses)
 
 
 def memory_of(group: Group) -> int:

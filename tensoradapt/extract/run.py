@@ -48,7 +48,8 @@ def extract(
 ) -> Extraction:
     """Fit a spec's networks to tuned - base and save them as an adapter: min sum_s |D_s - scale N_s|^2.
 
-    Ranks are the spec's. With `error` they are the smallest that leave at most that relative error in every group (0:
+    A rule without targets takes every weight that differs and that its format can hold. Ranks are the spec's. With
+    `error` they are the smallest that leave at most that relative error in every group (0:
     all that float32 can hold); with error='noise', all that rises above the rounding noise of the stored dtypes, groups
     of nothing else left out; with `max_parameters`, the best within that many over all groups. The spec's own ranks are
     no ceiling then. `out` is a folder, or a path that ends in .safetensors. Interrupted work goes on where it stopped,
@@ -180,7 +181,9 @@ def _reasons(work: Work, done: list[Done]) -> dict[str, str]:
     """Why tensors that differ are not in the adapter, by their names."""
     out = [p.site for part in done if not part.tensors for p in work.group(part.name).placements]
     names = {work.deltas.pair(work.stored(site).path).tuned_name for site in out}
-    return {**work.deltas.match.refused, **dict.fromkeys(names, work.left_out)}
+    paths = {pair.site.path: pair.tuned_name for pair in work.deltas.match.pairs}
+    refused = {paths.get(path, paths.get(path.rpartition("[")[0], path)): why for path, why in work.reasons.items()}
+    return {**work.deltas.match.refused, **refused, **dict.fromkeys(names, work.left_out)}
 
 
 def _notes(work: Work, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

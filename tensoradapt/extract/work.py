@@ -27,6 +27,7 @@ from tensoradapt.errors import RankError, SpecError
 from tensoradapt.extract.allocate import allocate
 from tensoradapt.extract.goals import NOISE, Fixed, Goal, fit_group, group_curve
 from tensoradapt.extract.measure import compared, overall, site_row
+from tensoradapt.extract.targets import taken
 from tensoradapt.extract.whole import Whole
 from tensoradapt.fit.curves import Point
 from tensoradapt.fit.result import Fit
@@ -88,6 +89,7 @@ class Work:
     notes: tuple[str, ...] = ()
     reading: Mapping[str, Any] = field(default_factory=dict)
     whole: Whole = field(default_factory=Whole)
+    reasons: Mapping[str, str] = field(default_factory=dict)  # path -> why a weight that differs is in no rule
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -250,14 +252,17 @@ def planned(
 ) -> Work:
     """The plan of a spec on what two checkpoints have in common. Raises what is wrong with either."""
     like = empty(where[0])
-    plan = make_plan(spec, deltas.match.sites)
+    differing = [pair.site.path for pair in deltas.match.pairs if pair.tuned_name in whole.names]
+    spec, reasons = taken(spec, deltas.match.sites, differing)
+    model = deltas.match.sites
+    plan = make_plan(spec, model) if spec.rules else Plan(spec, (), model.name)
     if goal.chooses:  # the spec's own ranks are of no account then, capped or not
         plan = replace(plan, notes=tuple(note for note in plan.notes if note not in rank_notes(list(plan.groups))))
     for group in plan.groups:
         _check(group)
     extras = ("modules named in `train` are not extracted: they are no deltas",) if plan.extras else ()
     notes = (*deltas.match.notes, *plan.notes, *extras)
-    return Work(deltas, plan, goal, like, where[1], team, notes=notes, reading=reading, whole=whole)
+    return Work(deltas, plan, goal, like, where[1], team, notes=notes, reading=reading, whole=whole, reasons=reasons)
 
 
 def _check(group: Group) -> None:
@@ -274,7 +279,7 @@ def _check(group: Group) -> None:
 def allocated(work: Work) -> Work:
     """The same with the ranks of every group chosen, where one budget is to be shared out."""
     budget = work.goal.max_parameters
-    if budget is None:
+    if budget is None or not work.groups:
         return work
     shared = [(name, work.curve(name)) for name in work.groups if work.shared(name)]  # in step with the others
     alone = [name for name in work.groups if work.is_mine(name) and not work.shared(name)]
