@@ -281,3 +281,107 @@ def test_nothing_changed_and_nothing_compared():
     report = ta.analyze(base, base)
     assert report.answer is None
     assert str(report).startswith("What rank is it? 0: no weight differs.") and "no weight differs" in report.to_html()
+
+
+# -- the proposal -----------------------------------------------------------------------------------------------------
+
+
+def proposed(matrices, dtype=torch.float32, base: float = 0.0):
+    report = ta.analyze(*layers(matrices, dtype, base))
+    return report, {c.label: c for c in report.candidates}
+
+
+def test_no_low_rank_is_said_and_nothing_is_praised():
+    """Noise of full rank: 10 % of it takes an adapter that is larger than the weights."""
+    matrices = list(np.random.default_rng(1).standard_normal((3, 90, 80)))
+    report, rows = proposed(matrices)
+    choice, rank = report.choice, lora_rank(matrices, 0.1)
+    assert not choice["holds"] and choice["warning"].startswith("This change has no low rank: an adapter within 10%")
+    text = " ".join(str(report).split())
+    assert "Proposal: no adapter." in text and "Proposal: no adapter" in report.to_html()
+    sizes = {c.label: c.num_parameters for c in rows.values() if c.relative_error <= 0.1}
+    sizes[f"LoRA r={rank}"] = 3 * rank * 170
+    label = min(sizes, key=lambda name: sizes[name])
+    times = sizes[label] / (3 * 90 * 80)
+    assert f"10% error: this change has no low rank: {label} takes {times:.1f} times its dense size" in text
+    best = rows[choice["label"]]
+    assert best.share < 1 and best.relative_error > 0.3 and "close" not in choice["warning"]
+    # the largest LoRA that is smaller than the weights: r (90 + 80) < 90 * 80
+    assert choice["reference"] == "LoRA r=32" and "the largest tried that is smaller than the weights" in choice["rule"]
+    large = next(c for c in rows.values() if c.label == "LoRA r=64")
+    assert large.share == pytest.approx(64 * 170 / 7200) and f"{64 * 170 / 7200:.1f} times" in report.to_html()
+
+
+RULES = {  # singular values -> LoRA that the others are compared with, and why
+    "the median rank": ([1.0] * 4, "LoRA r=4", ": the median rank above float32's own rounding is 4."),
+    "the first above it": ([1.0] * 5, "LoRA r=8", "no less than the median rank above float32's own rounding, 5."),
+    "one that is close at a lower rank": ([1.0] * 2 + [1e-3] * 9, "LoRA r=2", ", the first tried that is within 1%."),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_the_rule_says_what_lora_is_compared_at(case):
+    spectrum, reference, why = RULES[case]
+    rng, count = np.random.default_rng(2), len(RULES[case][0])
+    bases = [[np.linalg.qr(rng.standard_normal((n, count)))[0] for n in (60, 50)] for _ in range(3)]
+    report, rows = proposed([(left * spectrum) @ right.T for left, right in bases])
+    assert report.choice["reference"] == reference and report.choice["rule"].endswith(why)
+    wanted = [np.array(spectrum[int(reference[7:]) :]), np.array(spectrum)]
+    left = math.sqrt((wanted[0] ** 2).sum() / (wanted[1] ** 2).sum())
+    assert rows[reference].relative_error == pytest.approx(left, abs=1e-3)
+    assert rows[reference].num_parameters == 3 * int(reference[7:]) * 110
+
+
+def test_the_usual_formats_are_listed_beside_the_front():
+    report, _ = proposed([random @ random.T for random in np.random.default_rng(4).standard_normal((4, 40, 3))])
+    at_error = next(row for row in report.comparisons["at_error"] if row["label"] == report.choice["reference"])
+    named = [row["label"].partition(" r=")[0] for row in at_error["rows"]] + at_error["unreached"]
+    assert sorted(named) == sorted(["LoRA", "LoTR", "Tucker", "TT", "CP", "TT-matrix"])
+    lines = str(report).splitlines()
+    table = lines[next(k for k, line in enumerate(lines) if line.startswith("format ")) :]
+    for name in ("LoRA r=4 ", "LoTR r=4 ", "TT r=4 "):
+        assert any(line.startswith(name) for line in table[: table.index("")]), name
+
+
+def test_what_rounding_leaves_is_called_noise():
+    """A small change on bfloat16 weights: the reference's error is that of the rounding, not a loss."""
+    rng = np.random.default_rng(6)
+    matrices = [4e-3 * rng.standard_normal((64, 2)) @ rng.standard_normal((2, 48)) for _ in range(3)]
+    report, rows = proposed(matrices, torch.bfloat16, base=1.0)
+    best = rows[report.choice["label"]]
+    assert 0.1 < best.relative_error <= 1.1 * report.answer.noise_share
+    assert report.choice["holds"] and "no more than the rounding noise" in report.choice["warning"]
+
+
+# -- the text ---------------------------------------------------------------------------------------------------------
+
+
+def wide_model(layers: int, roles: int = 7):
+    rng = np.random.default_rng(0)
+    names = [f"model.layers.{k}.self_attention.projection_{r}.weight" for k in range(layers) for r in range(roles)]
+    base = {name: torch.from_numpy(rng.standard_normal((10, 12))).float() for name in names}
+    return base, {name: b + 0.01 * torch.from_numpy(rng.standard_normal((10, 12))).float() for name, b in base.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_the_text_fits_80_columns(count, dtype):
+    base, tuned = ({n: t.to(dtype) for n, t in side.items()} for side in wide_model(count))
+    report = ta.analyze(base, tuned)
+    text = report.text()
+    assert max(map(len, text.splitlines())) <= 80 and "None" not in text + report.text(wide=True)
+    rows = [line for line in text.splitlines() if "projection_3" in line and "+" not in line]
+    assert len(rows) == (count if count * 7 <= 48 else 1)
+    wide = report.text(wide=True)
+    assert all(f"\n{path} " in wide for path in report.sites)
+
+
+def test_a_row_for_a_role_has_the_median_and_the_range():
+    base, tuned = wide_model(12)
+    report = ta.analyze(base, tuned, candidates=False)
+    paths = [f"model.layers.{k}.self_attention.projection_2" for k in range(12)]
+    deltas = [(tuned[f"{p}.weight"].double() - base[f"{p}.weight"].double()).numpy() for p in paths]
+    ranks = sorted(energy_ranks(deltas, 0.95))
+    (row,) = (line for line in report.text().splitlines() if "projection_2" in line and "+" not in line)
+    low, middle, high = ranks[0], statistics.median_high(ranks), ranks[-1]
+    assert row.split()[1] == "12" and (f" {middle} ({low}-{high})" in row if low < high else f" {middle} " in row)

@@ -1,6 +1,6 @@
 """The choice among candidates: which of them to take, by a rule that is said, and formats beside each other.
 
-Invariant: the rule is LoRA's at the rank that the change has; the choice is a candidate that is as close with fewest
+Invariant: the others are compared with LoRA at the rank that the change has; the choice is as close with the fewest
 parameters, and is not praised for what it does not hold.
 """
 
@@ -18,6 +18,7 @@ from tensoradapt.plots.words import percent
 from tensoradapt.spec import Rule, Spec
 
 RESOLVED = 1e-3  # relative errors below this are differences of sums of float32 squares: all the same
+EXACT = 0.01  # the relative error from which on a lower rank than the median one will do
 CLOSE = 0.1  # the relative error from which on a candidate is said not to hold the change
 NOISY = 1.1  # what is left may be this many times the rounding noise and still be no more than it
 NEAR = 1e-6
@@ -38,19 +39,15 @@ class Choice:
 
 
 def chosen(sites: Mapping[str, SiteReport], stacks: Sequence[Tried]) -> Choice:
-    """Every format at every rank over all stacks, the front of error against parameters, the answer, and the choice.
-
-    The others are compared with LoRA of the first rank tried that is no less than the median rank of a weight.
-    """
+    """Every format at every rank over all stacks, the front of error against parameters, the answer, and the choice."""
     found = candidates_of(stacks) if stacks else []
     marked = tuple(replace(c, front=not any(_better(other, c) for other in found)) for c in found)
     answer = answered(sites, marked)
     loras = [c for c in marked if c.preset == "lora"]
     if answer is None or not loras:
         return Choice(answer, marked)
-    wanted = answer.typical[1].median
-    reference = next((c for c in loras if wanted is not None and c.rank >= wanted), loras[-1])
-    choice = _choice(marked, reference, answer)
+    reference, why = _reference(loras, answer)
+    choice = _choice(marked, reference, why, answer)
     spec = Spec(rules=tuple(_rule(choice["label"], marked, stack) for stack in stacks)).to_dict()
     return Choice(answer, marked, {**choice, "spec": spec}, _comparisons(marked, reference))
 
@@ -62,7 +59,28 @@ def _better(one: Candidate, other: Candidate) -> bool:
     return no_worse and (one.num_parameters < other.num_parameters or errors[0] < errors[1])
 
 
-def _choice(found: Sequence[Candidate], reference: Candidate, answer: Answer) -> dict[str, Any]:
+def _reference(loras: Sequence[Candidate], answer: Answer) -> tuple[Candidate, str]:
+    """The LoRA that the others are compared with, and why that one.
+
+    The first that has the median rank of a weight, or that is within 1 % at a lower one; else the largest. Those that
+    are larger than the weights are not looked at, where there are others.
+    """
+    rule, ranks = answer.typical
+    small = [c for c in loras if c.share < 1] or loras
+    by_error = next((c for c in small if c.relative_error <= EXACT), None)
+    by_rank = next((c for c in small if ranks.median is not None and c.rank >= ranks.median), None)
+    named, median = f"the median rank {RULE_WORDS[rule]}", rank_words(ranks.median, ranks.computed)
+    if by_error and (by_rank is None or by_error.rank < by_rank.rank):
+        return by_error, f", the first tried that is within {percent(EXACT)}"
+    if by_rank and by_rank.rank == ranks.median:
+        return by_rank, f": {named} is {median}"
+    if by_rank:
+        return by_rank, f", the first tried that is no less than {named}, {median}"
+    smaller = "" if small[-1] == loras[-1] else " that is smaller than the weights"
+    return small[-1], f", the largest tried{smaller}: {named} is {median}"
+
+
+def _choice(found: Sequence[Candidate], reference: Candidate, why: str, answer: Answer) -> dict[str, Any]:
     """The cheapest candidate that is as close as the reference, and the sentences that say so."""
     best = min(
         (c for c in found if _as_close(c, reference.relative_error)),
@@ -72,22 +90,11 @@ def _choice(found: Sequence[Candidate], reference: Candidate, answer: Answer) ->
     return {
         "label": best.label,
         "reference": reference.label,
-        "rule": _rule_said(reference, answer),
+        "rule": f"the cheapest format tried that is as close as {reference.label}{why}.",
         "reason": _reason(best, reference),
         "warning": _warning(best, answer) if holds else NO_LOW_RANK,
         "holds": holds,
     }
-
-
-def _rule_said(reference: Candidate, answer: Answer) -> str:
-    """Which rank LoRA is compared at, and why."""
-    rule, ranks = answer.typical
-    said = f"the cheapest format tried that is as close as {reference.label}"
-    is_so = f"the median rank {RULE_WORDS[rule]} is {rank_words(ranks.median, ranks.computed)}"
-    if ranks.median is None or ranks.median > reference.rank:
-        return f"{said}, the largest LoRA tried: {is_so}."
-    at = "" if ranks.median == reference.rank else " the first rank tried that is no less:"
-    return f"{said}:{at} {is_so}."
 
 
 def _reason(best: Candidate, reference: Candidate) -> str:

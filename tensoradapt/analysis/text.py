@@ -235,7 +235,7 @@ def _candidates(report: Mapping[str, Any]) -> Iterator[list[str]]:
         return
     reference = next(c for c in found if c["label"] == choice.get("reference", choice["label"]))
     shown = [c for c in found if c["front"] or (c["preset"] in ALWAYS and c["rank"] == reference["rank"])]
-    head = ("format", "parameters", "of dense", "error", "worst weight's", "")
+    head = ("format", "parameters", "of dense", "error", "worst weight", "")
     rows = [
         (
             *(c["label"], f"{c['num_parameters']:,}", dense_part(c["share"]), percent(c["relative_error"])),

@@ -41,6 +41,7 @@ TITLES = {
     "modes": "Mode spectra of the groups",
     "similarity": "Similarity of subspaces across weights",
 }
+VECTOR = "1-D"  # how the reason begins for which biases and norms are no weights: they are counted, not listed
 LONG = 30  # rows from which a table is folded
 Report = Mapping[str, Any]
 METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none: they are written with addresses of schemas
@@ -129,7 +130,8 @@ def _match(match: Mapping[str, Any]) -> list[str]:
         if (match["reshaped"])
         else []
     )
-    lines += [f"{len(match['refused']):,} no weights: {_refused(match['refused'])}"] if match["refused"] else []
+    refused = {name: reason for name, reason in match["refused"].items() if not reason.startswith(VECTOR)}
+    lines += [f"{some(len(refused), 'tensor')} not compared: {_refused(refused)}"] if refused else []
     lines += [_text(note) for note in match["notes"]]
     return ["<ul>", *(f"<li>{line}</li>" for line in lines), "</ul>"] if lines else []
 
