@@ -18,7 +18,7 @@ from tensoradapt.demo.data import Split, load
 from tensoradapt.demo.methods import FAMILIES, entries
 from tensoradapt.demo.model import LAYERS, WIDTH, Attention, build, with_new_head
 from tensoradapt.demo.results import Results, Row
-from tensoradapt.demo.run import Settings, run_demo
+from tensoradapt.demo.run import Settings, draw_accuracy, run_demo
 from tensoradapt.demo.train import Recipe, accuracy, train
 from tensoradapt.errors import FileError, TensorAdaptError
 
@@ -63,9 +63,27 @@ def test_the_results_file_holds_the_results(ran):
     assert written["rows"][0]["method"] == "head alone" and len(written["rows"][0]["accuracy"]) == 2
 
 
-def test_the_figure_is_a_picture(ran):
+@pytest.mark.parametrize("name", ["budget.png", "accuracy.png"])
+def test_the_figures_are_pictures(ran, name):
     _, out, _ = ran
-    assert (out / "budget.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy_is_drawn_against_trained_parameters(ran, monkeypatch):
+    results, _, _ = ran
+    drawn = []
+    monkeypatch.setattr(
+        "tensoradapt.demo.run.plot_scores", lambda points, *_, **choices: drawn.append((points, choices))
+    )
+    draw_accuracy(results, None)
+    ((points, choices),) = drawn
+    trained = {(row.method, row.num_trainable): row.accuracy for row in adapter_rows(results)}
+    assert {(p.method, p.num_parameters): tuple(p.scores) for p in points} == {
+        key: tuple(100 * share for share in accuracy) for key, accuracy in trained.items()
+    }
+    assert len(points) == 7
+    everything = sum(p.numel() for p in build(5, seed=0).parameters())
+    assert set(choices["levels"]) == {f"head alone ({HEAD})", f"full fine-tuning ({everything:,})"}
 
 
 def test_nothing_else_is_left_in_the_folder(ran):
@@ -75,7 +93,7 @@ def test_nothing_else_is_left_in_the_folder(ran):
     assert (len(trained), len(extracted)) == (7, 3)
     adapters = {f"{row.path}/adapter.safetensors" for row in trained + extracted}
     adapters |= {f"{row.path}/extraction.json" for row in extracted}
-    assert files == adapters | {"budget.png", "results.json", "report.json", "report.html"}
+    assert files == adapters | {"accuracy.png", "budget.png", "results.json", "report.json", "report.html"}
 
 
 def test_counts_are_those_of_the_tensors_in_the_files(ran):

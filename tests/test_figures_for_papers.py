@@ -22,7 +22,7 @@ from test_report_figures import texts as words
 
 import tensoradapt as ta
 from tensoradapt.budget import BudgetTable
-from tensoradapt.plots import FIGURES, draw_figure, drawable, plot_budget
+from tensoradapt.plots import FIGURES, Scored, draw_figure, drawable, plot_budget, plot_scores
 from tensoradapt.plots.ends import spread
 from tensoradapt.plots.page import Letters
 
@@ -346,6 +346,13 @@ def test_with_usetex_every_word_is_latex(monkeypatch):
     assert all(text.get_usetex() for text in drawn)
 
 
+def test_usetex_without_a_latex_is_refused_in_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with matplotlib.rc_context({"text.usetex": True, "text.latex.preamble": r"\newcommand{\unseen}{}"}):
+        with pytest.raises(ta.SpecError, match="usetex is set, and LaTeX fails"):
+            plot_budget(table(), tmp_path / "a.pdf")
+
+
 def test_settings_are_never_changed_while_figures_are_drawn(tmp_path):
     seen = []
     original = matplotlib.RcParams.__setitem__
@@ -440,3 +447,41 @@ def test_names_in_pgf_are_no_commands_and_labels_are(tmp_path):
 
 def test_one_figure_gives_one_pgf(tmp_path):
     assert pgf(tmp_path) == pgf(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+SCORES = [Scored("LoRA", 1000 * 4**k, (80.0 + k, 82.0 + k)) for k in range(3)] + [
+    Scored("LoTR", 700 * 4**k, (81.5 + k, 82.5 + k)) for k in range(3)
+]
+
+
+def test_scores_are_means_with_their_range_and_names_at_the_ends():
+    figure = plot_scores(SCORES[::-1], levels={"full fine-tuning": [90.0, 92.0]}, figsize=SMALL)
+    (axes,) = figure.axes
+    drawn = {line.get_label(): [tuple(map(float, xy)) for xy in line.get_xydata()] for line in axes.lines}
+    assert drawn["LoRA"] == [(1000, 81), (4000, 82), (16000, 83)]
+    assert drawn["LoTR"] == [(700, 82), (2800, 83), (11200, 84)]
+    assert {y for _, y in drawn["full fine-tuning"]} == {91}
+    bars = [segment[:, 1].tolist() for bar in axes.collections for segment in bar.get_segments()]
+    assert sorted(bars)[0] == [80.0, 82.0] and len(bars) == 6
+    assert {text.get_text() for text in axes.texts} == {"LoRA", "LoTR", "full fine-tuning"}
+    assert axes.get_ylim()[0] < 80 and axes.get_ylim()[1] > 91
+    assert axes.get_xscale() == "log"
+    sound(figure)
+
+
+@pytest.mark.parametrize(
+    "points", [[Scored("a", 10, (1.0,))], [Scored("a", 0, (0.0,)), Scored("b", 0, (-3.0,))], [*SCORES, *SCORES]]
+)
+def test_one_score_none_above_zero_and_the_same_twice_are_drawn(points):
+    sound(plot_scores(points, figsize=SMALL))
+
+
+def test_scores_of_methods_without_any_are_left_out_and_none_at_all_refused():
+    assert len(plot_scores([*SCORES, Scored("LoRTA", 10, ())]).axes[0].texts) == 2
+    with pytest.raises(ta.SpecError, match="no scores to draw"):
+        plot_scores([Scored("LoRTA", 10, ())])
+    with pytest.raises(ta.SpecError, match="labels names 'x'"):
+        plot_scores(SCORES, labels={"x": "y"})

@@ -13,8 +13,10 @@ import frontier_results
 import pytest
 import torch
 import transformers
+from frontier import DOCS
 from frontier_methods import METHODS, Entry, Run
-from frontier_results import Ledger
+from frontier_results import BLUE, Ledger
+from test_report_figures import boxes, outside, overlapping, texts
 
 SHAPES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 COUNTS = {"LoRA r=8 all": 331_776, "LoRA r=1 all": 41_472, "LoRA r=8 qv": 73_728, "LoRA r=1 qv": 9_216}
@@ -228,11 +230,33 @@ def test_figure_from_the_csv(filled, tmp_path):
     path = tmp_path / "figures" / "frontier.svg"
     assert frontier.main(["--csv", str(filled.path), "plot", "--figure", str(path)]) == 0
     text = " ".join(ElementTree.parse(path).getroot().itertext())
-    for words in ("trainable adapter parameters", "points (%)", "LoTR", "level of LoRA r=8 all", "full, 22.0 M"):
+    for words in ("trainable adapter parameters", "points (%)", "LoTR", "LoRA r=8 all", "full, 22.0 M"):
         assert words in text
     before = path.read_bytes()
     frontier.main(["--csv", str(filled.path), "plot", "--figure", str(path)])
     assert path.read_bytes() == before
+
+
+def test_every_method_of_the_figure_has_a_panel_of_its_numbers_and_words_with_room(filled):
+    drawn = frontier_results.figure(filled.rows.values())
+    own = {axes.get_title(loc="left"): axes.lines for axes in drawn.axes if axes.axison}
+    found = {each.method: each for each in frontier_results.summaries(filled.rows.values())}
+    assert set(own) == {frontier_results.series_of(method) for method in found if method != "full"}
+    (point,) = [line for line in own["LoTR"] if line.get_color() == BLUE and len(line.get_xdata()) == 2][:1]
+    budgets = [found[name] for name in ("LoTR 1/5 of qv", "LoTR 1/10")]
+    assert [tuple(xy) for xy in point.get_xydata()] == [(b.parameters, statistics.fmean(b.means)) for b in budgets]
+    words = boxes(drawn)
+    assert overlapping(words) == [] and outside(drawn, words) == []
+    assert drawn.get_figwidth() <= 4.6 and min(text.get_fontsize() for text in texts(drawn)) >= 8
+
+
+def test_the_figure_of_the_pages_is_that_of_their_data(tmp_path):
+    frontier.main(["--csv", str(DOCS / "data/frontier.csv"), "plot", "--figure", str(tmp_path / "a.svg")])
+    made, kept = (
+        " ".join(ElementTree.parse(path).getroot().itertext()).split()
+        for path in (tmp_path / "a.svg", DOCS / "figures/frontier.svg")
+    )
+    assert made == kept
 
 
 def test_series_join_budgets_of_one_method():

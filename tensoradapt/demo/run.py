@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from tensoradapt.demo.runs import Bench, Score, pretrain, score_file, train_afre
 from tensoradapt.demo.train import accuracy
 from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import atomic
-from tensoradapt.plots import plot_budget
+from tensoradapt.plots import Scored, plot_budget, plot_scores
+from tensoradapt.plots.words import some
 from tensoradapt.scan import budget
 
-ADAPTERS, FIGURE, RESULTS = "adapters", "budget.png", "results.json"
+ADAPTERS, RESULTS, BUDGET, ACCURACY = "adapters", "results.json", "budget.png", "accuracy.png"
 RANKS = (1, 2, 4, 8, 16, 32, 64)  # of the figure
 
 
@@ -54,7 +56,7 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None, settin
     _make_folder(out)
     model = build(CLASSES, seed)
     planned = entries(model, settings.budgets)
-    draw_budget(model, out / FIGURE, max(settings.budgets, default=None))
+    draw_budget(model, out / BUDGET, max(settings.budgets, default=None))
     runs = 2 + sum(entry.spec is not None for entry in planned)
     total = settings.pretrain_steps + settings.steps * settings.num_seeds * runs
     with _one_thread(), Log(console or Console(stderr=True), total) as log:
@@ -71,10 +73,10 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None, settin
         report = _analysis(changes[seed], out, log)
         rows += _afterwards(bench, changes[seed], report, max(settings.budgets, default=None), out, log)
         results = Results(rows, seeds, facts, _versions(), time.perf_counter() - start, out, answer(report))
+        draw_accuracy(results, out / ACCURACY)
         _write(results, out / RESULTS)
-        log.line(
-            f"{len(rows)} rows in {results.seconds:.0f} s; adapters, {FIGURE}, {RESULTS} and report.html are in {out}"
-        )
+        files = f"{ACCURACY}, {BUDGET}, {RESULTS} and report.html"
+        log.line(f"{len(rows)} rows in {results.seconds:.0f} s; adapters, {files} are in {out}")
     return results
 
 
@@ -82,6 +84,20 @@ def draw_budget(model: VisionTransformer, path: Path, limit: int | None) -> None
     """The figure of parameters against rank, a line per family, with the largest budget as a limit."""
     table = budget({family.label: family.spec for family in FAMILIES}, model, RANKS)
     plot_budget(table, path, max_parameters=limit, rank=8)
+
+
+def draw_accuracy(results: Results, path: Path) -> None:
+    """The figure of accuracy against trained parameters, the head's with them: a line per family, in per cent."""
+    families = [row for row in results.rows if row.num_adapter and row.num_trainable]
+    levels = [row for row in results.rows if row.method in ("head alone", "full fine-tuning")]
+    seeds = some(len(results.seeds), "seed")
+    if families:
+        plot_scores(
+            [Scored(row.method, row.num_trainable or 0, [100 * share for share in row.accuracy]) for row in families],
+            path,
+            levels={f"{row.method} ({row.num_trainable:,})": [100 * mean(row.accuracy)] for row in levels},
+            names=("trained parameters, the new head's with them", f"test accuracy, %, mean and range of {seeds}"),
+        )
 
 
 def _rows(

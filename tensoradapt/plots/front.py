@@ -50,8 +50,9 @@ def plot_front(report: Mapping[str, Any], page: Sheet) -> Figure:
     axes.plot(*_stairs(front), color=ink(), linewidth=stroke(0.8), linestyle=(0, (5, 2)), zorder=1, label="front")
     for point, depth in zip(points, _depths(points), strict=True):
         _point(axes, point, depth, *looks[point["preset"]])
-    _scales(axes, points, _floor(points, _chosen(points, report["choice"])), width / page.letters.scale)
-    tall = (page.size[1] or height) - 20 * page.letters.scale
+    tall = height - 20 * page.letters.scale
+    room = (width / page.letters.scale, tall / page.letters.scale)
+    _scales(axes, points, _floor(points, _chosen(points, report["choice"])), room)
     axes.set(xlabel="parameters of the adapter")
     axes.set_ylabel(page.along("relative error of the change, % of its norm", tall))
     ruled(axes)
@@ -127,14 +128,13 @@ def _floor(points: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None
     return least if least > 0 and max(shown) >= LOG * min(shown) else 0.0
 
 
-def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float, width: float) -> None:
+def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float, room: tuple[float, float]) -> None:
     """Logarithmic where the numbers are far apart; errors from the floor on, what is below it marked at the edge."""
     counts, errors = [p["num_parameters"] for p in points], [100 * p["relative_error"] for p in points]
     if min(counts) > 0 and max(counts) >= LOG * min(counts):
         axes.set_xscale("log")
         low, high = axes.get_xlim()
-        fine = math.log10(high / low) * 24 < width  # millimetres that three numbers within a decade take
-        axes.set_xticks(_rounded(low, high, (1, 2, 5) if fine else (1,)))
+        axes.set_xticks(_rounded(low, high, room[0] / 8.0))
         axes.set_xlim(low, high)
         axes.set_xticks([], minor=True)
     else:
@@ -145,7 +145,7 @@ def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float, width
         return
     low, high = min(error for error in errors if error >= 100 * floor) / 1.4, max(errors) * 1.4
     axes.set(yscale="log", ylim=(low, high))
-    axes.set_yticks(_rounded(low, high, (1, 2, 5)))
+    axes.set_yticks(_rounded(low, high, room[1] / 3.2))
     axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_yticks([], minor=True)
@@ -155,10 +155,12 @@ def _scales(axes: Axes, points: Sequence[Mapping[str, Any]], floor: float, width
                   color=ink(), markersize=5, clip_on=False, zorder=4, label="below")  # fmt: skip
 
 
-def _rounded(low: float, high: float, steps: Sequence[int]) -> list[float]:
-    """Round numbers within a range."""
+def _rounded(low: float, high: float, most: float) -> list[float]:
+    """Round numbers within a range: three in every power of ten if so many have room, else one, or one in several."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [step * 10.0**n for n in powers for step in steps if low <= step * 10.0**n <= high]
+    fine = [step * 10.0**n for n in powers for step in (1, 2, 5) if low <= step * 10.0**n <= high]
+    coarse = [10.0**n for n in powers if low <= 10.0**n <= high]
+    return fine if len(fine) <= most or len(coarse) < 2 else coarse[:: max(1, -int(-len(coarse) // most))]
 
 
 def _handles(looks: Mapping[str, tuple[str, str]], labels: Mapping[str, str]) -> list[Any]:

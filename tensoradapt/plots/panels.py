@@ -148,6 +148,15 @@ def _power(number: float) -> str:
     return power if digit == "1" else f"{digit}·{power}"
 
 
+def decimal_ticks(axes: Axes, low: float, high: float) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten between two numbers, or at these alone."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high < 200 * low else (1,)
+    inside = [step * 10.0**n for n in powers for step in steps if low / 1.3 <= step * 10.0**n <= high * 1.05]
+    axes.set_xticks(inside)
+    axes.set_xticks([], minor=True)
+
+
 def thinned(count: int) -> list[int]:
     """Positions from 0 below `count`: all of the first, then about ten in every doubling; the last is among them."""
     steps = {round(2 ** (k / 10)) - 1 for k in range(10 * max(1, count).bit_length() + 1)}

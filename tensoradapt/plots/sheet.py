@@ -133,6 +133,7 @@ def sheet(ax: Any = None, figsize: Any = None, labels: Any = None, colors: Any =
     axes = _axes(ax)
     if axes and figsize is not None:
         raise SpecError("ax and figsize were both given", expected="one of them: axes have the size of their figure")
+    _has_latex()
     sizes = letters(settings=bool(axes))
     return Sheet(axes, _figsize(figsize), _labels(labels), _colors(colors), sizes)
 
@@ -150,6 +151,24 @@ def literal(text: str) -> str:
     from matplotlib import rcParams
 
     return tex(text) if rcParams["text.usetex"] else text.replace("$", r"\$")
+
+
+def _has_latex() -> None:
+    """Refuse to have LaTeX set words where it cannot: its own error is a page long."""
+    from matplotlib import rcParams
+    from matplotlib.texmanager import TexManager
+
+    if not rcParams["text.usetex"]:
+        return
+    try:
+        TexManager().get_text_width_height_descent("lp", 10.0)
+    except (RuntimeError, OSError) as error:
+        complaints = [line for line in str(error).splitlines() if line.startswith("!")]
+        raise SpecError(
+            "text.usetex is set, and LaTeX fails",
+            got=complaints[0] if complaints else str(error).splitlines()[0],
+            hint="install what it misses, switch text.usetex off, or write a .pgf file, which needs no LaTeX here",
+        ) from None
 
 
 def _axes(ax: Any) -> tuple[Any, ...]:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensoradapt.plots.page import COLOURS, GREY, INCH, INK, save
-from tensoradapt.plots.panels import PAGE, ruled
+from tensoradapt.plots.page import BLUE, save
+from tensoradapt.plots.panels import grid, key, name_axes, ruled
+from tensoradapt.plots.sheet import sheet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,10 +26,12 @@ FOUND = ("parameters", "metric", "value", "seconds", "cpu_seconds", "versions")
 FIELDS = (*KEY, *FOUND)
 OF_TASK = ("epochs", "train_rows", "judged_rows", "max_length", "batch", "precision", "head_rate")
 OF_METHOD = ("rate", "initialisation", "optimiser")
-STEP = 1.012  # by which neighbours of one budget stand apart, so that their bars can be told apart
-REFERENCES = ("full", "LoRA r=8 all", "LoRA r=8 qv")
 TASKS = ("mrpc", "cola", "rte")
 LORA_ALL, LORA_QV = "LoRA r=8 all", "LoRA r=8 qv"
+LEVELS: Mapping[str, Any] = {"full": (0, (1, 1)), LORA_ALL: (0, (6, 2)), LORA_QV: (0, (3, 2))}
+SCORE = "mean of MRPC F1, CoLA Matthews,\nRTE accuracy, in points (%)"
+WIDTH = 4.6  # inches: on a telephone's screen the letters are still legible
+GREY, PALE = "#666666", "#C8C8C8"
 
 
 class Ledger:
@@ -167,53 +170,62 @@ def series_of(method: str) -> str:
 
 
 def figure(rows: Iterable[Mapping[str, str]]) -> Figure:
-    """Adapter parameters against the mean score over the tasks; bars are the standard deviation over the seeds."""
-    from matplotlib.figure import Figure
+    """Adapter parameters against the mean score over the tasks, a panel per method over all the others in grey."""
+    from matplotlib import rc_context
 
     found = [each for each in summaries(rows) if each.means and not math.isnan(sum(each.means))]
-    lines: dict[str, list[Summary]] = {}
-    for each in found:
+    series: dict[str, list[Summary]] = {}
+    for each in sorted(found, key=lambda each: each.parameters):
         if each.method != "full":
-            lines.setdefault(series_of(each.method), []).append(each)
-    result = Figure(figsize=(PAGE / INCH, 95 / INCH), layout="constrained")
-    axes = result.add_subplot()
-    for each in found:
-        if each.method in REFERENCES:
-            _reference(axes, each)
-    for number, (name, points) in enumerate(lines.items()):
-        _line(axes, name, sorted(points, key=lambda each: each.parameters), number)
-    axes.set(xscale="log", xlabel="trainable adapter parameters, head apart (points of one budget set side by side)")
-    ticks = [1e4, 2e4, 5e4, 1e5, 2e5, 5e5]
-    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_ylabel("mean of MRPC F1, CoLA Matthews, RTE accuracy, in points (%)")
-    ruled(axes)
-    result.legend(loc="outside right upper", frameon=False)
+            series.setdefault(series_of(each.method), []).append(each)
+    names = sorted(series, key=lambda name: -max(statistics.fmean(each.means) for each in series[name]))
+    levels = {each.method: statistics.fmean(each.means) for each in found if each.method in LEVELS}
+    with rc_context({"font.size": 9, "axes.titlesize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}):
+        page = sheet(figsize=(WIDTH, 0.9 + 1.2 * -(-len(names) // 2)))
+        result, panels = grid(page, len(names))
+        for panel, name in zip(panels, names, strict=True):
+            for other in series:
+                means = [statistics.fmean(each.means) for each in series[other]]
+                panel.plot([each.parameters for each in series[other]], means, color=PALE, linewidth=0.8, zorder=1)
+            _line(panel, series[name])
+            for method, level in levels.items():
+                panel.axhline(level, color=GREY, linewidth=0.8, linestyle=LEVELS[method], zorder=1)
+            panel.set_title(name, loc="left", pad=3, fontsize=9)
+        _axes(panels, series)
+        name_axes(page, panels, "trainable adapter parameters, head apart", SCORE)
+        key(page, panels, _handles({each.method: each for each in found}))
     return result
 
 
-def _reference(axes: Any, each: Summary) -> None:
-    dash = {"full": (0, (1, 1)), LORA_ALL: (0, (6, 2)), LORA_QV: (0, (3, 2))}[each.method]
-    label = (
-        f"{each.method}, {each.parameters / 1e6:.1f} M parameters"
-        if each.method == "full"
-        else f"level of {each.method}"
-    )
-    axes.axhline(statistics.fmean(each.means), color=GREY, linewidth=0.9, linestyle=dash, zorder=1, label=label)
+def _axes(panels: Sequence[Any], series: Mapping[str, Sequence[Summary]]) -> None:
+    sizes = [each.parameters for points in series.values() for each in points]
+    for panel in panels:
+        panel.set_xscale("log")
+        panel.set_xlim(min(sizes) / 1.3, max(sizes) * 1.3)
+        panel.set_xticks([1e4, 3e4, 1e5, 3e5], ["10k", "30k", "100k", "300k"])
+        panel.set_xticks([], minor=True)
+        ruled(panel)
 
 
-def _line(axes: Any, name: str, points: Sequence[Summary], number: int) -> None:
-    colour, marker = (*COLOURS[:-1], INK)[number % len(COLOURS)], "os^DvP<>X*h"[number % 11]
+def _line(panel: Any, points: Sequence[Summary]) -> None:
+    """One method with the sample's standard deviation over its seeds."""
     means = [statistics.fmean(each.means) for each in points]
     bars = [statistics.stdev(each.means) if len(each.means) > 1 else 0.0 for each in points]
-    filled = colour if number < len(COLOURS) else "white"
-    axes.errorbar(
-        [each.parameters * STEP ** (number - 6) for each in points],
-        means,
-        bars,
-        **{"color": colour, "marker": marker, "markersize": 4, "markerfacecolor": filled, "linewidth": 0.9},
-        **{"elinewidth": 0.7, "capsize": 2, "label": name},
-    )
+    look = {"color": BLUE, "marker": "o", "markersize": 3.5, "linewidth": 1.2, "elinewidth": 0.8, "capsize": 2}
+    panel.errorbar([each.parameters for each in points], means, bars, **look, zorder=3)
+
+
+def _handles(found: Mapping[str, Summary]) -> list[Any]:
+    """The key: the method of a panel, all the others, and the levels, the largest first."""
+    from matplotlib.lines import Line2D
+
+    own = {"color": BLUE, "marker": "o", "markersize": 3.5, "linewidth": 1.2}
+    handles = [Line2D([], [], **own, label="mean, deviation"), Line2D([], [], color=PALE, label="the others")]
+    for method, dashes in LEVELS.items():
+        if method in found:
+            size = f", {found[method].parameters / 1e6:.1f} M" if method == "full" else ""
+            handles.append(Line2D([], [], color=GREY, linewidth=0.8, linestyle=dashes, label=f"{method}{size}"))
+    return handles
 
 
 def draw(rows: Sequence[Mapping[str, str]], path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-GUIDES = [ROOT / f"docs/{name}.md" for name in ("serving", "initialisation", "optimisers")]
+GUIDES = [ROOT / f"docs/{name}.md" for name in ("serving", "initialisation", "optimisers", "figures-for-papers")]
 PAGES = [ROOT / "README.md", *GUIDES, *sorted((ROOT / "docs/tutorials").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)")
 
