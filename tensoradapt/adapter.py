@@ -95,6 +95,11 @@ class Adapter(nn.Module):
         """Whether the deltas stand in the base's weights."""
         return self._merged is not None
 
+    @property
+    def stalled(self) -> bool:
+        """Whether training would change nothing: merged, and no other parameter of the model is trained."""
+        return self.merged and not self._host().trains_on(self._model[0])
+
     def _tensors(self, group: str, suffix: str = "") -> dict[str, Tensor]:
         """Every node's tensor; a bank's node cut to the group's sizes, a copy (`suffix`) where there is one."""
         found = {}

@@ -32,6 +32,10 @@ class Source(Protocol):
     def active(self) -> bool:
         """Whether anything is added."""
 
+    @property
+    def stalled(self) -> bool:
+        """Whether it is merged and nothing else of the model is trained."""
+
     def chain(self, key: str, like: Tensor | None = None) -> Chain:
         """The chain of a site, in the dtype of `like`."""
 
@@ -51,6 +55,27 @@ class Site:
     rows: tuple[int, int] | None
 
 
+def watch(source: Source, value: Tensor) -> Tensor | None:
+    """A tensor's values with an error for a backward pass that reaches them, where no training is left to be done.
+
+    None where there is: gradients flow, evaluation needs none, and a compiler would run the error.
+    """
+    if not (torch.is_grad_enabled() and source.training and value.is_floating_point()) or value.requires_grad:
+        return None
+    if torch.compiler.is_compiling() or not source.stalled:
+        return None
+    watched = value.detach().requires_grad_()
+    watched.register_hook(_refuse)
+    return watched
+
+
+def _refuse(gradient: Tensor) -> None:
+    raise AdapterError(
+        "the adapter is merged into the weights: a backward pass would train nothing",
+        hint="adapter.unmerge() before training goes on; model.eval() to evaluate",
+    )
+
+
 class OutputHook:
     """Adds scale * chain(x) to a module's output, in the output's dtype."""
 
@@ -60,7 +85,8 @@ class OutputHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         """The module's output with the delta's added; None (nothing changed) where the adapter is off."""
         if not self.source.active:
-            return None
+            watched = watch(self.source, output) if isinstance(output, Tensor) else None
+            return None if watched is None else watched.clone()  # which may be changed in place
         if not isinstance(output, Tensor):
             raise AdapterError(
                 f"{self.site.path} returns no single tensor, so nothing can be added to it",
@@ -116,6 +142,9 @@ class WeightHook:
         self.shadowed.append(held[self.name])
         if self.source.active:
             held[self.name] = self.source.in_place_of(self.key, held[self.name])
+        else:
+            watched = watch(self.source, held[self.name])
+            held[self.name] = held[self.name] if watched is None else watched
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Put the parameter back, also when the call has failed."""

@@ -50,6 +50,11 @@ class Host(nn.Module):
                 del model.__dict__[name]
         self.shadowed.clear()
 
+    def trains_on(self, model: nn.Module) -> bool:
+        """Whether a parameter of the model is trained that is no merged adapter's."""
+        merged = {id(p) for name in self.merged for p in self._modules[name].parameters()}  # type: ignore[union-attr]
+        return any(p.requires_grad and id(p) not in merged for p in model.parameters())
+
     def forward(self, x: Any) -> Any:
         """The identity: `nn.Sequential` calls everything that is registered on it."""
         return x

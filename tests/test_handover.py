@@ -127,3 +127,43 @@ def test_merge_and_detach(case, merged, tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._load_state_dict_pre_hooks for m in model.modules())
     again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()) and torch.equal(logits(again.eval()), logits(model))
+
+
+TRAINED = {
+    "by output": (tiny.bert_classifier, SPEC),
+    "by weight": (tiny.mixtral, ta.preset("lotr", rank=2, targets=["gate_up_proj"])),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_training_while_merged_says_so(case):
+    model, adapter = adapted(*TRAINED[case])
+    model.train()
+    model(input_ids=IDS).logits.sum().backward()
+    adapter.merge()
+    loss = model(input_ids=IDS).logits.sum()
+    with pytest.raises(ta.AdapterError, match=r"(?s)is merged into the weights.*unmerge\(\)"):
+        loss.backward()
+    model.eval()
+    assert not model(input_ids=IDS).logits.requires_grad
+    adapter.unmerge()
+    model.train()
+    model(input_ids=IDS).logits.sum().backward()
+
+
+def test_a_second_adapter_is_trained_on_a_merged_one():
+    model, adapter = adapted()
+    adapter.merge()
+    other = ta.attach(model, ta.preset("lotr", rank=2, targets=["query", "value"]), name="other")
+    model.train()
+    model(input_ids=IDS).logits.sum().backward()
+    assert all(p.grad is not None for p in other.parameters())
+
+
+def test_a_merged_network_may_change_its_values_in_place():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
+    adapter = ta.attach(model, ta.preset("lora", rank=1, targets=["0", "2"]))
+    adapter.merge()
+    with pytest.raises(ta.AdapterError, match="is merged"):
+        model(tiny.noise(3, 4)).sum().backward()
+    torch.compile(model, backend="eager")(tiny.noise(3, 4))
