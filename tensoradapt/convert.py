@@ -15,17 +15,20 @@ from torch import Tensor
 
 from tensoradapt.analysis.slices import empty, flat
 from tensoradapt.diagram import Diagram
-from tensoradapt.errors import FileError, SiteError, SpecError
+from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
 from tensoradapt.extract.goals import Goal
-from tensoradapt.extract.measure import overall
+from tensoradapt.extract.measure import overall, site_row
+from tensoradapt.extract.planning import allocated, plan_of
 from tensoradapt.extract.run import assembled
-from tensoradapt.extract.work import Work, allocated
+from tensoradapt.extract.table import table
+from tensoradapt.extract.words import counted, few, wrapped
+from tensoradapt.extract.work import Work
 from tensoradapt.init import WEIGHT
 from tensoradapt.io.native import file_of
-from tensoradapt.io.saved import Savable, Saved
+from tensoradapt.io.saved import Savable, Saved, filled
 from tensoradapt.linalg import Dense, Product, Slice
 from tensoradapt.peft import open_adapter
-from tensoradapt.plan import Plan, make_plan
+from tensoradapt.plan import Plan
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
 
@@ -37,13 +40,17 @@ class Converted:
     """An adapter in its new format: what it holds, its file (None where it was not saved), and what was lost.
 
     `relative_error` = sqrt(sum_s |D_s - D^_s|^2 / sum_s |D_s|^2) over the sites of the old adapter that the spec
-    targets; `sites` has the same by path.
+    targets, all of them where it names none; `sites` has the same by path, `groups` by group with ranks and parameters.
+    `not_held` says why weights of the old adapter are not in the new one: all of their change is lost.
     """
 
     saved: Saved = field(repr=False)
     relative_error: float
     sites: Mapping[str, float] = field(repr=False)
     path: Path | None = None
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
+    not_held: Mapping[str, str] = field(default_factory=dict)
+    before: int = 0  # the trained entries of the old adapter
 
     @property
     def plan(self) -> Plan:
@@ -67,15 +74,20 @@ class Converted:
         """Plain JSON."""
         path = None if self.path is None else str(self.path)
         found = {"path": path, "relative_error": self.relative_error, "num_parameters": self.num_parameters}
-        return {**found, "sites": dict(self.sites)}
+        return {**found, "sites": dict(self.sites), "groups": dict(self.groups), "not_held": dict(self.not_held)}
 
     def __str__(self) -> str:
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.not_held.items():
+            reasons.setdefault(reason, []).append(path)
         worst = max(self.sites, key=lambda p: self.sites[p], default="")
-        lines = [
-            str(self.plan),
-            f"relative error {self.relative_error:.3g}, worst at {worst} ({self.sites[worst]:.3g})",
-        ]
-        return "\n".join([*lines, *([f"written to {self.path}"] if self.path else [])])
+        lines = [f"not held: {counted(len(paths), 'weight')}, {why}{few(paths)}" for why, paths in reasons.items()]
+        lines += [f"note: {note}" for note in self.plan.notes]
+        lines += [f"worst weight: {worst}, relative error {self.sites[worst]:.3g}"] if worst else []
+        lines += [f"relative error {self.relative_error:.3g} over {counted(len(self.sites), 'weight')}"]
+        lines += [f"{self.num_parameters:,} parameters; the adapter before had {self.before:,}"]
+        written = [f"written to {self.path}"] if self.path else []
+        return "\n".join([*table(self.groups), *wrapped(lines), *written])
 
 
 def convert(
@@ -92,29 +104,43 @@ def convert(
 
     `adapter` is an Adapter, what `import_peft` or `convert` returned, or the path of a native or a PEFT adapter. Ranks
     are the spec's; or those that leave at most a relative `error` in every group; or the best within `max_parameters`.
-    Saved to `out` where one is given. Raises SiteError where the spec targets what the adapter lacks, SpecError,
-    RankError, FileError.
+    A rule without targets takes every weight of the adapter that its format can hold. Saved to `out` where one is
+    given. Raises SiteError where the spec targets what the adapter lacks, AdapterError where it adds nothing,
+    SpecError, RankError, FileError.
     """
-    source = open_adapter(adapter)
+    source = filled(open_adapter(adapter), "convert")
     if out is not None and file_of(out).exists():
         raise FileError(f"{file_of(out)} exists", hint="choose another output")
-    plan = make_plan(spec, _site_map(source))
-    work = allocated(_Conversion(None, plan, Goal(error, max_parameters), empty(None), seed, source=source))  # type: ignore[arg-type]
+    goal = Goal(error, max_parameters)
+    plan, reasons = plan_of(spec, _site_map(source), source.sites, goal)
+    conversion = _Conversion(None, plan, goal, empty(None), seed, reasons=reasons, source=source)  # type: ignore[arg-type]
+    work = allocated(conversion, progress)
     done = []
     for name in work.groups:
         if progress is not None:
             progress(name, len(done), len(work.groups))
         done.append(work.fit(name))
-    made = replace(assembled(work, done), base=source.base)
-    rows = {path: row for d in done for path, row in d.record["sites"].items()}
+    made = _with_extras(replace(assembled(work, done), base=source.base), source)
+    rows = {path: row for d in done for path, row in d.record["sites"].items()} | _unheld(conversion, source)
+    norm, lost = overall(rows.values())
+    if not norm:
+        raise AdapterError("every delta is zero: there is nothing to convert", got=source.where)
     file = made.save(out) if out is not None and made.plan.groups else None
     errors = {path: row["relative_error"] or 0.0 for path, row in rows.items()}
-    return Converted(made, overall(rows.values())[1], errors, file)
+    groups = {d.name: d.row(work) for d in done}
+    return Converted(made, lost, errors, file, groups, reasons, source.plan.num_trainable)
 
 
-def targets_of(adapter: Savable | str | Path) -> list[str]:
-    """The paths of all sites of an adapter, as the targets of a rule."""
-    return list(open_adapter(adapter).sites)
+def _with_extras(made: Saved, source: Saved) -> Saved:
+    """The new adapter with the modules that were trained beside the old one."""
+    extras = {f"extra.{path}": source.tensors[f"extra.{path}"] for path in source.plan.extras}
+    return replace(made, plan=replace(made.plan, extras=source.plan.extras), tensors={**made.tensors, **extras})
+
+
+def _unheld(work: _Conversion, source: Saved) -> dict[str, dict[str, float | None]]:
+    """The errors of the sites that no rule can hold: all of their deltas."""
+    squares = {path: work.fetch(source.sites[path][1].site).square for path in work.reasons}
+    return {path: site_row(square, square) for path, square in squares.items()}
 
 
 def _site_map(source: Saved) -> SiteMap:

@@ -23,7 +23,7 @@ from tensoradapt.extract.whole import change_of
 from tensoradapt.extract.words import EQUAL, apart, counted, percent, wrapped
 from tensoradapt.folders import delta_rows, finder
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.io.saved import Savable, Saved, as_saved
+from tensoradapt.io.saved import Savable, Saved, as_saved, filled
 from tensoradapt.merging import add_rows
 from tensoradapt.sites import Site
 
@@ -131,7 +131,7 @@ def verify(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise SpecError("a tolerance is a number of at least 0", got=tolerance, hint="write 0.1 for 10 %")
-    saved = as_saved(adapter)
+    saved = filled(as_saved(adapter), "verify")
     with open_source(base, tuned, **options) as deltas:
         run = _Run(saved, deltas, _places(saved, deltas))
         total = len(run.deltas) + len(saved.plan.extras)

@@ -108,6 +108,51 @@ def test_targets_outside_the_adapter_are_refused():
         ta.convert(adapter, ta.preset("lora", targets=["key"]))
 
 
+def test_without_targets_every_weight_of_the_adapter_is_converted(tmp_path):
+    """Keys and feed-forward weights too, which a preset's default set would leave behind."""
+    model = tiny.bert(2, **WIDE)
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=["key", "intermediate.dense", "word_embeddings"]))
+    tiny.shake(adapter)
+    converted = ta.convert(adapter, ta.preset("lotr", rank=8), tmp_path / "new")
+    assert set(converted.sites) == set(paths_of(adapter)) and not converted.not_held
+    lost, total = lost_and_total(adapter, converted)
+    assert converted.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-3, abs=1e-6)
+
+
+def test_weights_that_the_format_cannot_hold_count_as_lost():
+    """Three heads do not divide the embedding's 256 entries; two do."""
+    model = tiny.bert(1, hidden_size=12, intermediate_size=10, num_attention_heads=3)
+    adapter = ta.attach(model, ta.preset("lora", rank=1, targets=["query", "intermediate.dense"]))
+    tiny.shake(adapter)
+    converted = ta.convert(adapter, ta.preset("lorta", rank=8, heads=3))
+    assert list(converted.not_held) == ["encoder.layer.0.intermediate.dense"]
+    deltas = {path: float(adapter.delta(path).detach().square().sum()) for path in paths_of(adapter)}
+    lost = deltas["encoder.layer.0.intermediate.dense"] / sum(deltas.values())
+    assert converted.relative_error == pytest.approx(lost**0.5, rel=1e-3)
+    assert "not held: 1 weight, the format cannot hold it" in str(converted)
+
+
+def test_modules_that_were_trained_beside_an_adapter_stay_with_it(tmp_path):
+    model = tiny.bert_classifier()
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=TARGETS, train=["classifier"]))
+    tiny.shake(adapter)
+    wanted = model(tiny.tokens()).logits.detach()
+    converted = ta.convert(adapter, ta.preset("lotr", rank=8), tmp_path / "new")
+    adapter.detach()
+    assert not torch.allclose(model(tiny.tokens()).logits, wanted, atol=1e-3)
+    ta.load(converted.path, model)
+    assert torch.allclose(model(tiny.tokens()).logits, wanted, atol=1e-5)
+
+
+def test_the_text_fits_a_terminal(tmp_path):
+    _, adapter = attached("lora", layers=3, rank=2)
+    converted = ta.convert(adapter, ta.preset("tt_lora", rank=3), tmp_path / "new")
+    lines = str(converted).splitlines()
+    assert len(lines) < 12 and all(len(line) <= 80 for line in lines[:-1])
+    assert lines[0].split() == ["role", "weights", "ranks", "parameters", "error"]
+    assert lines[-1] == f"written to {converted.path}"
+
+
 def test_bases_of_the_weights_are_refused():
     _, adapter = attached("lora", rank=2)
     with pytest.raises(ta.SpecError, match="base's weights"):

@@ -14,9 +14,9 @@ from tensoradapt.analysis.slices import CACHE
 from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.extract.goals import Goal
 from tensoradapt.extract.output import Output
+from tensoradapt.extract.planning import planned
 from tensoradapt.extract.run import OPTIONS
 from tensoradapt.extract.whole import Whole, whole_change
-from tensoradapt.extract.work import planned
 from tensoradapt.fit.compress import basis_size
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import SOLO

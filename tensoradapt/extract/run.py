@@ -21,10 +21,11 @@ from tensoradapt.extract.holding import Fitted, holding
 from tensoradapt.extract.journal import Journal, opened
 from tensoradapt.extract.measure import overall, worst_of
 from tensoradapt.extract.output import Output
+from tensoradapt.extract.planning import allocated, planned
 from tensoradapt.extract.result import Extraction
 from tensoradapt.extract.whole import whole_change
 from tensoradapt.extract.words import EQUAL
-from tensoradapt.extract.work import Done, Work, allocated, planned
+from tensoradapt.extract.work import Done, Work
 from tensoradapt.io.saved import Saved
 from tensoradapt.linalg import SOLO, Team, each
 from tensoradapt.plan import START, Plan
@@ -68,7 +69,7 @@ def extract(
         whole = whole_change(deltas, team, progress)
         work = alike(team, lambda: planned(deltas, whole, spec, goal, where, team, options))
         with opened(output.journal, output.file, work.identity, team) as journal:
-            result = _made(allocated(work), journal, output, progress)
+            result = _made(allocated(work, progress), journal, output, progress)
             team.wait()
             if team.rank == 0:
                 journal.remove()
@@ -111,11 +112,13 @@ def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
         for name in each(small, fit):
             told(name)
         for name in (n for n in mine if n not in small and n not in shared):
+            tell(name, count, len(work.groups))
             fit(name)
             told(name)
 
     together(work.team, alone)
     for name in shared:
+        tell(name, count, len(work.groups))
         fit(name)
         told(name)
     work.team.wait()

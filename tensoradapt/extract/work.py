@@ -1,6 +1,6 @@
 """The work of an extraction: its deltas, its plan, its goal, and the fit of one group of it.
 
-Invariant: everything that can be refused is refused here, before the first fit.
+Invariant: what a group becomes depends on its own deltas, the goal and the seed alone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from torch import Tensor
 from tensoradapt.analysis.floors import Floors, floors_of
 from tensoradapt.analysis.naming import label_of
 from tensoradapt.analysis.noise import Noise, noise_of
-from tensoradapt.analysis.sharing import together
-from tensoradapt.analysis.slices import Slices, empty, flat
+from tensoradapt.analysis.slices import Slices, flat
 from tensoradapt.diagram import Diagram
-from tensoradapt.errors import RankError, SpecError
-from tensoradapt.extract.allocate import allocate
+from tensoradapt.errors import RankError
 from tensoradapt.extract.goals import NOISE, Fixed, Goal, fit_group, group_curve
 from tensoradapt.extract.measure import compared, overall, site_row
-from tensoradapt.extract.targets import taken
 from tensoradapt.extract.whole import Whole
 from tensoradapt.fit.curves import Point
 from tensoradapt.fit.result import Fit
@@ -35,10 +32,9 @@ from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.linalg import SOLO, Dense, Slice, Team
-from tensoradapt.plan import Plan, make_plan, rank_notes
+from tensoradapt.plan import Plan
 from tensoradapt.rows import Factor, factor_of
 from tensoradapt.sites import Site
-from tensoradapt.spec import Spec
 
 DEFAULTS = {"rows": "error", "nonfinite": "error", "prefix": "auto"}  # of reading
 
@@ -239,54 +235,6 @@ class Work:
 
     def _gathered(self, rows: dict[str, Any], team: Team) -> dict[str, Any]:
         return {path: row for part in team.gather(rows) for path, row in part.items()}
-
-
-def planned(
-    deltas: Deltas,
-    whole: Whole,
-    spec: Spec,
-    goal: Goal,
-    where: tuple[str | None, int],
-    team: Team,
-    reading: Mapping[str, Any],
-) -> Work:
-    """The plan of a spec on what two checkpoints have in common. Raises what is wrong with either."""
-    like = empty(where[0])
-    differing = [pair.site.path for pair in deltas.match.pairs if pair.tuned_name in whole.names]
-    spec, reasons = taken(spec, deltas.match.sites, differing)
-    model = deltas.match.sites
-    plan = make_plan(spec, model) if spec.rules else Plan(spec, (), model.name)
-    if goal.chooses:  # the spec's own ranks are of no account then, capped or not
-        plan = replace(plan, notes=tuple(note for note in plan.notes if note not in rank_notes(list(plan.groups))))
-    for group in plan.groups:
-        _check(group)
-    extras = ("modules named in `train` are not extracted: they are no deltas",) if plan.extras else ()
-    notes = (*deltas.match.notes, *plan.notes, *extras)
-    return Work(deltas, plan, goal, like, where[1], team, notes=notes, reading=reading, whole=whole, reasons=reasons)
-
-
-def _check(group: Group) -> None:
-    """Refuse what no factors can be fitted to."""
-    banked = [node for node, key in group.store.items() if key != f"{group.name}.{node}"]
-    if set(banked) - set(group.rule.frozen):
-        what = f"group {group.name!r} shares trained factors with groups of other shapes"
-        raise SpecError(what, got=banked, hint="extract with shapes: separate")
-    if group.scale == 0.0 or not group.trainable:
-        what = f"group {group.name!r} adds nothing" if group.trainable else f"all of group {group.name!r} is frozen"
-        raise SpecError(what, got=f"scale {group.scale}" if group.trainable else list(group.rule.frozen))
-
-
-def allocated(work: Work) -> Work:
-    """The same with the ranks of every group chosen, where one budget is to be shared out."""
-    budget = work.goal.max_parameters
-    if budget is None or not work.groups:
-        return work
-    shared = [(name, work.curve(name)) for name in work.groups if work.shared(name)]  # in step with the others
-    alone = [name for name in work.groups if work.is_mine(name) and not work.shared(name)]
-    parts = together(work.team, lambda: {name: work.curve(name) for name in alone})
-    found = {**dict(shared), **{name: row for part in parts for name, row in part.items()}}
-    curves, totals = ({name: found[name][k] for name in work.groups} for k in (0, 1))
-    return replace(work, chosen=allocate(curves, totals, budget))  # type: ignore[arg-type]
 
 
 def _stored(found: Fit, group: Group) -> dict[str, Tensor]:

@@ -124,3 +124,10 @@ def as_saved(source: Savable | str | Path) -> Saved:
             "this is no adapter", got=type(source).__name__, expected="an Adapter, a Saved, or the path of an adapter"
         )
     return source.as_saved()
+
+
+def filled(saved: Saved, verb: str) -> Saved:
+    """The adapter, if it changes anything. Raises AdapterError where it has no group and no trained module."""
+    if not saved.plan.groups and not saved.plan.extras:
+        raise AdapterError(f"{saved.where} adapts no weight: there is nothing to {verb}", hint="give another adapter")
+    return saved

@@ -22,7 +22,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
 from tensoradapt.io.atomic import flush
 from tensoradapt.io.folder import atomic_folder
-from tensoradapt.io.saved import Savable, Saved
+from tensoradapt.io.saved import Savable, Saved, filled
 from tensoradapt.paths import expand
 from tensoradapt.peft.card import CARD, Exported, card
 from tensoradapt.peft.config import CONFIG, TASKS, WEIGHTS, config_of
@@ -108,7 +108,7 @@ def export_peft(  # noqa: PLR0913
     """
     options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, progress)
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
-    saved, model = seen_from_within(_exact(open_adapter(source)), model)
+    saved, model = seen_from_within(_exact(filled(open_adapter(source), "export")), model)
     known = None if model is None else scan(model)
     modules = modules_of(saved, known)
     made, zero = _make(saved, modules, known, options)
@@ -172,7 +172,7 @@ def _make(
     zero = tuple(module.path for module, factored in found.items() if not factored.rank)
     found = {module: factored for module, factored in found.items() if factored.rank}
     if not found:
-        raise AdapterError("every delta is zero: there is nothing to export", got=f"{len(zero)} modules")
+        raise AdapterError("every delta is zero: there is nothing to export", got=saved.where)
     rank = max(factored.rank for factored in found.values())
     uneven = {module.path: f.rank for module, f in found.items() if f.rank != rank}
     patterns = keyed({m.path: f.rank for m, f in found.items()}) if uneven and options.layout == "compact" else {}

@@ -10,13 +10,11 @@ from tensoradapt.cli.options import Choice
 from tensoradapt.cli.run.printing import show
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.cli.run.specs import make_spec
-from tensoradapt.convert import convert, targets_of
+from tensoradapt.convert import convert
 
 
 def run(adapter: str, out: Path, choice: Choice, *, goal: Mapping[str, Any], seed: int, as_json: bool) -> None:
     """Convert, and print what was converted."""
-    if choice.preset is not None and not choice.targets:
-        choice = choice._replace(targets=list(targets_of(adapter)))
     with progress("convert") as tell:
         result = convert(adapter, make_spec(choice), out, seed=seed, progress=tell, **goal)
     show(result, as_json=as_json)

@@ -20,7 +20,7 @@ def make_spec(choice: Choice) -> Spec:
     if (name is None) == (file is None):
         raise SpecError(
             "give a preset or a spec file, one of the two",
-            hint="--preset lotr --rank 8 --target query, or --spec spec.yaml",
+            hint="--preset lora --rank 8, or --spec spec.yaml; tensoradapt presets lists them",
         )
     if file is not None:
         if rank is not None or targets or pairs:
