@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.grouping import Group
-from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed, sources
+from tensoradapt.host import HOST, Bank, Host, copied, home_of, host_of, slashed, sources
 from tensoradapt.interchange import to_tensorly
 from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
 from tensoradapt.merging import Merged, Rows, Target, Untied, laid_out, merge, restore_all, rows_of
 from tensoradapt.plan import START, Plan
+from tensoradapt.quantised import gathered
 from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site
 
@@ -52,11 +53,13 @@ class Adapter(nn.Module):
         self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
         self._sources = sources(plan)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        """A copy, on the model's copy where that is made too; else of the tensors, with no hook on the same model."""
+        return copied(self, memo)
+
     def replan(self, plan: Plan, lines: Mapping[str, tuple[Group, Site, Line]]) -> None:
         """Take a plan of the same sites, and the lines made from it; its tensors are the caller's to put."""
         self.plan, self._sources, self._lines = plan, sources(plan), dict(lines)
-
-    # -- what it holds ------------------------------------------------------------------------------------------
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -140,8 +143,6 @@ class Adapter(nn.Module):
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} is merged into the weights", hint="unmerge() first")
 
-    # -- what it does -------------------------------------------------------------------------------------------
-
     def chain(self, path: str, like: Tensor | None = None) -> Chain:
         """A site's chain without the scale, in the dtype and on the device of `like`, or of the factors."""
         group, _, made = self._lines[path]
@@ -201,10 +202,10 @@ class Adapter(nn.Module):
         return self.as_saved().save(path)
 
     def as_saved(self) -> Saved:
-        """The adapter without its model, detached: its tensors are shared, the scale stands in every group's own."""
+        """The adapter without its model: its tensors, gathered where they are sharded, and the scale in every group."""
         revision = getattr(getattr(self._model[0], "config", None), "_commit_hash", None) or ""
         groups = tuple(replace(group, scale=group.scale * self._scale) for group in self.plan.groups)
-        tensors = {key: tensor.detach() for key, tensor in self.tensors().items()}
+        tensors = {key: gathered(tensor.detach()) for key, tensor in self.tensors().items()}
         return Saved(replace(self.plan, groups=groups), tensors, {"revision": revision})
 
     # -- merging ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Invariant: what is registered on a model under `HOST` is never a part of the mod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,6 +90,14 @@ def _without_merged(host: Host, state: dict[str, Any], prefix: str, metadata: An
 def _merged_may_lack(host: Host, found: Any) -> None:
     merged = tuple(f"{HOST}.{name}." for name in host.merged)
     found.missing_keys[:] = [key for key in found.missing_keys if not key[key.find(f"{HOST}.") :].startswith(merged)]
+
+
+def copied(adapter: nn.Module, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` makes of an adapter: with its model's copy, or alone, of the tensors and with no hook."""
+    alone = {} if id(adapter._model[0]) in memo else {"_model": [*adapter._model], "_handles": [], "_merged": None}  # type: ignore
+    memo[id(adapter)] = made = object.__new__(type(adapter))
+    made.__dict__ |= copy.deepcopy({k: v for k, v in adapter.__dict__.items() if k not in alone}, memo) | alone
+    return made
 
 
 class Bank(nn.Module):

@@ -25,13 +25,18 @@ def kind_of(weight: Tensor | None) -> str:
     return f"{str(weight.dtype)[6:]} of shape {tuple(weight.shape)}"
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor of which every process holds a shard (FSDP): all of them call this together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def admit_training(model: nn.Module) -> bool:
     """Clear `is_quantized` of a model that can be trained; returns whether there was something to clear.
 
     The Trainer of transformers refuses models that say so and carry no adapter of PEFT's ("purely quantized models").
     Where transformers says that the method of quantisation cannot be trained, the model stays as it is.
     """
-    if not _says_quantised(model) or not getattr(model.hf_quantizer, "is_trainable", False):
+    if not _says_quantised(model) or not _trainable(model):
         return False
     model.is_quantized = False  # type: ignore[assignment]
     return True
@@ -39,7 +44,7 @@ def admit_training(model: nn.Module) -> bool:
 
 def untrainable(model: nn.Module) -> str:
     """Why transformers' Trainer will refuse a quantised model in spite of its adapter; empty where it will not."""
-    if not _says_quantised(model) or getattr(model.hf_quantizer, "is_trainable", False):
+    if not _says_quantised(model) or _trainable(model):
         return ""
     config = getattr(model.hf_quantizer, "quantization_config", None)
     method = getattr(config, "quant_method", type(model.hf_quantizer).__name__)
@@ -48,6 +53,11 @@ def untrainable(model: nn.Module) -> str:
         f"transformers says that a base quantised with {method} in this way cannot be trained, "
         "and its Trainer will refuse it"
     )
+
+
+def _trainable(model: nn.Module) -> bool:
+    """Whether transformers says so, or nothing is packed: a GGUF file's weights are plain once they are read."""
+    return getattr(model.hf_quantizer, "is_trainable", False) or all(map(is_plain, model.parameters()))
 
 
 def _says_quantised(model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ Invariant: whatever is trained stands in the checkpoint, or training does not be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class AdapterCallback:
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
         self._reader = _Reader(adapter)
+        self._seen = False
         saver = stand_in(adapter._model[0], adapter._host())
         if saver is not None:
             saver.only = adapter
@@ -59,6 +61,21 @@ class AdapterCallback:
             raise AdapterError(
                 f"training goes on at step {state.global_step} from a checkpoint that holds no adapter",
                 hint="train without resume_from_checkpoint, or give a checkpoint of this adapter",
+            )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Warn, before the first step, of factors that no gradient has reached: what adapts there is not trained."""
+        if self._seen or getattr(args, "deepspeed", None):  # which keeps gradients elsewhere
+            return
+        self._seen = True
+        held = self.adapter.tensors().items()
+        missed = [key for key, tensor in held if tensor.requires_grad and tensor.grad is None]
+        if missed:
+            warnings.warn(
+                f"no gradient has reached {len(missed)} tensors of adapter {self.adapter.name!r} in the first step: "
+                f"{', '.join(missed[:4])}{' ...' if len(missed) > 4 else ''}. Either a trainer reads these weights "
+                "without calling their modules (TRL does so with lm_head), or the base passes no gradient on",
+                stacklevel=2,
             )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -10,6 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensoradapt as ta
@@ -996,3 +997,38 @@ def test_nothing_is_warned_of_on_an_ordinary_model():
         adapter.merge()
         adapter.unmerge()
         adapter.detach()
+
+
+# -- copies of the adapter alone --------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_an_adapter_alone_shares_its_model(kind):
+    """What `AveragedModel(adapter)` makes: the factors once more, and not the base with them."""
+    make, fields, call = kind
+    model = make()
+    adapter = ta.attach(model, ta.preset("lora", rank=2, **fields))
+    tiny.shake(adapter)
+    before, hooks = call(model), sum(len(m._forward_hooks) for m in model.modules())
+    copied = copy.deepcopy(adapter)
+    assert copied._model[0] is model and sum(len(m._forward_hooks) for m in model.modules()) == hooks
+    assert all(torch.equal(t, copied.tensors()[key]) for key, t in adapter.tensors().items())
+    tiny.shake(copied, seed=1)
+    assert torch.equal(call(model), before)  # it is on no hook
+    with pytest.raises(ta.AdapterError, match="is not attached"):
+        copied.detach()
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_a_moving_average_of_the_adapter_is_an_adapter(decay, tmp_path):
+    model = tiny.bert()
+    adapter = lotr(model)
+    averaged = AveragedModel(adapter, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    hand: dict[str, torch.Tensor] = {}
+    for step in range(4):
+        tiny.shake(adapter, seed=step)
+        averaged.update_parameters(adapter)
+        for key, tensor in adapter.tensors().items():
+            hand[key] = torch.lerp(tensor, hand[key], decay) if key in hand else tensor.detach().clone()
+    averaged.module.save(tmp_path / "average")
+    again = ta.load(tmp_path / "average", tiny.bert())
+    assert all(torch.allclose(tensor, hand[key], atol=1e-6) for key, tensor in again.tensors().items())

@@ -144,6 +144,17 @@ def test_a_method_that_transformers_cannot_train_is_left_to_its_refusal(tmp_path
         ta.load(tmp_path / "adapter", model)  # to use it, which is no training
 
 
+def test_a_model_whose_weights_were_unpacked_is_trained(tmp_path):
+    """As a GGUF file's are, which transformers calls quantised and impossible to train all the same."""
+    model = quantised(lambda linear: linear, trainable=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        adapter = attach(model)
+    trainer(model, tmp_path).train()
+    adapter.detach()
+    assert model.is_quantized is True
+
+
 def test_merging_into_a_quantised_weight_is_refused_in_words(change):
     model = quantised(change)
     adapter = attach(model)

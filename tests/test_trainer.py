@@ -1,6 +1,7 @@
 """The Hugging Face Trainer: checkpoints of the adapter alone, resumed to the last digit, the best one loaded."""
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,29 @@ def test_a_model_that_is_made_anew(tmp_path):
     )
     with pytest.raises(ta.AdapterError, match="not on the model that is trained"):
         made.train()
+
+
+# -- what no gradient reaches -----------------------------------------------------------------------------------------
+
+
+class Bypassed(nn.Module):
+    """A head whose weight is read and whose module is never called, as TRL's losses do with `lm_head`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = tiny.bert(), nn.Linear(16, 3)
+
+    def forward(self, input_ids, labels):
+        logits = self.body(input_ids=input_ids).last_hidden_state[:, 0] @ self.head.weight.T
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("targets", [["query", "head"], ["query"]])
+def test_factors_that_no_gradient_reaches_are_named(targets, tmp_path):
+    made, _ = trainer(tmp_path, ta.preset("lora", rank=2, targets=targets), Bypassed(), eval_strategy="no")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        made.train()
+    said = [str(warning.message) for warning in seen if "no gradient has reached" in str(warning.message)]
+    assert len(said) == (1 if "head" in targets else 0)
+    assert all("2 tensors of adapter 'default'" in line and "head" in line for line in said)
