@@ -152,7 +152,7 @@ def decaying(count: int = 5, shape=(24, 18), rate: float = 0.6, seed: int = 0) -
     found = []
     for k in range(count):
         u, _, vh = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
-        found.append((u * rate ** (np.arange(min(shape)) / (k + 1))) @ vh)
+        found.append((u * rate ** (np.arange(min(shape)) / (1 + 0.737 * k))) @ vh)
     return found
 
 
@@ -160,11 +160,23 @@ def values(matrices) -> list[np.ndarray]:
     return [np.linalg.svd(m, compute_uv=False) for m in matrices]
 
 
-def lora_rank(matrices, error: float) -> int:
-    """The first rank at which LoRA leaves no more than an error, one rank after the other."""
-    squares = [s**2 for s in values(matrices)]
-    total = sum(s.sum() for s in squares)
-    return next(r for r in range(max(map(len, squares)) + 1) if sum(s[r:].sum() for s in squares) <= error**2 * total)
+def lora_ranks(matrices, error: float) -> list[int]:
+    """A rank for each weight: by the highest threshold on what a rank holds per parameter that is within the error."""
+    gains = [s**2 / sum(m.shape) for s, m in zip(values(matrices), matrices, strict=True)]
+    total = sum((m**2).sum() for m in matrices)
+    for threshold in sorted((float(g) for gain in gains for g in gain), reverse=True):
+        ranks = [int((gain >= threshold).sum()) for gain in gains]
+        if sum((s[r:] ** 2).sum() for s, r in zip(values(matrices), ranks, strict=True)) <= error**2 * total:
+            return ranks
+    raise AssertionError("no threshold")
+
+
+def lora_label(ranks) -> str:
+    return f"LoRA r={min(ranks)}" + (f"-{max(ranks)}" if max(ranks) > min(ranks) else "")
+
+
+def lora_size(matrices, ranks) -> int:
+    return sum(r * sum(m.shape) for m, r in zip(matrices, ranks, strict=True))
 
 
 def energy_ranks(matrices, share: float) -> list[int]:
@@ -179,26 +191,38 @@ def test_median_ranks_and_loras_parameters():
     assert set(report.answer.ranks) == {"energy_0.95"}  # no noise, and no low rank
     assert (found.lowest, found.median, found.highest) == (wanted[0], statistics.median_high(wanted), wanted[-1])
     for needed, error in zip(report.answer.needed, (0.1, 0.01), strict=True):
-        rank = lora_rank(matrices, error)
-        count = sum(rank * sum(m.shape) for m in matrices)
-        assert (needed.relative_error, needed.label, needed.num_parameters) == (error, f"LoRA r={rank}", count)
+        ranks = lora_ranks(matrices, error)
+        count = lora_size(matrices, ranks)
+        assert (needed.relative_error, needed.label, needed.num_parameters) == (error, lora_label(ranks), count)
         assert needed.share == pytest.approx(count / sum(m.size for m in matrices))
-        left = sum((s[rank:] ** 2).sum() for s in values(matrices)) / sum((s**2).sum() for s in values(matrices))
-        assert needed.reached == pytest.approx(left**0.5, rel=1e-3) and not needed.at_least
+        left = sum((s[r:] ** 2).sum() for s, r in zip(values(matrices), ranks, strict=True))
+        assert needed.reached == pytest.approx((left / sum((m**2).sum() for m in matrices)) ** 0.5, rel=1e-3)
+        assert not needed.at_least and (needed.rank is None) == (min(ranks) < max(ranks))
+
+
+@pytest.mark.parametrize("error", [0, 1], ids=["10 %", "1 %"])
+def test_an_extraction_within_these_parameters_is_within_the_error(error, tmp_path):
+    sides = layers(decaying())
+    needed = ta.analyze(*sides, candidates=False).answer.needed[error]
+    made = ta.extract(*sides, ta.preset("lora", targets=["q"]), tmp_path / "a", max_parameters=needed.num_parameters)
+    assert made.num_parameters <= needed.num_parameters and made.relative_error <= needed.relative_error * (1 + 1e-5)
+    less = needed.num_parameters - 24 - 18
+    made = ta.extract(*sides, ta.preset("lora", targets=["q"]), tmp_path / "b", max_parameters=less)
+    assert made.relative_error > needed.relative_error
 
 
 def test_the_first_lines_say_these_numbers():
-    matrices = decaying(3, (40, 36))
+    matrices = decaying(3, (40, 36), rate=0.7)
     first = " ".join(str(ta.analyze(*layers(matrices), candidates=False)).split("\n\n")[0].split())
-    ranks, lora = sorted(energy_ranks(matrices, 0.95)), [lora_rank(matrices, e) for e in (0.1, 0.01)]
-    size = sum(m.size for m in matrices)
-    counts = [sum(r * sum(m.shape) for m in matrices) for r in lora]
+    ranks, lora = sorted(energy_ranks(matrices, 0.95)), [lora_ranks(matrices, e) for e in (0.1, 0.01)]
+    size, counts = sum(m.size for m in matrices), [lora_size(matrices, r) for r in lora]
     assert counts[0] < size < counts[1]
+    shares = f"{100 * counts[0] / size:.3g}%", f"{counts[1] / size:.1f} times"
     assert first == (
         f"What rank is it? {statistics.median_high(ranks)} for 95% of the energy ({ranks[0]} to {ranks[-1]}):"
         " medians of 3 weights in the layers."
-        f" 10% error: LoRA r={lora[0]}, {counts[0]:,} parameters, {100 * counts[0] / size:.3g}% of the dense change"
-        f" 1% error: this change has no low rank: LoRA r={lora[1]} takes {counts[1] / size:.1f} times its dense size"
+        f" 10% error: {lora_label(lora[0])}, {counts[0]:,} parameters, {shares[0]} of the dense change"
+        f" 1% error: this change has no low rank: {lora_label(lora[1])} takes {shares[1]} its dense size"
     )
 
 
@@ -237,17 +261,26 @@ def test_what_the_values_do_not_show_is_a_bound():
     report = ta.analyze(*layers(matrices), candidates=False, values=4)
     found, error = report.answer.needed[0], 0.1
     assert found.at_least and found.reached is None
-    assert 4 < found.rank <= lora_rank(matrices, error)
-    # what is left beyond the fourth value falls by no more than the fourth value's square from rank to rank
-    squares = [s**2 for s in values(matrices)]
-    total = sum(s.sum() for s in squares)
-    best = next(
-        r for r in range(4, 18) if sum(max(0, s[4:].sum() - (r - 4) * s[3]) for s in squares) <= error**2 * total
-    )
-    assert found.rank == best
+    true = lora_size(matrices, lora_ranks(matrices, error))
+    assert 5 * 4 * 42 < found.num_parameters <= true
+    # one rank after the other, where what is beyond the fourth value is as large as it may be
+    steps = []
+    for s in values(matrices):
+        left, guessed = float((s[4:] ** 2).sum()), [float(x) for x in s[:4] ** 2]
+        while left > 0 and len(guessed) < 18:
+            guessed.append(min(left, float(s[3] ** 2)))
+            left -= guessed[-1]
+        steps += guessed
+    held, total = np.cumsum(sorted(steps, reverse=True)), sum((m**2).sum() for m in matrices)
+    assert found.num_parameters == int((held < (1 - error**2) * total).sum()) * 42
     text = " ".join(str(report).split())
     size = found.num_parameters / sum(m.size for m in matrices)
-    assert size >= 1 and f"10% error: this change has no low rank: LoRA takes at least {size:.1f} times" in text
+    if size >= 1:
+        assert f"10% error: this change has no low rank: LoRA takes at least {size:.1f} times" in text
+    else:
+        assert (
+            f"no format tried reaches it; LoRA takes at least {found.num_parameters:,} parameters, {size:.1%}" in text
+        )
     assert report.answer.ranks["energy_0.95"].median is None and "more than 4 for 95% of the energy" in text
 
 
@@ -295,15 +328,16 @@ def test_no_low_rank_is_said_and_nothing_is_praised():
     """Noise of full rank: 10 % of it takes an adapter that is larger than the weights."""
     matrices = list(np.random.default_rng(1).standard_normal((3, 90, 80)))
     report, rows = proposed(matrices)
-    choice, rank = report.choice, lora_rank(matrices, 0.1)
-    assert not choice["holds"] and choice["warning"].startswith("This change has no low rank: an adapter within 10%")
+    choice, ranks = report.choice, lora_ranks(matrices, 0.1)
     text = " ".join(str(report).split())
     assert "Proposal: no adapter." in text and "Proposal: no adapter" in report.to_html()
     sizes = {c.label: c.num_parameters for c in rows.values() if c.relative_error <= 0.1}
-    sizes[f"LoRA r={rank}"] = 3 * rank * 170
+    sizes[lora_label(ranks)] = lora_size(matrices, ranks)
     label = min(sizes, key=lambda name: sizes[name])
     times = sizes[label] / (3 * 90 * 80)
     assert f"10% error: this change has no low rank: {label} takes {times:.1f} times its dense size" in text
+    said = f"to be within 10% of it takes {sizes[label]:,} parameters, {times:.1f} times the dense change"
+    assert not choice["holds"] and choice["warning"].startswith(f"This change has no low rank: {said}")
     best = rows[choice["label"]]
     assert best.share < 1 and best.relative_error > 0.3 and "close" not in choice["warning"]
     # the largest LoRA that is smaller than the weights: r (90 + 80) < 90 * 80

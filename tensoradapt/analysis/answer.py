@@ -34,16 +34,17 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Needed:
-    """The smallest adapter within a relative error, of all formats tried and of LoRA at every rank.
+    """The smallest adapter within a relative error, of all formats tried and of LoRA with a rank for each weight.
 
-    `share` is its part of the changed weights' entries, `reached` the error that it leaves. Where `at_least`, nothing
-    tried is within the error, and `num_parameters` is what LoRA needs at least: the values computed show no more.
+    `rank` is None where it is not one for all; `share` is its part of the changed weights' entries, `reached` the
+    error that it leaves. Where `at_least`, nothing tried is within the error, and `num_parameters` is what LoRA needs
+    at least: the values computed show no more.
     """
 
     relative_error: float
     label: str
     preset: str
-    rank: int
+    rank: int | None
     num_parameters: int
     share: float
     reached: float | None
@@ -134,27 +135,33 @@ def _needed(rows: Sequence[SiteReport], candidates: Sequence[Candidate], error: 
 
 
 def lora_needed(rows: Sequence[SiteReport], error: float) -> Needed:
-    """LoRA of one rank for all weights within a relative error, by their spectra, or the least that it can take.
+    """LoRA with a rank for each weight within a relative error, by the spectra, or the least that it can take.
 
-    lost[r] = sum_s (|D_s|^2 - sum_(i<=r) s_i^2). Beyond the values computed no value is above the last of them: what
-    is left there falls by at most its square from rank to rank.
+    A step from rank i to i + 1 of a weight holds s_i^2 more and costs m + n: those that hold most per parameter are
+    taken first. Of the values beyond those computed it is known that none is above the last of these.
     """
-    limit = max(min(row.shape) for row in rows)
-    lost = np.sum([_lost(row, limit) for row in rows], axis=0)
+    steps = [_steps(row) for row in rows]
+    gains, known = (np.concatenate([step[k] for step in steps]) for k in (0, 1))
+    costs = np.concatenate([np.full(len(step[0]), sum(row.shape)) for step, row in zip(steps, rows, strict=True)])
+    owners = np.concatenate([np.full(len(step[0]), k) for k, step in enumerate(steps)])
     total = _total(rows)
-    rank = int(np.argmax(lost <= error**2 * total))
-    count = sum(min(rank, *row.shape) * sum(row.shape) for row in rows)
-    known = min((len(row.singular_values) for row in rows if not row.complete), default=limit)
-    reached = math.sqrt(max(0.0, float(lost[rank])) / total) if rank <= known else None
+    order = np.argsort(-gains / costs, kind="stable")
+    held = np.cumsum(gains[order])
+    many = min(int(np.searchsorted(held, (1 - error**2) * total)) + 1, len(order))
+    taken = order[:many]
+    bound = not known[taken].all()
+    ranks = np.bincount(owners[taken], minlength=len(rows))
+    count = int(costs[taken[:-1] if bound else taken].sum())  # the last step may hold more than what is asked for
     share = count / sum(math.prod(row.shape) for row in rows)
-    return Needed(error, f"LoRA r={rank}", "lora", rank, count, share, reached, rank > known)
+    reached = None if bound else math.sqrt(max(0.0, total - float(held[many - 1])) / total)
+    low, high = int(ranks.min()), int(ranks.max())
+    label = f"LoRA r={low}" if low == high else f"LoRA r={low}-{high}"
+    return Needed(error, label, "lora", low if low == high else None, count, share, reached, bound)
 
 
-def _lost(row: SiteReport, limit: int) -> np.ndarray:
-    """What is left of a delta's squared norm at ranks 0 to `limit`, at least."""
+def _steps(row: SiteReport) -> tuple[np.ndarray, np.ndarray]:
+    """What every rank of a weight adds to the squared norm held, at most, and whether that is known."""
     squares = np.square(np.asarray(row.singular_values, dtype=np.float64))
-    rest = row.residual**2 - squares[-1] * np.arange(1, limit + 1 - len(squares))
-    known = row.norm**2 - np.concatenate([[0.0], np.cumsum(squares)])
-    found = np.concatenate([known, rest])[: limit + 1].clip(min=0.0)
-    found[min(row.shape) :] = 0.0
-    return found
+    beyond, last = min(row.shape) - len(squares), float(squares[-1])
+    rest = np.clip(row.residual**2 - last * np.arange(beyond), 0.0, last) if last else np.zeros(beyond)
+    return np.concatenate([squares, rest]), np.arange(len(squares) + beyond) < len(squares)

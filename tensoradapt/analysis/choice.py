@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tensoradapt.analysis.answer import Answer, answered
+from tensoradapt.analysis.answer import Answer, Needed, answered
 from tensoradapt.analysis.candidates import FAMILIES, Candidate, Tried, candidates_of
 from tensoradapt.analysis.spectra import SiteReport
 from tensoradapt.plots.answer import RULE_WORDS, dense_words, rank_words
@@ -22,10 +22,7 @@ EXACT = 0.01  # the relative error from which on a lower rank than the median on
 CLOSE = 0.1  # the relative error from which on a candidate is said not to hold the change
 NOISY = 1.1  # what is left may be this many times the rounding noise and still be no more than it
 NEAR = 1e-6
-NO_LOW_RANK = (
-    f"This change has no low rank: an adapter within {percent(CLOSE)} of it is larger than the weights that it"
-    " replaces. Keep the tuned weights, or train an adapter on the base."
-)
+LOW = 0.5  # the part of the dense change up to which an adapter that is close is one of low rank
 
 
 @dataclass(frozen=True)
@@ -86,13 +83,14 @@ def _choice(found: Sequence[Candidate], reference: Candidate, why: str, answer: 
         (c for c in found if _as_close(c, reference.relative_error)),
         key=lambda c: (c.num_parameters, round(c.relative_error, 3)),
     )
-    holds = best.relative_error <= CLOSE or answer.needed[0].share < 1 or _is_noise(best, answer)
+    low = answer.needed[0].share <= LOW and best.share < 1
+    holds = low or best.relative_error <= CLOSE or _is_noise(best, answer)
     return {
         "label": best.label,
         "reference": reference.label,
         "rule": f"the cheapest format tried that is as close as {reference.label}{why}.",
         "reason": _reason(best, reference),
-        "warning": _warning(best, answer) if holds else NO_LOW_RANK,
+        "warning": _warning(best, answer) if holds else _no_low_rank(answer.needed[0]),
         "holds": holds,
     }
 
@@ -119,10 +117,20 @@ def _warning(best: Candidate, answer: Answer) -> str:
     if _is_noise(best, answer):
         noise = percent(answer.noise_share)
         return f"What it leaves is no more than the rounding noise of the stored dtypes, up to {noise} of the change."
-    needed = answer.needed[0]
+    return f"It is far from the change: to be within {percent(CLOSE)} takes {_size(answer.needed[0])}."
+
+
+def _size(needed: Needed) -> str:
     least = "at least " if needed.at_least else ""
-    takes = f"{least}{needed.num_parameters:,} parameters, {dense_words(needed.share)}"
-    return f"It is far from the change: to be within {percent(CLOSE)} takes {takes}."
+    return f"{least}{needed.num_parameters:,} parameters, {dense_words(needed.share)}"
+
+
+def _no_low_rank(needed: Needed) -> str:
+    """That there is none, and what to do."""
+    return (
+        f"This change has no low rank: to be within {percent(CLOSE)} of it takes {_size(needed)}. Keep the tuned"
+        " weights, or train an adapter on the base."
+    )
 
 
 def _rule(label: str, found: Sequence[Candidate], stack: Tried) -> Rule:
@@ -143,7 +151,8 @@ def _comparisons(found: Sequence[Candidate], reference: Candidate) -> dict[str, 
     near = [c for c in loras if c.rank in (1, reference.rank, 4 * reference.rank)]
     budgets = sorted({n for c in near if c.rank <= reference.rank for n in (c.num_parameters // 10, c.num_parameters)})
     at_error = [{"relative_error": c.relative_error, "label": c.label, **_cheapest(found, c)} for c in near]
-    return {"at_error": at_error, "at_budget": [{"max_parameters": n, **_closest(found, n)} for n in budgets]}
+    at_budget = [{"max_parameters": n, **row} for n in budgets if (row := _closest(found, n))["rows"]]
+    return {"at_error": at_error, "at_budget": at_budget}
 
 
 def _cheapest(found: Sequence[Candidate], reference: Candidate) -> dict[str, Any]:

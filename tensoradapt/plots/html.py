@@ -146,7 +146,8 @@ def _refused(refused: Mapping[str, str], limit: int = 8) -> str:
 
 def _figure(report: Report, name: str) -> list[str]:
     """One figure with its caption; a sentence where the report has nothing for it."""
-    heading = f"<h2 id='{name}'>{TITLES[name]}</h2>"
+    title = TITLES[name] if name != "spectra" or has_noise(report) else "Singular spectra"
+    heading = f"<h2 id='{name}'>{title}</h2>"
     try:
         said = _text(caption(report, name))
         drawn = inline(FIGURES[name][0](report, sheet()), name)

@@ -188,7 +188,7 @@ class Needed(Part):
     relative_error: float
     label: str
     preset: str
-    rank: int
+    rank: int | None
     num_parameters: int
     share: float
     reached: float | None
