@@ -16,15 +16,15 @@ import numpy as np
 from pydantic import Field
 
 from tensoradapt.errors import RankError, SpecError
-from tensoradapt.grouping import Group, resized
+from tensoradapt.grouping import Group, Progress, resized
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import expand
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Rule, Spec
+from tensoradapt.tables import WIDTH, columns
 
+FEW = 16  # so many ranks are all shown
 RuleRank = int | list[int] | dict[str, int | str]
-
-Progress = Callable[[str, int, int], None]  # what is planned, how many are done, how many there are
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,59 @@ class BudgetTable:
         return stream.getvalue()
 
     def __str__(self) -> str:
-        head = ("spec", "rank", "trainable", "parameters", "bytes", "FLOP/token")
-        cells = [head] + [
-            (r.spec, "-" if r.rank is None else str(r.rank), *(f"{n:,}" for n in (r.num_trainable, r.num_parameters)))
-            + (f"{r.num_bytes:,}", f"{r.flops_per_token:,}")
-            for r in self.rows
+        return self.text()
+
+    def text(self, *, wide: bool = False) -> str:
+        """The trainable parameters: a line for a rank, a column for a spec, within 80 columns.
+
+        Of many ranks those are shown that are powers of two, and the last. `wide` gives every rank of every spec in a
+        line of its own, with parameters, bytes and FLOP per token.
+        """
+        if wide:
+            head = ("spec", "rank", "trainable", "parameters", "bytes", "FLOP/token")
+            return "\n".join(columns(head, [_cells(row) for row in self.rows], text=head[:1]))
+        names = list(dict.fromkeys(row.spec for row in self.rows))
+        counts = {(row.spec, row.rank): f"{row.num_trainable:,}" for row in self.rows}
+        asked = list(dict.fromkeys(row.rank for row in self.rows if row.rank is not None))
+        ranks = _thinned(asked)
+        lines = [
+            f"trainable parameters by rank{'' if len(ranks) == len(asked) else f', {len(ranks)} of {len(asked)} ranks'}"
         ]
-        widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
-        return "\n".join(
-            "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        )
+        for block in _blocks([name for name in names if (name, None) not in counts], counts):
+            head = ("rank", *block)
+            rows = [(str(rank), *(counts.get((name, rank), "") for name in block)) for rank in ranks]
+            lines += columns(head, rows)
+        fixed = [
+            f"{name}: {counts[name, None]} trainable parameters; it has no rank"
+            for name in names
+            if (name, None) in counts
+        ]
+        return "\n".join([*(lines if asked else []), *fixed])
+
+
+def _cells(row: BudgetRow) -> tuple[str, ...]:
+    numbers = (row.num_trainable, row.num_parameters, row.num_bytes, row.flops_per_token)
+    return (row.spec, "-" if row.rank is None else str(row.rank), *(f"{number:,}" for number in numbers))
+
+
+def _thinned(ranks: Sequence[int]) -> list[int]:
+    """All of a few ranks; of many the powers of two among them, and the last."""
+    powers = [rank for rank in ranks if rank & (rank - 1) == 0 or rank == ranks[-1]]
+    return list(ranks) if len(ranks) <= FEW or len(powers) < 3 else powers
+
+
+def _blocks(names: Sequence[str], counts: Mapping[tuple[str, int | None], str]) -> list[list[str]]:
+    """The specs in as many tables as are needed for 80 columns."""
+    blocks: list[list[str]] = []
+    left = 0
+    for name in names:
+        size = 2 + max(len(name), *(len(text) for (own, _), text in counts.items() if own == name))
+        if size > left:
+            blocks.append([])
+            left = WIDTH - len("rank")
+        blocks[-1].append(name)
+        left -= size
+    return blocks
 
 
 class SolvedSpec(Spec):
@@ -217,7 +259,8 @@ def _largest(plans: Callable[[int], Plan], limit: int) -> int:
 def _by_group(plans: Callable[[int], Plan], rank: int, limit: int) -> dict[str, int]:
     """The ranks by group that use the rest of the budget; those of the common rank where a bank ties the groups."""
     names = [group.name for group in plans(rank).groups]
-    if sum(map(group_trainable, plans(rank).groups)) != plans(rank).num_trainable:
+    banks = any(key != f"{group.name}.{node}" for group in plans(rank).groups for node, key in group.store.items())
+    if banks or sum(map(group_trainable, plans(rank).groups)) != plans(rank).num_trainable:
         return dict.fromkeys(names, rank)
     spare = limit - plans(rank).num_trainable
     found: dict[object, list[int]] = {}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tensoradapt.diagram import Diagram
@@ -22,6 +23,8 @@ from tensoradapt.recipe import Recipe, recipe
 from tensoradapt.roles import has_heads, holds
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
+
+Progress = Callable[[str, int, int], None]  # the group at work, how many are done, how many there are
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Group:
         return sum(self.recipe(p).dense_flops for p in self.placements)
 
 
-def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap) -> list[Group]:
+def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap, tell: Progress = lambda *_: None) -> list[Group]:
     """The groups of one rule, with their diagrams. Raises SiteError on colliding coordinates, SpecError on the rule."""
     axes = _axes(rule)
     _check_axes(rule, axes)
@@ -90,9 +93,11 @@ def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap) -> list[Group
     for site in sites:
         buckets.setdefault((*own_coordinates(site, axes), *_shape_key(rule, site, axes, model)), []).append(site)
     plain = [group_name(rule, members, axes, multiple) for members in buckets.values()]
-    groups = []
-    for members, name in zip(buckets.values(), plain, strict=True):
-        full = f"{name}_{'x'.join(map(str, members[0].shape))}" if plain.count(name) > 1 else name
+    counts = Counter(plain)
+    groups: list[Group] = []
+    for done, (members, name) in enumerate(zip(buckets.values(), plain, strict=True)):
+        full = f"{name}_{'x'.join(map(str, members[0].shape))}" if counts[name] > 1 else name
+        tell(full, done, len(plain))
         groups += (
             _slices(rule, axes, members, model, full)
             if rule.shapes == "slices"

@@ -90,7 +90,8 @@ def _check_collisions(sites: Sequence[Site], index: Sequence[Mapping[str, int]])
 
 def group_name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multiple: set[str]) -> str:
     """A readable name: the rule's, what the sites have in common and others not."""
-    common = {c: sites[0].coordinates.get(c) for c in multiple if len({s.coordinates.get(c) for s in sites}) == 1}
+    common = {c: own.pop() for c in multiple if len(own := {s.coordinates.get(c) for s in sites}) == 1}
+    common = {c: value for c, value in common.items() if value is not None}
     pieces = [rule.name] if rule.name else []
     pieces += [str(common["stack"])] if "stack" in common and "site" not in axes else []
     pieces += [f"layer{common['layer']}"] if "layer" in common and "site" not in axes else []

@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from tensoradapt.errors import FileError, SiteError
-from tensoradapt.grouping import Group, group_sites
+from tensoradapt.grouping import Group, Progress, group_sites
 from tensoradapt.presets import expand
 from tensoradapt.rows import Factor, alike, factor_of, group_dict, group_from, larger, row_of
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
+from tensoradapt.tables import columns, wrapped
 from tensoradapt.targets import refuse, select
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -122,50 +123,54 @@ class Plan:
             raise FileError("the plan in the file is damaged", got=repr(error), hint="save the adapter again") from None
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [
-            ("group", "sites", "tensor", "ranks", "trainable", "frozen", "lowering", "FLOP/token", "dense")
-        ]
-        rows += [row_of(name, members, self.factors) for name, members in alike(self.groups).items()]
-        widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if k < 4 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        return self.text()
+
+    def text(self, *, wide: bool = False) -> str:
+        """The plan in words: a line for groups that differ in their layer alone, then the totals and the notes.
+
+        Within 80 columns; `wide` gives every column: shapes, the ranks of every bond, the lowering and its FLOP.
+        """
+        head = ("group", "sites", "tensor", "ranks", "trainable", "frozen", "lowering", "FLOP/token", "dense")
+        rows = [row_of(name, members, self.factors, wide=wide) for name, members in alike(self.groups).items()]
+        empty = ("frozen",) if not self.num_frozen else ()
+        drop = () if wide else (*empty, "dense", "lowering", "FLOP/token", "frozen", "tensor", "ranks")
+        lines = columns(head, rows, text=("group", "tensor", "ranks"), drop=drop)
         total = (
             f"{self.num_sites} sites in {len(self.groups)} groups: {self.num_trainable:,} trainable, "
-            f"{self.num_frozen:,} frozen, {self.num_bytes:,} bytes, "
-            f"{self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
+            f"{self.num_frozen:,} frozen"
         )
+        flops = f"{self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
         extra = [f"extra trained modules: {self.num_extra:,} parameters"] if self.extras else []
-        return "\n".join([*lines, total, *extra, *(f"note: {note}" for note in self.notes)])
+        notes = [line for note in self.notes for line in wrapped(f"note: {note}")]
+        return "\n".join([*lines, *wrapped(total), *wrapped(f"{self.num_bytes:,} bytes; {flops}"), *extra, *notes])
 
 
-def make_plan(spec: Spec, model: SiteMap) -> Plan:
+def make_plan(spec: Spec, model: SiteMap, progress: Progress | None = None) -> Plan:
     """The plan of a spec on a model's sites: the first rule that matches a site takes it.
 
     Raises SiteError on targets that match nothing and rules left without a site, SpecError on rules that do not fit.
     """
     spec, notes = resolved(spec, model)
-    taken: list[Site] = []
+    taken: dict[str, list[Site]] = {}
     groups: list[Group] = []
     for number, rule in enumerate(spec.rules):
         refuse(model, rule)
-        mine = _joined([site for site in select(model.sites, rule) if not any(overlap(site, t) for t in taken)])
+        free = [s for s in select(model.sites, rule) if not any(overlap(s, t) for t in taken.get(s.tensor, ()))]
+        mine = _joined(free)
         if not mine:
             raise SiteError(
                 f"rule {number + 1} is left without a site: earlier rules take all of its targets",
                 got=list(rule.targets),
                 hint="put the more special rule first",
             )
-        taken += mine
+        for site in mine:
+            taken.setdefault(site.tensor, []).append(site)
         notes += [
             f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True"
             for s in mine
             if set(s.aliases) - set(s.joined)
         ]
-        groups += _unique(group_sites(rule, mine, model), groups)
+        groups += _unique(group_sites(rule, mine, model, progress or (lambda *_: None)), groups)
     _check_ranks(spec, groups)
     notes += rank_notes(groups)
     return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes))
@@ -190,11 +195,12 @@ def overlap(one: Site, two: Site) -> bool:
 def _joined(sites: list[Site]) -> list[Site]:
     """Tied modules that a rule takes together, as one site."""
     kept: list[Site] = []
+    places: dict[str, int] = {}  # by the name of a tied module, the place of the first site that shares its tensor
     for site in sites:
-        twin = next(
-            (k for k, other in enumerate(kept) if site.path != other.path and site.owner in other.aliases), None
-        )
+        twin = places.get(site.owner)
         if twin is None:
+            for alias in site.aliases:
+                places.setdefault(alias, len(kept))
             kept.append(site)
         else:
             kept[twin] = replace(kept[twin], joined=(*kept[twin].joined, site.path))

@@ -6,6 +6,7 @@ Invariant: `group_from(group_dict(group))` is the group.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -109,18 +110,34 @@ def alike(groups: tuple[Group, ...]) -> dict[str, list[Group]]:
     for group in groups:
         role = tuple(dict.fromkeys(p.site.coordinates.get("role", "") for p in group.placements))
         found.setdefault((hash(group.diagram), role, group.rule.start, group.scale), []).append(group)
-    return {m[0].name if len(m) == 1 else f"{m[0].name} .. {m[-1].name}": m for m in found.values()}
+    return {_spanned(m[0].name, m[-1].name): m for m in found.values()}
 
 
-def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor]) -> tuple[str, ...]:
-    """The cells of one line of a plan's table: groups that differ in nothing but their sites."""
+def _spanned(first: str, last: str) -> str:
+    """One name for groups from the first to the last: `layer0..11_query`, where numbers tell them apart."""
+    if first == last:
+        return first
+    parts = [re.split(r"(\d+)", name) for name in (first, last)]
+    pairs = list(zip(*parts, strict=False))
+    if len(parts[0]) != len(parts[1]) or not all(a == b or a.isdecimal() and b.isdecimal() for a, b in pairs):
+        return f"{first} .. {last}"
+    return "".join(a if a == b else f"{a}..{b}" for a, b in pairs)
+
+
+def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor], *, wide: bool) -> tuple[str, ...]:
+    """The cells of one line of a plan's table: groups that differ in nothing but their sites.
+
+    Ranks that are all the same are one number, unless the line is `wide`.
+    """
     group = members[0]
     owned = {key for m in members for key in m.store.values()}
     trained = sum(factors[k].numel for k in owned if factors[k].trainable)
     frozen = sum(factors[k].numel * (factors[k].copied + (not factors[k].trainable)) for k in owned)
     kinds = dict.fromkeys(m.lowering(p) for m in members for p in m.placements)
     tensor = " ".join(f"{a}={group.diagram.sizes[a]}" for a in group.diagram.open)
+    sizes = set(group.rank.values())
     rank = " ".join(f"{bond}={size}" for bond, size in group.rank.items())
+    rank = str(*sizes) if len(sizes) == 1 and not wide else rank
     flops = (sum(m.flops_per_token for m in members), sum(m.dense_flops_per_token for m in members))
-    sites = f"{sum(len(m.placements) for m in members)}" + (f" in {len(members)}" if len(members) > 1 else "")
+    sites = str(sum(len(m.placements) for m in members))
     return (name, sites, tensor, rank, f"{trained:,}", f"{frozen:,}", "/".join(kinds), f"{flops[0]:,}", f"{flops[1]:,}")

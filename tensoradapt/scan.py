@@ -53,12 +53,12 @@ def scan(model: Model) -> SiteMap:
     return replace(scan(folder), name=name)
 
 
-def plan(spec: Spec, model: Model) -> Plan:
+def plan(spec: Spec, model: Model, *, progress: Progress | None = None) -> Plan:
     """The plan of a spec on a model: groups, diagrams, counts, bytes and FLOP per token, no tensor made.
 
     Raises SiteError, SpecError, ShapeError or FileError, each naming what is at fault and what to write instead.
     """
-    return make_plan(spec, scan(model))
+    return make_plan(spec, scan(model), progress)
 
 
 def budget(

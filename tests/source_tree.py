@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "tensoradapt"
 PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
-    *("version", "errors", "paths", "diagram", "spec", "folds", "formats", "presets"),
+    *("version", "errors", "paths", "tables", "diagram", "spec", "folds", "formats", "presets"),
     *("sites", "targets", "roles", "sets", "contraction", "recipe"),
     *("placing", "laws", "grouping", "rows", "plan", "budget"),
 )

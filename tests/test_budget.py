@@ -94,7 +94,8 @@ def test_the_table_as_json_csv_and_text():
     found = ta.budget(ta.preset("lora", targets=["q"]), MODEL, [1, 2])
     assert [row["num_trainable"] for row in json.loads(found.to_json())["rows"]] == [64, 128]
     assert [row["num_trainable"] for row in csv.DictReader(io.StringIO(found.to_csv()))] == ["64", "128"]
-    assert str(found).splitlines()[2].split()[:3] == ["lora", "2", "128"]
+    assert str(found).splitlines()[-1].split() == ["2", "128"]
+    assert found.text(wide=True).splitlines()[2].split()[:3] == ["lora", "2", "128"]
 
 
 def test_bad_budgets_say_what_to_do():
@@ -132,3 +133,12 @@ def test_every_preset_that_fits_plans_a_405b_model_without_a_weight():
         plan = ta.plan(ta.preset(name, **options), LLAMA_405B)
         assert plan.num_sites % 126 == 0
         assert 0 < plan.num_trainable < plan.num_sites * 16384 * 53248
+
+
+def test_a_budget_for_slices_of_one_bank_is_kept():
+    """VeRA's groups share one pair of frozen factors, and with them the rank: raising one group's would raise all."""
+    shapes = {f"layers.{k}.{role}": (height, 64) for k in range(3) for role, height in (("q", 64), ("v", 16))}
+    for limit in range(300, 340):
+        found = ta.solve_rank(ta.preset("vera", targets=["q", "v"]), shapes, max_parameters=limit)
+        assert found.num_trainable <= limit
+        assert ta.plan(found, shapes).num_trainable == found.num_trainable

@@ -117,7 +117,7 @@ def test_bad_ranks_and_missing_models(weights, capsys):
 
 
 def test_interruption_exits_130(monkeypatch, weights, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tensoradapt.cli.run.plan.plan", interrupted)

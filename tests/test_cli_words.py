@@ -142,7 +142,7 @@ def test_notes_speak_of_options(command, place, monkeypatch, capsys):
         ('rows="truncate" compares, rows="pad" all', "--rows truncate compares, --rows pad all"),
         ("give rank=, or error=", "give --rank, or --error"),
         ("give error or max_parameters", "give error or --max-parameters"),
-        ("got=max_parameters=9", "got=max_parameters=9"),
+        ("got: max_parameters=30,000", "got: --max-parameters 30,000"),
         ("no adapter at runs/rank=8/a, nor rank=8/x", "no adapter at runs/rank=8/a, nor rank=8/x"),
         ("--set 'heads' is no assignment; --set heads=12", "--set 'heads' is no assignment; --set heads=12"),
         ("layer out=2048 in=2048 r_out=8", "layer out=2048 in=2048 r_out=8"),

@@ -112,4 +112,4 @@ def test_a_delta_that_is_added_to_a_weight_is_called_dense():
     """The output projection of PyTorch's attention never sees its input: its delta is formed at use."""
     plan = ta.plan(ta.preset("lora", targets=["out_proj"]), nn.ModuleDict({"attention": nn.MultiheadAttention(64, 2)}))
     assert [row["lowering"] for row in plan.to_dict()["groups"]] == [["dense"]]
-    assert " dense " in str(plan).splitlines()[1]
+    assert " dense " in plan.text(wide=True).splitlines()[1]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, ModelOption, PresetsOption, SetOption, TargetOption
+from tensoradapt.cli.options import JsonOption, ModelOption, PresetsOption, SetOption, TargetOption, WideOption
 
 
 def budget(
@@ -22,6 +22,7 @@ def budget(
     out: Annotated[
         Path | None, typer.Option("--out", help="A figure (.png, .svg, .pdf, .pgf) or a table (.csv, .json).")
     ] = None,
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Tabulate parameters, bytes and FLOP per token of presets over ranks; draw them; solve for ranks under a budget.
@@ -30,4 +31,4 @@ def budget(
     """
     from tensoradapt.cli.run.budget import run
 
-    run(model, preset, target, set_, ranks=ranks, max_parameters=max_parameters, out=out, as_json=as_json)
+    run(model, preset, target, set_, ranks=ranks, max_parameters=max_parameters, out=out, wide=wide, as_json=as_json)

@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 import typer
 
 
-def _presets(incomplete: str) -> list[str]:
+def complete_presets(incomplete: str) -> list[str]:
     """The presets' names for the shell's completion."""
     from tensoradapt.cli.run.names import preset_names
 
@@ -21,7 +21,9 @@ ModelOption = Annotated[
 ]
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", help="A preset's name; `tensoradapt presets` lists them.", autocompletion=_presets),
+    typer.Option(
+        "--preset", help="A preset's name; `tensoradapt presets` lists them.", autocompletion=complete_presets
+    ),
 ]
 RankOption = Annotated[int | None, typer.Option("--rank", help="The preset's rank.")]
 TargetOption = Annotated[
@@ -46,9 +48,11 @@ PrefixOption = Annotated[
     typer.Option("--prefix", help="What one side's names have in front of the other's, such as `bert.`; or auto."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random sketches.")]
+WideOption = Annotated[bool, typer.Option("--wide", help="Every column and every row, whatever the width.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 PresetsOption = Annotated[
-    list[str], typer.Option("--preset", help="A preset's name; may be given several times.", autocompletion=_presets)
+    list[str],
+    typer.Option("--preset", help="A preset's name; may be given several times.", autocompletion=complete_presets),
 ]
 
 

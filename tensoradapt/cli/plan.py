@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from tensoradapt.cli.options import (
     Choice,
     JsonOption,
@@ -11,6 +16,7 @@ from tensoradapt.cli.options import (
     SetOption,
     SpecOption,
     TargetOption,
+    WideOption,
 )
 
 
@@ -21,12 +27,19 @@ def plan(
     target: TargetOption = None,
     spec: SpecOption = None,
     set_: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the spec, its targets as the plan found them (.yaml, .json).")
+    ] = None,
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show groups, parameters, bytes and FLOP per token of a spec on a model.
 
     Example: tensoradapt plan --model config.json --preset lotr --rank 8 --target query --target value
+
+    Without --target the preset's own set of weights is adapted, told by the names of the model's modules, such as
+    q_proj and v_proj of every layer; the plan says which.
     """
     from tensoradapt.cli.run.plan import run
 
-    run(model, Choice(preset, rank, target, spec, set_), as_json=as_json)
+    run(model, Choice(preset, rank, target, spec, set_), out=out, wide=wide, as_json=as_json)

@@ -1,15 +1,25 @@
-"""`tensoradapt presets`: the table of adapter families."""
+"""`tensoradapt presets`: the table of adapter families, and one of them whole."""
 
 from __future__ import annotations
 
-from tensoradapt.cli.options import JsonOption
+from typing import Annotated
+
+import typer
+
+from tensoradapt.cli.options import JsonOption, WideOption, complete_presets
 
 
-def presets(as_json: JsonOption = False) -> None:
-    """List the presets: formula, parameters, start, source.
+def presets(
+    name: Annotated[
+        str | None, typer.Argument(help="One preset, shown whole.", autocompletion=complete_presets)
+    ] = None,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the adapter families, or show one whole.
 
-    Example: tensoradapt presets --json
+    Example: tensoradapt presets lotr
     """
     from tensoradapt.cli.run.presets import run
 
-    run(as_json=as_json)
+    run(name, wide=wide, as_json=as_json)

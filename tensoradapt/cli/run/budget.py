@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensoradapt.budget import BudgetTable, SolvedSpec, has_rank
+from tensoradapt.budget import FEW, BudgetTable, SolvedSpec, has_rank
 from tensoradapt.cli.run.printing import emit, emit_json, note
 from tensoradapt.cli.run.progress import Report, progress
 from tensoradapt.cli.run.specs import parameters, parse_ranks
@@ -20,6 +20,7 @@ from tensoradapt.presets import preset as make_preset
 from tensoradapt.scan import budget, scan, solve_rank
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Spec
+from tensoradapt.tables import wrapped
 
 
 def run(
@@ -31,6 +32,7 @@ def run(
     ranks: str,
     max_parameters: int | None,
     out: Path | None,
+    wide: bool,
     as_json: bool,
 ) -> None:
     """Tabulate, solve, write and print."""
@@ -46,7 +48,10 @@ def run(
     if as_json:
         solutions = {name: _solution(solution) for name, solution in solved.items()}
         return emit_json({**json.loads(table.to_json()), "solutions": solutions})
-    emit("\n".join([str(table), *(_line(name, s, max_parameters) for name, s in solved.items())]))
+    answers = [line for name, found in solved.items() for line in wrapped(_line(name, found, max_parameters))]
+    if not wide and out is None and len(asked) > FEW:
+        answers.append(f"all {len(asked)} ranks: --wide, or --out table.csv")
+    emit("\n".join(answers if out is not None and answers else [table.text(wide=wide), *answers]))
 
 
 def _solved(specs: Mapping[str, Spec], sites: SiteMap, limit: int, tell: Report) -> dict[str, SolvedSpec]:

@@ -31,12 +31,16 @@ def emit_json(values: Mapping[str, Any]) -> None:
     emit(json.dumps(values))
 
 
-def show(result: Result, *, as_json: bool) -> None:
-    """Print a result as it prints itself, or as one JSON object."""
+def show(result: Result, *, as_json: bool, text: str | None = None) -> None:
+    """Print a result as it prints itself, or in another text, or as one JSON object."""
     if as_json:
         emit_json(result.to_dict())
     else:
-        emit("\n".join(in_options(line) if line.startswith("note: ") else line for line in str(result).splitlines()))
+        emit(
+            "\n".join(
+                in_options(line) if line.startswith("note: ") else line for line in (text or str(result)).splitlines()
+            )
+        )
 
 
 def note(text: str) -> None:

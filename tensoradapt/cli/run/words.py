@@ -71,6 +71,8 @@ def _argument(found: re.Match[str]) -> str:
 
 def _read(text: str) -> Any:
     """The value that Python would have; the text itself where it is a word."""
+    if re.fullmatch(r"[\d_,]+", text):  # 30,000 is no pair
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

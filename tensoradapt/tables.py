@@ -1,0 +1,40 @@
+"""Tables as text: one line a row, names whole, 80 columns unless they are wanted wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+WIDTH = 80
+
+
+def columns(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[str] = (), drop: Sequence[str] = ()
+) -> list[str]:
+    """The lines of a table; columns named in `text` begin at the left, numbers end at the right.
+
+    Where it is wider than 80 columns, those named in `drop` are left out, the first of them first, until it fits.
+    """
+    kept = list(head)
+    for name in drop:
+        if _width([head, *rows], [head.index(one) for one in kept]) <= WIDTH:
+            break
+        kept = [one for one in kept if one != name]
+    places = [head.index(one) for one in kept]
+    sizes = [max(len(row[k]) for row in (head, *rows)) for k in places]
+    left = [head[k] in text for k in places]
+    return [
+        "  ".join(
+            row[k].ljust(n) if at else row[k].rjust(n) for k, n, at in zip(places, sizes, left, strict=True)
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def _width(rows: Sequence[Sequence[str]], places: Sequence[int]) -> int:
+    return sum(max(len(row[k]) for row in rows) + 2 for k in places) - 2
+
+
+def wrapped(text: str, indent: str = "  ") -> list[str]:
+    """A sentence in lines of at most 80 columns, those after the first indented; words and paths stay whole."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
