@@ -98,6 +98,7 @@ def convert(
     error: float | None = None,
     max_parameters: int | None = None,
     seed: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
     """An adapter as the closest one of a spec: min sum_s |D_s - scale N_s|^2, exact where the spec can hold D_s.
@@ -105,12 +106,12 @@ def convert(
     `adapter` is an Adapter, what `import_peft` or `convert` returned, or the path of a native or a PEFT adapter. Ranks
     are the spec's; or those that leave at most a relative `error` in every group; or the best within `max_parameters`.
     A rule without targets takes every weight of the adapter that its format can hold. Saved to `out` where one is
-    given. Raises SiteError where the spec targets what the adapter lacks, AdapterError where it adds nothing,
+    given, over an adapter that is there with `overwrite`. Raises SiteError where the spec targets what the adapter lacks, AdapterError where it adds nothing,
     SpecError, RankError, FileError.
     """
     source = filled(open_adapter(adapter), "convert")
-    if out is not None and file_of(out).exists():
-        raise FileError(f"{file_of(out)} exists", hint="choose another output")
+    if out is not None and not overwrite and file_of(out).exists():
+        raise FileError(f"{file_of(out)} exists", hint="choose another output, or overwrite=True (--overwrite)")
     goal = Goal(error, max_parameters)
     plan, reasons = plan_of(spec, _site_map(source), source.sites, goal)
     conversion = _Conversion(None, plan, goal, empty(None), seed, reasons=reasons, source=source)  # type: ignore[arg-type]

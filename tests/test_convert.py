@@ -100,6 +100,19 @@ def test_saved_and_loaded_onto_the_model(tmp_path):
         assert torch.allclose(loaded.delta(path), delta, atol=1e-5)
     with pytest.raises(ta.FileError, match="exists"):
         ta.convert(loaded, ta.preset("lora", targets=TARGETS), tmp_path / "new")
+    again = ta.convert(loaded, ta.preset("lora", targets=TARGETS), tmp_path / "new", overwrite=True)
+    assert ta.load(again.path, tiny.bert(2, **WIDE)).plan.spec.rules[0].family == "lora"
+
+
+def test_without_targets_every_site_is_converted():
+    """Beyond query and value, which a preset takes of a model."""
+    model = tiny.bert(2, **WIDE)
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=["key", "intermediate.dense"]))
+    tiny.shake(adapter)
+    converted = ta.convert(adapter, ta.preset("lora", rank=2))
+    assert set(converted.sites) == set(paths_of(adapter))
+    lost, total = lost_and_total(adapter, converted)
+    assert (lost / total) ** 0.5 < 1e-5
 
 
 def test_targets_outside_the_adapter_are_refused():

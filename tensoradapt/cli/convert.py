@@ -34,6 +34,7 @@ def convert(
         int | None, typer.Option("--max-parameters", help="A budget for all groups together; ranks are chosen for it.")
     ] = None,
     seed: SeedOption = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert an adapter to another format, exactly where that can hold it; the error is stated where it cannot.
@@ -44,5 +45,5 @@ def convert(
     """
     from tensoradapt.cli.run.convert import run
 
-    goal = {"error": error, "max_parameters": max_parameters}
-    run(adapter, out, Choice(preset, rank, target, spec, set_), goal=goal, seed=seed, as_json=as_json)
+    options = {"error": error, "max_parameters": max_parameters, "seed": seed, "overwrite": overwrite}
+    run(adapter, out, Choice(preset, rank, target, spec, set_), options=options, as_json=as_json)

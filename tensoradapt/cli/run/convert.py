@@ -13,8 +13,8 @@ from tensoradapt.cli.run.specs import make_spec
 from tensoradapt.convert import convert
 
 
-def run(adapter: str, out: Path, choice: Choice, *, goal: Mapping[str, Any], seed: int, as_json: bool) -> None:
+def run(adapter: str, out: Path, choice: Choice, *, options: Mapping[str, Any], as_json: bool) -> None:
     """Convert, and print what was converted."""
     with progress("convert") as tell:
-        result = convert(adapter, make_spec(choice), out, seed=seed, progress=tell, **goal)
+        result = convert(adapter, make_spec(choice), out, progress=tell, **options)
     show(result, as_json=as_json)
