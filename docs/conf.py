@@ -1,18 +1,22 @@
 """Sphinx configuration: MyST pages, the API from docstrings, and tables generated from the code they describe."""
 
 import json
+import os
 import re
 import sys
 import tomllib
 from pathlib import Path
 
+import typer
 from pydantic import BaseModel
 
 from tensoradapt import plan, preset
+from tensoradapt.cli.app import application
 from tensoradapt.plots import draw_diagram
 from tensoradapt.presets import PRESETS
 from tensoradapt.spec import Rule, Spec
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the notebooks: threads beside other work wait for each other
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
@@ -21,7 +25,7 @@ author = "The tensoradapt authors"
 copyright = "2026, the tensoradapt authors"
 release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
-sys.path.insert(0, str(HERE))  # `mathml`, beside this file
+sys.path.insert(0, str(HERE))  # `mathml` and `targets_table`, beside this file
 extensions = ["sphinx.ext.autodoc", "mathml", "myst_nb"]
 html_math_renderer = "mathml"
 html_theme = "furo"
@@ -36,7 +40,8 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88  # longer signatures have a line for each parameter
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
-nb_execution_mode = "force"
+nb_execution_mode = "force"  # notebooks run whenever the pages are built
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240
 nb_execution_show_tb = True
@@ -70,6 +75,17 @@ def preset_table() -> str:
         )
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def command_pages() -> str:
+    """Every command's own help, under a heading of its name."""
+    app = typer.main.get_command(application())
+    whole = type(app).context_class
+    parts = []
+    for name, command in app.commands.items():
+        context = whole(command, info_name=f"tensoradapt {name}", max_content_width=80, terminal_width=80)
+        parts.append(f"## {name}\n\n```text\n{command.get_help(context).strip()}\n```\n")
+    return "\n".join(parts)
 
 
 def rule_table() -> str:
@@ -118,8 +134,12 @@ def draw_sweep(folder: Path) -> None:
 
 
 def write_generated(app) -> None:
+    from targets_table import targets_table
+
     folder = HERE / "_generated"
     folder.mkdir(exist_ok=True)
+    (folder / "commands.md").write_text(command_pages(), "utf-8")
+    (folder / "targets.md").write_text(targets_table(), "utf-8")
     (folder / "presets.md").write_text(preset_table(), "utf-8")
     (folder / "networks.md").write_text(draw_networks(folder), "utf-8")
     draw_sweep(folder)
