@@ -46,6 +46,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 240
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress, and notices of other libraries
 default_role = "code"
 
 # What the networks of the theory page are drawn for: the shapes of two layers of BERT-base, and one convolution.

@@ -106,8 +106,8 @@ def convert(
     `adapter` is an Adapter, what `import_peft` or `convert` returned, or the path of a native or a PEFT adapter. Ranks
     are the spec's; or those that leave at most a relative `error` in every group; or the best within `max_parameters`.
     A rule without targets takes every weight of the adapter that its format can hold. Saved to `out` where one is
-    given, over an adapter that is there with `overwrite`. Raises SiteError where the spec targets what the adapter lacks, AdapterError where it adds nothing,
-    SpecError, RankError, FileError.
+    given, over an adapter that is there with `overwrite`. Raises SiteError where the spec targets what the adapter
+    lacks, AdapterError where it adds nothing, SpecError, RankError, FileError.
     """
     source = filled(open_adapter(adapter), "convert")
     if out is not None and not overwrite and file_of(out).exists():
