@@ -1,6 +1,7 @@
 """The command line: its output, its exit codes, and that bad input is a few lines and no traceback."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -288,3 +289,43 @@ def test_the_version_is_that_of_the_package():
 
 def test_plot_names_the_figures_that_there_are():
     assert tuple(tensoradapt.plots.FIGURES) == FIGURES
+
+
+@pytest.mark.parametrize("name", ["", *ALL])
+def test_help_fits_eighty_columns_and_cuts_nothing(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run([*([name] if name else []), "--help"]) == 0
+    out = lines(capsys)[0]
+    assert max(map(len, out.splitlines())) <= 80
+    assert "..." not in out.replace("'re:...'", "").replace("extract ...", "").replace("[ARGS]...", "")
+    assert "list[" not in out and "<int" not in out
+
+
+@pytest.mark.parametrize(("word", "offered"), [("lot", {"lotr", "lotr_by_role"}), ("tt", {"tt_lora"}), ("zz", set())])
+@pytest.mark.parametrize("before", [["plan", "--preset"], ["budget", "--preset"], ["presets"]], ids=str)
+def test_a_shell_completes_names_of_presets(before, word, offered):
+    assert offered == set(completed([*before, word]))
+
+
+def test_a_shell_completes_commands_and_options():
+    assert set(completed(["e"])) == {"extract", "export"}
+    assert "--max-parameters" in completed(["extract", "--max"])
+
+
+def completed(words):
+    """What bash is offered for the last of the words."""
+    line = {"_TENSORADAPT_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(["tensoradapt", *words])}
+    line |= {"COMP_CWORD": str(len(words))}
+    script = "import sys; sys.argv = ['tensoradapt']; from tensoradapt.__main__ import main; main()"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **line})
+    assert told.stderr == ""
+    return told.stdout.split()
+
+
+def test_completion_can_be_shown_for_a_shell(monkeypatch):
+    script = (
+        "import sys; sys.argv = ['tensoradapt', '--show-completion']\nfrom tensoradapt.__main__ import main; main()"
+    )
+    shell = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=shell)
+    assert "_TENSORADAPT_COMPLETE=complete_bash" in told.stdout, told.stderr

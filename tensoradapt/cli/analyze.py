@@ -8,32 +8,37 @@ from typing import Annotated
 import typer
 
 from tensoradapt.cli.options import (
+    CHECKPOINT,
+    AnalysedOption,
     DeviceOption,
     JsonOption,
     NonfiniteOption,
     PrefixOption,
     RowsOption,
     SeedOption,
-    TargetOption,
 )
 
 
 def analyze(
-    base: Annotated[
-        str | None, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")
-    ] = None,
-    tuned: Annotated[str | None, typer.Argument(help="The fine-tuned model, likewise.")] = None,
+    base: Annotated[str | None, typer.Argument(metavar="BASE", help=f"The base: {CHECKPOINT}")] = None,
+    tuned: Annotated[str | None, typer.Argument(metavar="TUNED", help="The fine-tuned model, likewise.")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="An adapter of a set, native or PEFT, in the checkpoints' place."),
+        typer.Option(
+            "--adapter", metavar="ADAPTER", help="An adapter of a set, native or PEFT, in the checkpoints' place."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A folder for report.json, report.html and report.txt.")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="A folder for report.json, report.html and report.txt."),
     ] = None,
     device: DeviceOption = None,
-    target: TargetOption = None,
+    target: AnalysedOption = None,
     values: Annotated[
-        int | None, typer.Option("--values", min=1, help="Singular values per weight; as many as are cheap by default.")
+        int | None,
+        typer.Option(
+            "--values", metavar="N", min=1, help="Singular values per weight; as many as are cheap by default."
+        ),
     ] = None,
     candidates: Annotated[
         bool, typer.Option("--candidates/--no-candidates", help="Compare the formats that could hold the change.")
@@ -47,11 +52,15 @@ def analyze(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the rank of a fine-tuning: per weight, across layers and roles, and which format holds it.
+    """Measure what rank a fine-tuning is, and which format holds it.
+
+    By weight and across layers and roles, above the rounding noise; with figures where --out is given.
 
     Example: tensoradapt analyze base/ tuned/ --out report
 
-    A set of adapters of one model: tensoradapt analyze --adapter one/ --adapter two/ --adapter three/
+    A set of adapters of one model is compared likewise.
+
+    Example: tensoradapt analyze --adapter one/ --adapter two/ --adapter three/
     """
     from tensoradapt.cli.run.analyze import run
 

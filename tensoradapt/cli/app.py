@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
@@ -40,8 +41,14 @@ def application() -> typer.Typer:
     )
     app.callback()(_root)
     for command in (presets, plan, budget, analyze, extract, convert, export, merge, verify, plot, demo):
-        app.command()(command)
+        app.command(help=_laid_out(command))(command)
     return app
+
+
+def _laid_out(command: Callable[..., None]) -> str:
+    """A command's help: paragraphs that fit the terminal, examples as they stand."""
+    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(f"\b\n{text}" if text.startswith("Example:") else text for text in paragraphs)
 
 
 def _version(wanted: bool) -> None:

@@ -7,27 +7,34 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, ModelOption, PresetsOption, SetOption, TargetOption, WideOption
+from tensoradapt.cli.options import JsonOption, ModelOption, PlannedOption, PresetsOption, SetOption, WideOption
 
 
 def budget(
     model: ModelOption,
     preset: PresetsOption,
-    target: TargetOption = None,
-    ranks: Annotated[str, typer.Option("--ranks", help="1:64 (inclusive), 1:64:4 in steps, or 1,2,4.")] = "1:16",
+    target: PlannedOption = None,
+    ranks: Annotated[
+        str, typer.Option("--ranks", metavar="RANKS", help="1:64 (inclusive), 1:64:4 in steps, or 1,2,4.")
+    ] = "1:16",
     set_: SetOption = None,
     max_parameters: Annotated[
-        int | None, typer.Option("--max-parameters", help="Also solve for the largest ranks within it.")
+        int | None, typer.Option("--max-parameters", metavar="N", help="Also solve for the largest ranks within it.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="A figure (.png, .svg, .pdf, .pgf) or a table (.csv, .json).")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="A figure (.png, .svg, .pdf, .pgf) or a table (.csv, .json)."),
     ] = None,
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tabulate parameters, bytes and FLOP per token of presets over ranks; draw them; solve for ranks under a budget.
+    """Tabulate parameters over ranks; find the ranks for a budget.
 
-    Example: tensoradapt budget --model config.json --preset lora --preset lotr --target query --out budget.png
+    A line for a rank, a column for a preset; --json and a table that is written hold bytes and FLOP per token too.
+
+    Example: tensoradapt budget --model config.json --preset lora --preset lotr
+
+    Example: tensoradapt budget --model bert --preset lotr --max-parameters 30000
     """
     from tensoradapt.cli.run.budget import run
 

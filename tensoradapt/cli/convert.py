@@ -8,38 +8,42 @@ from typing import Annotated
 import typer
 
 from tensoradapt.cli.options import (
+    AdapterArgument,
     Choice,
+    ConvertedOption,
     JsonOption,
     PresetOption,
     RankOption,
     SeedOption,
     SetOption,
     SpecOption,
-    TargetOption,
 )
 
 
 def convert(
-    adapter: Annotated[str, typer.Argument(help="A native adapter's folder or file, or a PEFT folder.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder of the new adapter.")],
+    adapter: AdapterArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder of the new adapter.")],
     preset: PresetOption = None,
     rank: RankOption = None,
-    target: TargetOption = None,
+    target: ConvertedOption = None,
     spec: SpecOption = None,
     set_: SetOption = None,
     error: Annotated[
-        float | None, typer.Option("--error", help="The relative error that ranks are chosen for.")
+        float | None, typer.Option("--error", metavar="E", help="The relative error that ranks are chosen for.")
     ] = None,
     max_parameters: Annotated[
-        int | None, typer.Option("--max-parameters", help="A budget for all groups together; ranks are chosen for it.")
+        int | None,
+        typer.Option(
+            "--max-parameters", metavar="N", help="A budget for all groups together; ranks are chosen for it."
+        ),
     ] = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert an adapter to another format, exactly where that can hold it; the error is stated where it cannot.
+    """Convert an adapter to another format.
 
-    Without --target all weights of the adapter are converted.
+    Exactly where that can hold it; the error is stated where it cannot.
 
     Example: tensoradapt convert lora/ --preset lotr --rank 32 --out lotr
     """

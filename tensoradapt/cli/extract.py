@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from tensoradapt.cli.options import (
+    BaseArgument,
     Choice,
     DeviceOption,
+    ExtractedOption,
     JsonOption,
     NonfiniteOption,
     PrefixOption,
@@ -19,29 +21,31 @@ from tensoradapt.cli.options import (
     SeedOption,
     SetOption,
     SpecOption,
-    TargetOption,
+    TunedArgument,
 )
 
 
 def extract(
-    base: Annotated[str, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")],
-    tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder of the adapter.")],
+    base: BaseArgument,
+    tuned: TunedArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder of the adapter.")],
     preset: PresetOption = None,
     rank: RankOption = None,
-    target: TargetOption = None,
+    target: ExtractedOption = None,
     spec: SpecOption = None,
     set_: SetOption = None,
     error: Annotated[
         str | None,
         typer.Option(
             "--error",
+            metavar="E",
             help="Ranks chosen for a relative error of every group, such as 0.1 (the spec's are no ceiling then); "
             "or noise: all that rises above the rounding of the stored dtypes.",
         ),
     ] = None,
     max_parameters: Annotated[
-        int | None, typer.Option("--max-parameters", help="Ranks chosen for a budget of all groups together.")
+        int | None,
+        typer.Option("--max-parameters", metavar="N", help="Ranks chosen for a budget of all groups together."),
     ] = None,
     device: DeviceOption = None,
     rows: RowsOption = "error",
@@ -53,14 +57,14 @@ def extract(
     wide: Annotated[bool, typer.Option("--wide", help="One line for every group of weights.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Extract an adapter of any format from two checkpoints, with its error over the whole change.
+    """Extract the adapter that holds a fine-tuning.
 
-    Without --target it takes every weight that differs and that the format can hold.
+    With its error over the whole change. Interrupted work goes on where it stopped when the same command is given
+    again.
 
-    Example: tensoradapt extract base/ tuned/ --preset lora --error 0.01 --out adapter
+    Example: tensoradapt extract base tuned --preset lora --error 0.1 --out lora
 
-    Interrupted work goes on where it stopped when the same command is given again. On several GPUs or processes:
-    torchrun --nproc-per-node 4 -m tensoradapt extract ...
+    On several GPUs or processes: torchrun --nproc-per-node 4 -m tensoradapt extract ...
     """
     from tensoradapt.cli.run.extract import run
 

@@ -7,20 +7,22 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption
+from tensoradapt.cli.options import AdapterArgument, BaseArgument, JsonOption
 
 
 def merge(
-    base: Annotated[str, typer.Argument(help="The base: a folder, a safetensors file, or a cached hub id[@revision].")],
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder or file, or a PEFT folder.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    base: BaseArgument,
+    adapter: AdapterArgument,
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged folder that is there.")] = False,
     tied: Annotated[
         bool, typer.Option("--tied", help="Merge into tensors that other modules share: both change.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge an adapter into a model folder: a new folder, shard by shard, one tensor in memory at a time.
+    """Merge an adapter into the weights of a model folder.
+
+    A new folder, shard by shard, one tensor in memory at a time.
 
     Example: tensoradapt merge base/ adapter --out merged
     """

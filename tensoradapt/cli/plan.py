@@ -11,11 +11,11 @@ from tensoradapt.cli.options import (
     Choice,
     JsonOption,
     ModelOption,
+    PlannedOption,
     PresetOption,
     RankOption,
     SetOption,
     SpecOption,
-    TargetOption,
     WideOption,
 )
 
@@ -24,21 +24,24 @@ def plan(
     model: ModelOption,
     preset: PresetOption = None,
     rank: RankOption = None,
-    target: TargetOption = None,
+    target: PlannedOption = None,
     spec: SpecOption = None,
     set_: SetOption = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the spec, its targets as the plan found them (.yaml, .json).")
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Write the spec, its targets as the plan found them (.yaml, .json)."
+        ),
     ] = None,
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show groups, parameters, bytes and FLOP per token of a spec on a model.
+    """Show what an adapter costs on a model, before any is made.
 
-    Example: tensoradapt plan --model config.json --preset lotr --rank 8 --target query --target value
+    Groups of weights, trainable parameters, bytes and FLOP per token. Without --target the preset's own set of weights
+    is adapted, told by the names of the model's modules, such as q_proj and v_proj of every layer.
 
-    Without --target the preset's own set of weights is adapted, told by the names of the model's modules, such as
-    q_proj and v_proj of every layer; the plan says which.
+    Example: tensoradapt plan --model config.json --preset lotr --rank 8
     """
     from tensoradapt.cli.run.plan import run
 

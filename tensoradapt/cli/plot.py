@@ -21,16 +21,21 @@ class Suffix(Enum):
 
 
 def plot(
-    report: Annotated[Path, typer.Argument(help="The folder that `tensoradapt analyze` wrote, or its report.json.")],
-    out: Annotated[Path, typer.Option("--out", help="A .png, .svg, .pdf or .pgf file; a folder for all figures.")],
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT", help="The folder that `tensoradapt analyze` wrote, or its report.json.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="PATH", help="A .png, .svg, .pdf or .pgf file; a folder for all figures.")
+    ],
     figure: Annotated[
-        str | None, typer.Option("--figure", help=f"One of {', '.join(FIGURES)}; all of them without it.")
+        str | None,
+        typer.Option("--figure", metavar="NAME", help=f"One of {', '.join(FIGURES)}; all of them without it."),
     ] = None,
     suffix: Annotated[
         Suffix, typer.Option("--format", help="What the figures of a folder are written as.")
     ] = Suffix.png,
 ) -> None:
-    """Draw the figures of a report as PNG, SVG, PDF or PGF, for print and screen.
+    """Draw the figures of a report again, for print and screen.
 
     Example: tensoradapt plot report --figure front --out front.pdf
     """

@@ -11,7 +11,7 @@ from tensoradapt.cli.options import JsonOption, WideOption, complete_presets
 
 def presets(
     name: Annotated[
-        str | None, typer.Argument(help="One preset, shown whole.", autocompletion=complete_presets)
+        str | None, typer.Argument(metavar="NAME", help="One preset, shown whole.", autocompletion=complete_presets)
     ] = None,
     wide: WideOption = False,
     as_json: JsonOption = False,

@@ -6,16 +6,26 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, NonfiniteOption, PrefixOption, RowsOption
+from tensoradapt.cli.options import (
+    AdapterArgument,
+    BaseArgument,
+    JsonOption,
+    NonfiniteOption,
+    PrefixOption,
+    RowsOption,
+    TunedArgument,
+)
 
 
 def verify(
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder or file, or a PEFT folder.")],
-    base: Annotated[str, typer.Argument(help="The base: a safetensors file, a folder, or a cached hub id[@revision].")],
-    tuned: Annotated[str, typer.Argument(help="The fine-tuned model, likewise.")],
+    adapter: AdapterArgument,
+    base: BaseArgument,
+    tuned: TunedArgument,
     tolerance: Annotated[
         float | None,
-        typer.Option("--tolerance", help="The error over the whole change that is allowed; exit code 1 above it."),
+        typer.Option(
+            "--tolerance", metavar="E", help="The error over the whole change that is allowed; exit code 1 above it."
+        ),
     ] = None,
     within_targets: Annotated[
         bool, typer.Option("--within-targets", help="The tolerance is for the adapter's own weights alone.")
@@ -25,7 +35,9 @@ def verify(
     nonfinite: NonfiniteOption = "error",
     as_json: JsonOption = False,
 ) -> None:
-    """Compare an adapter with all that differs between two checkpoints: the error over the whole change, and its own.
+    """Compare an adapter with all that differs between two checkpoints.
+
+    The error over the whole change, and that over its own weights.
 
     Example: tensoradapt verify adapter base/ tuned/ --tolerance 0.1
     """
