@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tensoradapt.io.saved import Saved
     from tensoradapt.peft import Exported, export_peft, import_peft, open_adapter
     from tensoradapt.plan import Plan
-    from tensoradapt.presets import PRESETS, preset
+    from tensoradapt.presets import PRESETS, Preset, preset
     from tensoradapt.scan import budget, plan, solve_rank
     from tensoradapt.spec import Rule, Spec
     from tensoradapt.start import Activations, Gradients, activations, gradients, initialize
@@ -57,6 +57,7 @@ __all__ = [
     "Gradients",
     "MergeResult",
     "Plan",
+    "Preset",
     "RankError",
     "Report",
     "Rule",
@@ -110,6 +111,7 @@ _PLACES = {
     "MergeResult": "tensoradapt.folders",
     "PRESETS": "tensoradapt.presets",
     "Plan": "tensoradapt.plan",
+    "Preset": "tensoradapt.presets",
     "RankError": "tensoradapt.errors",
     "Report": "tensoradapt.analysis.report",
     "Rule": "tensoradapt.spec",

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
 from tensoradapt.chain import Chain
-from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
+from tensoradapt.errors import AdapterError, SiteError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.host import HOST, Bank, Host, copied, home_of, host_of, slashed, sources
-from tensoradapt.interchange import to_tensorly
+from tensoradapt.interchange import to_tensorly, values_for
 from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
@@ -74,8 +74,8 @@ class Adapter(nn.Module):
     @scale.setter
     def scale(self, value: float) -> None:
         self._check_unmerged()
-        if not math.isfinite(value):
-            raise AdapterError("a scale is a finite number", got=value)
+        if isinstance(value, str) or not isinstance(value, SupportsFloat) or not math.isfinite(value):
+            raise AdapterError("a scale is a finite number", got=repr(value)[:40])
         self._scale = float(value)
 
     @property
@@ -119,19 +119,14 @@ class Adapter(nn.Module):
         return self._tensors(group)
 
     def set_factors(self, group: str, tensors: Mapping[str, Tensor]) -> None:
-        """Copy values into a group's factors. Raises SpecError on unknown nodes, ShapeError on other shapes."""
+        """Copy values (tensors, or numpy arrays) into a group's factors; the others stay as they are.
+
+        Raises SpecError on unknown nodes, ShapeError on other shapes and on what is no tensor.
+        """
         held = self.factors(group)
-        for node, tensor in tensors.items():
-            if node not in held:
-                raise SpecError(f"group {group!r} has no node {node!r}", expected=", ".join(held))
-            if tuple(tensor.shape) != tuple(held[node].shape):
-                raise ShapeError(
-                    f"node {node!r} of group {group!r} has another shape",
-                    got=tuple(tensor.shape),
-                    expected=tuple(held[node].shape),
-                )
+        given = values_for(group, held, tensors)
         with torch.no_grad():
-            for node, tensor in tensors.items():
+            for node, tensor in given.items():
                 held[node].copy_(tensor)
 
     def _group(self, name: str) -> Group:

@@ -26,21 +26,21 @@ from tensoradapt.lower import Line, line
 from tensoradapt.merging import plain_weight
 from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
+from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
 from tensoradapt.scan import module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
-from tensoradapt.spec import Spec
 
 
-def attach(model: nn.Module, spec: Spec, name: str = "default", seed: int = 0) -> Adapter:
+def attach(model: nn.Module, spec: SpecLike, name: str = "default", seed: int = 0) -> Adapter:
     """Plan a spec on a model, make its factors, and hook them in; the base is frozen and keeps every name.
 
     Raises SiteError, SpecError or ShapeError where the spec does not fit, AdapterError where the name is in use or the
     model is compiled. The model is untouched then.
     """
-    _check_model(model, name)
+    _check_model(model, name, "ta.attach(model, spec)")
     found = scan_module(model)
-    plan = make_plan(spec, found)
+    plan = make_plan(as_spec(spec, "ta.attach(model, spec)"), found)
     adapter = _prepare(model, plan, found, name)
     _check_random(plan, seed)
     _fill(adapter, _initial(model, plan, adapter, seed))
@@ -52,7 +52,7 @@ def attach(model: nn.Module, spec: Spec, name: str = "default", seed: int = 0) -
 
 def load(path: Savable | str | Path, model: nn.Module, name: str = "default") -> Adapter:
     """Attach an adapter file, or an adapter in memory, to a model. Raises FileError naming what does not fit."""
-    _check_model(model, name)
+    _check_model(model, name, "ta.load(path, model)")
     saved = as_saved(path)
     found = scan_module(model)
     _check_fits(saved.plan, found, saved.where)
@@ -61,9 +61,13 @@ def load(path: Savable | str | Path, model: nn.Module, name: str = "default") ->
     return _install(model, adapter)
 
 
-def _check_model(model: nn.Module, name: str) -> None:
+def _check_model(model: nn.Module, name: str, call: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            "this is no model", got=type(model).__name__, expected="an nn.Module", hint=f"the order is {call}"
+        )
     host = host_of(model)
-    if not name.isidentifier() or hasattr(Host({}), name):
+    if not isinstance(name, str) or not name.isidentifier() or hasattr(Host({}), name):
         raise AdapterError(
             f"{name!r} is no adapter name", expected="letters, digits and underscores, and no name of a module's method"
         )

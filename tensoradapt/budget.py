@@ -5,20 +5,20 @@ Invariant: an answer never exceeds the budget, and where the groups' counts add 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from typing import Any
 
-import numpy as np
 from pydantic import Field
 
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.grouping import Group, Progress, resized
+from tensoradapt.knapsack import cheapest, programme
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import expand
+from tensoradapt.records import Tabular
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Rule, Spec
 from tensoradapt.tables import WIDTH, columns
@@ -41,7 +41,7 @@ class BudgetRow:
 
 
 @dataclass(frozen=True)
-class BudgetTable:
+class BudgetTable(Tabular):
     """Specs against ranks."""
 
     rows: tuple[BudgetRow, ...]
@@ -50,14 +50,10 @@ class BudgetTable:
         """The table as one JSON object with a list of rows."""
         return json.dumps({"rows": [asdict(row) for row in self.rows]}, indent=2)
 
-    def to_csv(self) -> str:
-        """The table as CSV, shares left out."""
-        stream = io.StringIO()
+    def records(self) -> list[dict[str, Any]]:
+        """One row for every spec and rank, shares left out."""
         names = [name for name in BudgetRow.__dataclass_fields__ if name != "shares"]
-        writer = csv.DictWriter(stream, names, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in self.rows)
-        return stream.getvalue()
+        return [{name: getattr(row, name) for name in names} for row in self.rows]
 
     def __str__(self) -> str:
         return self.text()
@@ -122,6 +118,11 @@ class SolvedSpec(Spec):
     ranks: dict[str, int] = Field(description="the largest rank of each group, as a rule's `ranks` takes them")
     num_trainable: int = Field(description="the trained entries at these ranks")
 
+    def __str__(self) -> str:
+        spread = sorted(set(self.ranks.values()))
+        groups = f"; by group {spread[0]} to {spread[-1]}" if len(spread) > 1 else ""
+        return f"{super().__str__()}\nrank {self.rank}{groups}: {self.num_trainable:,} trainable"
+
 
 def tabulate(
     specs: Spec | Mapping[str, Spec] | Sequence[Spec],
@@ -130,9 +131,10 @@ def tabulate(
     progress: Progress | None = None,
 ) -> BudgetTable:
     """Counts, bytes and FLOP of specs over ranks on one model. Raises RankError on ranks that are none."""
-    asked = list(ranks)
-    if not asked or any(not isinstance(rank, int) or rank < 1 for rank in asked):
-        raise RankError("ranks are positive integers", got=asked[:8], hint="write ranks=range(1, 65), or --ranks 1:64")
+    asked = list(ranks) if isinstance(ranks, Iterable) and not isinstance(ranks, str) else []
+    if not asked or any(type(rank) is not int or rank < 1 for rank in asked):
+        got = asked[:8] or repr(ranks)[:40]
+        raise RankError("ranks are positive integers", got=got, hint="write ranks=range(1, 65), or --ranks 1:64")
     named = _named(specs)
     wanted = [(name, rank) for name, spec in named.items() for rank in (asked if has_rank(spec) else [None])]
     rows: list[BudgetRow] = []
@@ -209,6 +211,12 @@ def solve(spec: Spec, model: SiteMap, max_parameters: int) -> SolvedSpec:
     sum of ranks is the largest possible: the cheapest increments first where counts are convex in the rank (exact), a
     dynamic programme over the sum of ranks where they are not (exact too). Raises RankError where rank 1 is too much.
     """
+    if type(max_parameters) is not int or max_parameters < 1:
+        raise RankError(
+            "max_parameters is a positive whole number",
+            got=repr(max_parameters)[:40],
+            hint="write max_parameters=30_000",
+        )
     if not has_rank(spec):
         raise SpecError(
             "the spec has no rank to solve for",
@@ -271,7 +279,7 @@ def _by_group(plans: Callable[[int], Plan], rank: int, limit: int) -> dict[str, 
             found[key] = _increments(group, rank, spare)
         tables.append(found[key])
     convex = all(b - a <= c - b for t in tables for a, b, c in zip(t, t[1:], t[2:], strict=False))
-    extras = _cheapest(tables, spare) if convex else _programme(tables, spare)
+    extras = cheapest(tables, spare) if convex else programme(tables, spare)
     return {name: rank + extra for name, extra in zip(names, extras, strict=True)}
 
 
@@ -284,33 +292,3 @@ def _increments(group: Group, rank: int, spare: int) -> list[int]:
         if extra > spare or extra == table[-1]:
             return table
         table.append(extra)
-
-
-def _cheapest(tables: Sequence[Sequence[int]], spare: int) -> list[int]:
-    """Increments in order of cost while they fit: the largest sum where costs are convex."""
-    steps = sorted((table[k + 1] - table[k], k, n) for n, table in enumerate(tables) for k in range(len(table) - 1))
-    taken = [0] * len(tables)
-    for cost, _, n in steps:
-        if cost > spare:
-            break
-        spare -= cost
-        taken[n] += 1
-    return taken
-
-
-def _programme(tables: Sequence[Sequence[int]], spare: int) -> list[int]:
-    """The largest sum of increments within the budget, by the least cost of every sum, group after group."""
-    least = np.zeros(1)
-    choices: list[np.ndarray] = []
-    for table in tables:
-        wide = np.full((len(table), len(least) + len(table) - 1), np.inf)
-        for k, cost in enumerate(table):
-            wide[k, k : k + len(least)] = least + cost
-        choices.append(wide.argmin(0))
-        least = wide.min(0)
-    total = int(np.flatnonzero(least <= spare).max())
-    taken: list[int] = []
-    for choice in reversed(choices):
-        taken.append(int(choice[total]))
-        total -= taken[-1]
-    return taken[::-1]

@@ -18,10 +18,10 @@ from torch import Tensor
 from tensoradapt.analysis.noise import Noise
 from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.run import report_of
-from tensoradapt.analysis.slices import empty, flat
+from tensoradapt.analysis.slices import flat
 from tensoradapt.errors import AdapterError
 from tensoradapt.io.saved import Savable, Saved
-from tensoradapt.linalg import Dense, Product, Slice
+from tensoradapt.linalg import Dense, Product, Slice, empty
 from tensoradapt.peft import open_adapter
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.targets import matches

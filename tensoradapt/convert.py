@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tensoradapt.analysis.slices import empty, flat
+from tensoradapt.analysis.slices import flat
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
 from tensoradapt.extract.goals import Goal
@@ -26,11 +26,11 @@ from tensoradapt.extract.work import Work
 from tensoradapt.init import WEIGHT
 from tensoradapt.io.native import file_of
 from tensoradapt.io.saved import Savable, Saved, filled
-from tensoradapt.linalg import Dense, Product, Slice
+from tensoradapt.linalg import Dense, Product, Slice, empty
 from tensoradapt.peft import open_adapter
 from tensoradapt.plan import Plan
+from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.sites import Site, SiteMap
-from tensoradapt.spec import Spec
 
 Progress = Callable[[str, int, int], None]  # the group at work, how many are done, how many there are
 
@@ -92,7 +92,7 @@ class Converted:
 
 def convert(
     adapter: Savable | str | Path,
-    spec: Spec,
+    spec: SpecLike,
     out: str | Path | None = None,
     *,
     error: float | None = None,
@@ -109,6 +109,7 @@ def convert(
     given, over an adapter that is there with `overwrite`. Raises SiteError where the spec targets what the adapter
     lacks, AdapterError where it adds nothing, SpecError, RankError, FileError.
     """
+    spec = as_spec(spec, "ta.convert(adapter, spec, out)")
     source = filled(open_adapter(adapter), "convert")
     if out is not None and not overwrite and file_of(out).exists():
         raise FileError(f"{file_of(out)} exists", hint="choose another output, or overwrite=True (--overwrite)")

@@ -6,19 +6,19 @@ Invariant: every site of a rule is in exactly one group, and inside a group its 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tensoradapt.axes import COORDINATES
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Ranks, Shape
-from tensoradapt.formats.network import network, parse
+from tensoradapt.formats.network import network
 from tensoradapt.laws import laws_of, scale_of
-from tensoradapt.placing import COORDINATES, Placement, group_name, own_coordinates, place
+from tensoradapt.placing import Placement, group_name, own_coordinates, place
 from tensoradapt.recipe import Recipe, recipe
 from tensoradapt.roles import has_heads, holds
 from tensoradapt.sites import Site, SiteMap
@@ -86,8 +86,7 @@ class Group:
 
 def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap, tell: Progress = lambda *_: None) -> list[Group]:
     """The groups of one rule, with their diagrams. Raises SiteError on colliding coordinates, SpecError on the rule."""
-    axes = _axes(rule)
-    _check_axes(rule, axes)
+    axes = rule.tensor_axes
     multiple = {c for c in COORDINATES if len({s.coordinates.get(c) for s in sites}) > 1}
     buckets: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
@@ -104,43 +103,6 @@ def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap, tell: Progres
             else [_group(rule, axes, members, model, full)]
         )
     return groups
-
-
-def _axes(rule: Rule) -> tuple[str, ...]:
-    if rule.format == "network":
-        return parse(rule.network)[1]
-    return rule.axes or ("out", "in")
-
-
-def _check_axes(rule: Rule, axes: tuple[str, ...]) -> None:
-    """Refuse axes that name no coordinate and no side, or lack a side."""
-    named = {name for how in rule.folds.values() if not isinstance(how, str) for name in map(_plain, how) if name}
-    fixed = {*COORDINATES, "site", "slot", "out", "in", "kernel", *named}
-    unknown = [a for a in axes if a not in fixed and not re.fullmatch(r"(out|in|kernel)_\d+", a)]
-    if unknown:
-        raise SpecError(
-            f"unknown axis {unknown[0]!r}",
-            got=list(axes),
-            expected=f"coordinates ({', '.join(COORDINATES)}, site, slot), out, in, kernel, or folds of them",
-        )
-    for side in ("out", "in"):
-        parts = {
-            side,
-            *(f"{side}_{k}" for k in range(16)),
-            *(map(_plain, rule.folds.get(side, ())) if not isinstance(rule.folds.get(side, ""), str) else ()),
-        }
-        if not parts & set(axes):
-            raise SpecError(f"the tensor lacks the axis {side!r}", got=list(axes), hint=f"add {side!r} to the axes")
-    if len(set(axes)) < len(axes) or ("site" in axes and set(axes) & {*COORDINATES, "slot"}):
-        raise SpecError(
-            "axes are given twice", got=list(axes), expected="each once; `site` is all coordinates flattened"
-        )
-    if rule.shapes == "slots" and not {"site", "slot"} & set(axes):
-        raise SpecError("slots need an axis to lie on", got=list(axes), hint="add 'slot' or 'site' to the axes")
-
-
-def _plain(part: int | str) -> str:
-    return part.partition("=")[0] if isinstance(part, str) else ""
 
 
 def _shape_key(rule: Rule, site: Site, axes: tuple[str, ...], model: SiteMap) -> tuple[object, ...]:

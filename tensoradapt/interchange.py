@@ -1,4 +1,4 @@
-"""Groups as TensorLy's tensor classes, detached, and back: what TensorLy can hold, it gets as it is.
+"""Groups as TensorLy's tensor classes, detached, and back: what TensorLy can hold, it gets as it is; arrays as factors.
 
 Invariant: the dense tensor of what is returned equals the group's own, without the scale.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import tensorly
@@ -22,6 +23,7 @@ from tensoradapt.errors import ShapeError, SpecError
 from tensoradapt.formats import cp, tt, ttm, tucker
 from tensoradapt.formats.build import Shape
 from tensoradapt.grouping import Group
+from tensoradapt.linalg import as_tensor
 
 
 def to_tensorly(group: Group, factors: Mapping[str, Tensor]) -> Any:
@@ -36,22 +38,40 @@ def from_diagram(diagram: Diagram, factors: Mapping[str, Tensor], format: str) -
     """The factors of a diagram of a format as TensorLy's tensor. Raises SpecError where there is no class for it."""
     held = {node: tensor.detach() for node, tensor in factors.items()}
     cp_like = all(len(indices) <= 2 for indices in diagram.nodes.values()) and len(diagram.bonds) == 1
-    name = "cp" if format == "network" and cp_like else format
-    if name not in _MAKERS or (name == "ttm" and diagram.coordinates):
+    name = format
+    if format == "network":
+        name = "cp" if cp_like else "tt"
+    unfit = (name == "ttm" and diagram.coordinates) or (name == "tt" and _train(diagram) is None)
+    if name not in _MAKERS or unfit:
         raise SpecError(
             "TensorLy has no class for this network",
             got=str(diagram),
-            hint="use the factors, or lower.dense(diagram, factors)",
+            hint="use the factors, or dense(); a train has its axes in the order of its cores",
         )
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         return _MAKERS[name](diagram, held)
 
 
+def _train(diagram: Diagram) -> list[tuple[str, list[str]]] | None:
+    """The nodes of a tensor train in the order of the tensor's axes, each with the bond before, its axis and the bond
+    behind; None where the diagram is no train, or its cores stand in another order than the axes."""
+    nodes = [next(node for node, indices in diagram.nodes.items() if axis in indices) for axis in diagram.open]
+    joined = {frozenset(ends): bond for bond, ends in diagram.bonds.items()}
+    bonds = [joined.get(frozenset(pair), "") for pair in pairwise(nodes)]
+    turned = [[*bonds[max(k - 1, 0) : k], axis, *bonds[k : k + 1]] for k, axis in enumerate(diagram.open)]
+    whole = len(set(nodes)) == len(diagram.nodes) and "" not in bonds
+    if whole and all(sorted(diagram.nodes[n]) == sorted(t) for n, t in zip(nodes, turned, strict=True)):
+        return list(zip(nodes, turned, strict=True))
+    return None
+
+
 def _tt(diagram: Diagram, held: Mapping[str, Tensor]) -> Any:
-    cores = [held[f"core_{axis}"] for axis in diagram.open]
-    if len(cores) > 1:
-        cores = [cores[0][None], *cores[1:-1], cores[-1][..., None]]
-    return TTTensor(cores)
+    cores = [
+        held[node].permute([diagram.nodes[node].index(i) for i in turned]) for node, turned in _train(diagram) or ()
+    ]
+    if len(cores) == 1:
+        return TTTensor([cores[0][None, ..., None]])
+    return TTTensor([cores[0][None], *cores[1:-1], cores[-1][..., None]])
 
 
 def _tucker(diagram: Diagram, held: Mapping[str, Tensor]) -> Any:
@@ -157,3 +177,20 @@ _READERS: dict[type, _Reader] = {
     CPTensor: _read_cp,
     TTMatrix: _read_ttm,
 }
+
+
+def values_for(group: str, held: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors or arrays given for nodes of a group, as tensors. Raises SpecError, ShapeError where one does not fit."""
+    if not isinstance(given, Mapping):
+        raise SpecError("factors come as a mapping from node to tensor", got=type(given).__name__)
+    values = {node: as_tensor(tensor, f"node {node!r}") for node, tensor in given.items()}
+    for node, tensor in values.items():
+        if node not in held:
+            raise SpecError(f"group {group!r} has no node {node!r}", expected=", ".join(held))
+        if tensor.shape != held[node].shape:
+            raise ShapeError(
+                f"node {node!r} of group {group!r} has another shape",
+                got=tuple(tensor.shape),
+                expected=tuple(held[node].shape),
+            )
+    return values

@@ -9,11 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tensoradapt.axes import COORDINATES
 from tensoradapt.errors import SiteError, SpecError
 from tensoradapt.sites import Site
 from tensoradapt.spec import Rule
-
-COORDINATES = ("stack", "layer", "role", "expert", "task")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Group, Progress, group_sites
 from tensoradapt.presets import expand
-from tensoradapt.rows import Factor, alike, factor_of, group_dict, group_from, larger, row_of
+from tensoradapt.records import Tabular
+from tensoradapt.rows import Factor, alike, factor_of, group_dict, group_from, larger, record_of, row_of
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
@@ -28,7 +29,7 @@ START = "__start"  # the suffix of the frozen copy that a `difference` start sub
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """Every group, factor and count of a spec on a model."""
 
     spec: Spec
@@ -121,6 +122,10 @@ class Plan:
             return cls(spec, groups, data["model"], extras, tuple(data["notes"]))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FileError("the plan in the file is damaged", got=repr(error), hint="save the adapter again") from None
+
+    def records(self) -> list[dict[str, Any]]:
+        """One row for every group: sites, sizes of its tensor, ranks, counts (those of a bank are no group's)."""
+        return [record_of(group) for group in self.groups]
 
     def __str__(self) -> str:
         return self.text()

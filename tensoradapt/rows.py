@@ -63,6 +63,23 @@ def larger(one: Factor, two: Factor) -> Factor:
     return replace(one, shape=shape, sizes={i: max(s, two.sizes.get(i, 0)) for i, s in one.sizes.items()})
 
 
+def record_of(group: Group) -> dict[str, Any]:
+    """A group as a row of numbers: of CSV, of a DataFrame."""
+    own = [node for node, key in group.store.items() if key == f"{group.name}.{node}"]
+    return {
+        "group": group.name,
+        "sites": len(group.placements),
+        "roles": " ".join(dict.fromkeys(str(p.site.coordinates.get("role", "")) for p in group.placements)),
+        "axes": " ".join(f"{axis}={group.diagram.sizes[axis]}" for axis in group.diagram.open),
+        "rank": max(group.rank.values(), default=None),
+        "ranks": " ".join(f"{bond}={size}" for bond, size in group.rank.items()),
+        "num_trainable": sum(group.diagram.numel(node) for node in own if node in group.trainable),
+        "num_frozen": sum(group.diagram.numel(node) for node in own if node not in group.trainable),
+        "flops_per_token": group.flops_per_token,
+        "dense_flops_per_token": group.dense_flops_per_token,
+    }
+
+
 def group_dict(group: Group, rule: int) -> dict[str, Any]:
     """A group as plain JSON values; `rule` is the number of its rule in the spec."""
     return {

@@ -21,9 +21,10 @@ from tensoradapt.host import HOST
 from tensoradapt.io.hub import cached
 from tensoradapt.paths import expand
 from tensoradapt.plan import Plan, make_plan
+from tensoradapt.presets import SpecLike, as_spec, as_specs
 from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed, read_object
-from tensoradapt.spec import Spec
+from tensoradapt.spec import Rule, Spec
 
 SOURCES = "a module, a mapping {path: (out, in)}, a config.json, a model folder, a safetensors file, or a cached hub id"
 Model = nn.Module | SiteMap | Mapping[str, Any] | str | Path
@@ -40,10 +41,10 @@ def scan(model: Model) -> SiteMap:
         return scan_module(model)
     if isinstance(model, Mapping):
         return from_mapping(model)
-    try:
-        path = expand(model)
-    except TypeError:
-        raise FileError("this is no model", got=type(model).__name__, expected=SOURCES) from None
+    if not isinstance(model, str | Path):
+        swapped = "the spec comes first: ta.plan(spec, model)" if isinstance(model, Spec | Rule) else None
+        raise FileError("this is no model", got=type(model).__name__, expected=SOURCES, hint=swapped)
+    path = expand(model)
     config = config_in(path)
     if config is not None:
         return _scan_config(config)
@@ -53,16 +54,16 @@ def scan(model: Model) -> SiteMap:
     return replace(scan(folder), name=name)
 
 
-def plan(spec: Spec, model: Model, *, progress: Progress | None = None) -> Plan:
+def plan(spec: SpecLike, model: Model, *, progress: Progress | None = None) -> Plan:
     """The plan of a spec on a model: groups, diagrams, counts, bytes and FLOP per token, no tensor made.
 
     Raises SiteError, SpecError, ShapeError or FileError, each naming what is at fault and what to write instead.
     """
-    return make_plan(spec, scan(model), progress)
+    return make_plan(as_spec(spec), scan(model), progress)
 
 
 def budget(
-    specs: Spec | Mapping[str, Spec] | Sequence[Spec],
+    specs: SpecLike | Mapping[str, SpecLike] | Sequence[SpecLike],
     model: Model,
     ranks: Iterable[int],
     *,
@@ -72,15 +73,16 @@ def budget(
 
     `specs` is one spec, a list, or a mapping from label to spec. Raises RankError, SiteError, SpecError or FileError.
     """
-    return tabulate(specs, scan(model), ranks, progress)
+    return tabulate(as_specs(specs, "ta.budget(specs, model, ranks)"), scan(model), ranks, progress)
 
 
-def solve_rank(spec: Spec, model: Model, *, max_parameters: int) -> SolvedSpec:
+def solve_rank(spec: SpecLike, model: Model, *, max_parameters: int) -> SolvedSpec:
     """The largest rank, and the largest ranks by group, with at most `max_parameters` trainable entries.
 
     The answer is a spec with those ranks, and has `rank`, `ranks` (group -> rank) and `num_trainable` beside its rules.
     Extra trained modules do not count. Raises RankError where rank 1 is too much, SpecError where the spec has no rank.
     """
+    spec = as_spec(spec, "ta.solve_rank(spec, model, max_parameters=30_000)")
     return solve(spec, scan(model), max_parameters)
 
 

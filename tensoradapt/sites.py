@@ -182,10 +182,16 @@ def from_mapping(shapes: Mapping[str, Sequence[int]], **known: Any) -> SiteMap:
 
 
 def _mapped(path: str, shape: Any) -> Site:
+    if not isinstance(path, str):
+        raise ShapeError(
+            "a mapping of shapes is from path to shape", got=repr(path), expected="{'layer.0.query': (8, 8)}"
+        )
     sizes = tuple(shape) if hasattr(shape, "__iter__") else ()
     if len(sizes) not in (2, 4) or not all(type(n) is int and n > 0 for n in sizes):
         raise ShapeError(
-            f"the shape of {path} is no weight's", got=repr(shape), expected="(out, in) or (out, in, kh, kw)"
+            f"the shape of {path} is no weight's",
+            got=" ".join(repr(shape).split())[:60],
+            expected="(out, in) or (out, in, kh, kw)",
         )
     return Site(path, sizes, owner=path, tensor=path, kind="conv" if len(sizes) == 4 else "linear")
 

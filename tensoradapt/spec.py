@@ -6,36 +6,37 @@ error that names the key.
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten, wrap
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
-from tensoradapt.errors import FileError, RankError, SpecError
-from tensoradapt.paths import expand
+from tensoradapt.axes import SIDES, TAKEN, check_axes, parse
+from tensoradapt.errors import RankError, SpecError
+from tensoradapt.foreign import PEFT_WORDS, peft_word
+from tensoradapt.textfiles import read_plain, write_plain
 
-MAX_SPEC_BYTES = 4_000_000
 Rank = Annotated[StrictInt, Field(gt=0)]
 Ranks = Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank | str]
 Positive = Annotated[StrictInt, Field(gt=0)]
 Fold = str | Annotated[list[Positive | str], Field(min_length=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-SIDES = ("out", "in", "kernel")
 Set = Literal["query-value", "attention", "qkv", "feed-forward", "block", "convolutions", "all-linear"]
 SETS: tuple[str, ...] = get_args(Set)  # words that stand for the weights of a model that have a part in common
-TAKEN = {*SIDES, "stack", "layer", "role", "expert", "task", "site", "slot"}  # what a fold cannot be named
 
 
 class _Value(BaseModel):
     """A frozen model whose validation errors are `SpecError`s in the user's words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """What is no default: a rule has thirty fields."""
+        fields = type(self).model_fields
+        return ((name, getattr(self, name)) for name in fields if getattr(self, name) != fields[name].get_default())
 
     def __init__(self, **data: Any) -> None:
         try:
@@ -51,6 +52,8 @@ def _explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, 
     if isinstance(cause, SpecError):
         return cause
     key = str(first["loc"][0]) if first["loc"] else model.__name__
+    if first["type"] == "extra_forbidden" and key in PEFT_WORDS:
+        return peft_word(key, first["input"])
     if first["type"] == "extra_forbidden":
         close = get_close_matches(key, model.model_fields, n=3)
         hint = (
@@ -118,7 +121,7 @@ class Rule(_Value):
         None, description="(out, in) of a slot; the greatest common one where not given"
     )
     scale: Number | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field(
-        "one", description="a number or a rule"
+        "one", description="a number, or alpha/rank, alpha/sqrt(rank), alpha, one"
     )
     alpha: Number = Field(1.0, description="alpha of the scale rule")
     dropout: Number = Field(0.0, ge=0, lt=1, description="probability in [0, 1)")
@@ -187,7 +190,27 @@ class Rule(_Value):
             raise SpecError("dropout at the code and a difference start do not go together", hint="use dropout_at: in")
         if self.format == "network" and not self.network and not self.preset:
             raise SpecError("format 'network' needs a network", hint="write network: 'out a, a in -> out in'")
+        if not self.preset:  # a preset's own fields may go with what is given here
+            check_axes(self.tensor_axes, self.folds, self.shapes)
         return self
+
+    def __str__(self) -> str:
+        where = ", ".join(self.targets or ((self.default,) if self.default else ())) or "no targets"
+        said = [f"{self.family or self.preset or self.name or self.format} on {where}"]
+        said += [f"without {', '.join(self.exclude)}"] if self.exclude else []
+        ranks = self.rank.items() if isinstance(self.rank, dict) else ()
+        said += [f"rank {' '.join(f'{bond}={size}' for bond, size in ranks) or self.rank}"]
+        said += [f"{len(self.ranks)} groups with ranks of their own"] if self.ranks else []
+        said += [f"scale {self.scale}" + (f" with alpha {self.alpha:g}" if "alpha" in str(self.scale) else "")]
+        said += [f"dropout {self.dropout:g}"] if self.dropout else []
+        said += [f"start {self.start}"] if self.start != "zero" else []
+        said += [f"{', '.join(self.train)} trained beside it"] if self.train else []
+        return shorten("; ".join(said), 160)
+
+    @property
+    def tensor_axes(self) -> tuple[str, ...]:
+        """The axes of a group's tensor, before their folds."""
+        return parse(self.network)[1] if self.format == "network" else self.axes or ("out", "in")
 
 
 class Spec(_Value):
@@ -195,7 +218,15 @@ class Spec(_Value):
 
     rules: tuple[Rule, ...] = Field((), description="the rules, in order")
 
-    def __add__(self, other: Spec) -> Spec:
+    def __str__(self) -> str:
+        rules = [line for rule in self.rules[:6] for line in wrap(str(rule), 80, subsequent_indent="  ")]
+        return "\n".join([*rules, *([f"and {len(self.rules) - 6} more rules"] if len(self.rules) > 6 else [])])
+
+    def __add__(self, other: Spec | Rule) -> Spec:
+        if not isinstance(other, Spec | Rule):
+            raise SpecError("this is no spec", got=type(other).__name__, expected="a Spec or a Rule to add")
+        if isinstance(other, Rule):
+            return Spec(rules=(*self.rules, other))
         return Spec(rules=(*self.rules, *other.rules))
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,29 +257,14 @@ class Spec(_Value):
     @classmethod
     def load(cls, path: str | Path) -> Spec:
         """Read a spec from a YAML or JSON file. Raises FileError on an unreadable file, SpecError on its contents."""
-        text = _read_text(expand(path))
-        if Path(path).suffix == ".json":
-            return cls.from_dict(_parse(json.loads, text, path, object_pairs_hook=_unique))
-        return cls.from_dict(_parse(yaml.load, text, path, Loader=_UniqueLoader))
+        return cls.from_dict(read_plain(path))
 
     def save(self, path: str | Path) -> None:
         """Write the spec as YAML, or as JSON where the path ends in .json; an older file stays where that fails.
 
         Raises FileError.
         """
-        path, data = expand(path), self.to_dict()
-        text = json.dumps(data, indent=2) if path.suffix == ".json" else yaml.safe_dump(data, sort_keys=False)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            if path.exists():
-                shutil.copymode(path, temporary)
-            temporary.replace(path)
-        except OSError as error:
-            raise FileError(f"{path} cannot be written", got=error.strerror, hint="choose another folder") from None
-        finally:
-            with suppress(OSError):  # where there is none
-                temporary.unlink()
+        write_plain(path, self.to_dict())
 
 
 def _mapping(row: Any, what: str) -> dict[str, Any]:
@@ -259,57 +275,3 @@ def _mapping(row: Any, what: str) -> dict[str, Any]:
             hint="write '- preset: lotr' and its fields below",
         )
     return dict(row)
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        raise FileError(f"no spec file at {path}", hint="give the path of a .yaml or .json file")
-    if path.stat().st_size > MAX_SPEC_BYTES:
-        raise FileError(
-            f"{path} is too large for a spec",
-            got=f"{path.stat().st_size:,} bytes",
-            expected=f"at most {MAX_SPEC_BYTES:,}",
-            hint="is it a weight file?",
-        )
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{path} is not UTF-8", got=str(error), hint="save it as UTF-8") from None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read", got=error.strerror, hint="look at its permissions") from None
-
-
-def _parse(parser: Any, text: str, path: str | Path, **options: Any) -> Any:
-    try:
-        return parser(text, **options)
-    except SpecError:
-        raise
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no JSON, a number of 5000 digits
-        raise FileError(
-            f"{path} cannot be read", got=str(error).replace("\n", " "), hint="mend the line it names"
-        ) from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    doubled = [key for key in keys if keys.count(key) > 1]
-    if doubled:
-        raise SpecError(f"key {doubled[0]!r} is given twice", hint="keep one of them")
-    return dict(pairs)
-
-
-class _UniqueLoader(yaml.SafeLoader):
-    """YAML's safe loader, refusing keys given twice (the plain one keeps the last in silence), and aliases.
-
-    Aliases of aliases write a list of billions of entries in ten lines.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise SpecError("aliases (*name) are not read", hint="write it out, or put what rules share into defaults")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        _unique([(key, None) for key in keys])
-        return super().construct_mapping(node, deep)

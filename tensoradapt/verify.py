@@ -129,7 +129,7 @@ def verify(
     `base_revision`, `tuned_revision`. Raises FileError where the checkpoints cannot be read or lack what the adapter
     changes, SpecError on a tolerance that is none.
     """
-    if tolerance is not None and not 0 <= tolerance < math.inf:
+    if tolerance is not None and not (type(tolerance) in (int, float) and 0 <= tolerance < math.inf):
         raise SpecError("a tolerance is a number of at least 0", got=tolerance, hint="write 0.1 for 10 %")
     saved = filled(as_saved(adapter), "verify")
     with open_source(base, tuned, **options) as deltas:

@@ -9,9 +9,10 @@ ROOT = Path(__file__).parents[1] / "tensoradapt"
 PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
-    *("version", "errors", "paths", "tables", "diagram", "spec", "folds", "formats", "presets"),
+    *("version", "errors", "paths", "textfiles", "records", "tables", "foreign", "axes"),
+    *("diagram", "spec", "folds", "formats", "presets"),
     *("sites", "targets", "roles", "sets", "contraction", "recipe"),
-    *("placing", "laws", "grouping", "rows", "plan", "budget"),
+    *("placing", "laws", "grouping", "rows", "plan", "knapsack", "budget"),
 )
 WITH_TORCH = (
     *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "quantised", "scan", "fit", "init", "hooks"),

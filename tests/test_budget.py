@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tensoradapt as ta
-from tensoradapt.budget import _cheapest, _programme
+from tensoradapt.knapsack import cheapest, programme
 
 MODEL = {f"layers.{i}.{r}": s for i in range(2) for r, s in {"q": (16, 16), "v": (8, 16), "up": (40, 16)}.items()}
 SIDES = {"q": 32, "v": 24, "up": 56}
@@ -65,7 +65,7 @@ def best_sum(costs, spare):
 @given(tables, st.integers(0, 80))
 def test_the_programme_equals_brute_force(steps, spare):
     costs = [[0, *itertools.accumulate(table)] for table in steps]
-    taken = _programme(costs, spare)
+    taken = programme(costs, spare)
     assert sum(t[k] for t, k in zip(costs, taken, strict=True)) <= spare
     assert sum(taken) == best_sum(costs, spare)
 
@@ -74,7 +74,7 @@ def test_the_programme_equals_brute_force(steps, spare):
 @given(tables, st.integers(0, 80))
 def test_the_cheapest_increments_equal_brute_force_where_costs_are_convex(steps, spare):
     costs = [[0, *itertools.accumulate(sorted(table))] for table in steps]
-    taken = _cheapest(costs, spare)
+    taken = cheapest(costs, spare)
     assert sum(t[k] for t, k in zip(costs, taken, strict=True)) <= spare
     assert sum(taken) == best_sum(costs, spare)
 

@@ -11,7 +11,7 @@ import pytest
 from source_tree import LAYERS, PACKAGE, ROOT, TORCH_FREE, File, Import, files, layer_of
 
 THIRD_PARTY_ABOVE_THE_LINE = {"pydantic", "yaml", "opt_einsum", "numpy"}
-OPTIONAL = {"matplotlib", "transformers", "accelerate", "peft", "huggingface_hub", "sklearn"}
+OPTIONAL = {"matplotlib", "transformers", "accelerate", "peft", "huggingface_hub", "sklearn", "pandas"}
 
 
 def unknown_layers(tree: list[File]) -> list[str]:
@@ -44,7 +44,13 @@ def cycles(tree: list[File]) -> list[str]:
 def torch_above_the_line(tree: list[File]) -> list[str]:
     allowed = THIRD_PARTY_ABOVE_THE_LINE | sys.stdlib_module_names | {PACKAGE}
     above = [file for file in tree if file.layer in TORCH_FREE]
-    return [_says(file, found) for file in above for found in file.imports if _top(found) not in allowed]
+    optional = {"pandas"}  # only where a user asks for a data frame
+    return [
+        _says(file, found)
+        for file in above
+        for found in file.imports
+        if _top(found) not in (allowed | optional if found.in_function else allowed)
+    ]
 
 
 def hidden_imports(tree: list[File]) -> list[str]:

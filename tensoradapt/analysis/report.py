@@ -20,12 +20,13 @@ from tensoradapt.analysis.text import render_text
 from tensoradapt.io.atomic import atomic
 from tensoradapt.paths import expand
 from tensoradapt.plots.html import render_html
+from tensoradapt.records import Tabular, flattened
 
 FORMAT, VERSION = "tensoradapt.report", 1
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Tabular):
     """What a fine-tuning is made of.
 
     `sites[path]` has the numbers of one weight's delta, `groups[name]` those of a stack of them, `candidates` what
@@ -79,6 +80,10 @@ class Report:
                 temporary.write_text(text, "utf-8")
         return text
 
+    def records(self) -> list[dict[str, Any]]:
+        """One row for every weight: its numbers, the ranks by every rule as `rank.noise`, `rank.energy_0.95`, ..."""
+        return [_record(path, row) for path, row in self.sites.items()]
+
     @property
     def relative_change(self) -> float:
         """The norm of all deltas over that of the base's weights at the same sites."""
@@ -92,6 +97,13 @@ class Report:
 
     def __str__(self) -> str:
         return self.text()
+
+
+def _record(path: str, row: SiteReport) -> dict[str, Any]:
+    numbers = ("norm", "relative_change", "spectral_norm", "stable_rank", "effective_rank", "participation_ratio")
+    where = {axis: row.coordinates.get(axis) for axis in ("stack", "layer", "role", "expert")}
+    sizes = {"weight": path, **where, "out": row.shape[0], "in": row.shape[1], "group": row.group}
+    return {**sizes, **{name: getattr(row, name) for name in numbers}, **flattened("rank", row.ranks)}
 
 
 def _finite(value: Any) -> Any:

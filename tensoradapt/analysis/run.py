@@ -22,7 +22,7 @@ from tensoradapt.analysis.floors import floors_of
 from tensoradapt.analysis.noise import Noise, noise_of
 from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.sharing import alike, together
-from tensoradapt.analysis.slices import Slices, empty
+from tensoradapt.analysis.slices import Slices
 from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.analysis.spectra import SiteReport, Source, site_report
 from tensoradapt.analysis.stacks import BASIS, StackReport, alone_report, leading, stack_report, stacks_of
@@ -33,7 +33,7 @@ from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import BLOCK, SOLO, Dense, Slice, Strips, Team, each
+from tensoradapt.linalg import BLOCK, SOLO, Dense, Slice, Strips, Team, each, empty
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
@@ -122,6 +122,8 @@ def _labels(deltas: Deltas, names: Sequence[str] | None) -> tuple[str, str]:
 
 
 def _several(targets: str | Iterable[str] | None) -> tuple[str, ...]:
+    if not isinstance(targets, str | Iterable | None):
+        raise SpecError("targets are names", got=repr(targets)[:40], expected="['query', 'value'], or 'all-linear'")
     return (targets,) if isinstance(targets, str) else tuple(targets or ())
 
 

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from tensoradapt.errors import SpecError
 from tensoradapt.fit.stream import Stream, axes_of, count_of
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import SOLO, Dense, Product, Slice, Stack, Team
@@ -94,12 +92,3 @@ def _part(found: Slice, rows: slice, cols: slice) -> Slice:
 def flat(delta: Tensor) -> Tensor:
     """A delta with its kernel flattened into `in`.  Shape: (out, in, ..) -> (out, in ..)."""
     return delta.flatten(1)
-
-
-def empty(device: str | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What deltas are like: a dtype and a device. Raises SpecError on a device that is not there."""
-    try:
-        return torch.zeros((), dtype=dtype, device=device or "cpu")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch is not of one mind about it
-        reason = next(iter(str(error).splitlines()), "")
-        raise SpecError(f"device {device!r} cannot be used", got=reason, expected="cpu, cuda, cuda:1, mps") from None

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from tensoradapt.analysis.sharing import together
-from tensoradapt.analysis.slices import empty
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.extract.allocate import allocate
 from tensoradapt.extract.goals import Goal, grown
@@ -20,7 +19,7 @@ from tensoradapt.extract.work import Work
 from tensoradapt.fit.curves import Point
 from tensoradapt.grouping import Group
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import Team
+from tensoradapt.linalg import Team, empty
 from tensoradapt.plan import Plan, make_plan, rank_notes
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Spec

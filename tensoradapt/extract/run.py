@@ -29,7 +29,7 @@ from tensoradapt.extract.work import Done, Work
 from tensoradapt.io.saved import Saved
 from tensoradapt.linalg import SOLO, Team, each
 from tensoradapt.plan import START, Plan
-from tensoradapt.spec import Spec
+from tensoradapt.presets import SpecLike, as_spec
 
 Progress = Callable[[str, int, int], None]  # a group's name, how many are done, how many there are
 OPTIONS = ("seed", "overwrite", "team", "progress")
@@ -39,7 +39,7 @@ SLACK = 1e-4  # of a fitted error, for rounding
 def extract(
     base: Any,
     tuned: Any,
-    spec: Spec,
+    spec: SpecLike,
     out: str | Path,
     *,
     error: float | str | None = None,
@@ -59,6 +59,7 @@ def extract(
     RankError.
     """
     known(options, (*OPTIONS, *READING))
+    spec = as_spec(spec, "ta.extract(base, tuned, spec, out)")
     overwrite, progress = options.pop("overwrite", False), options.pop("progress", None)
     team: Team = options.pop("team", SOLO)
     where = (device, options.pop("seed", 0))

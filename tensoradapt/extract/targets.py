@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from tensoradapt.axes import parse
 from tensoradapt.errors import SiteError, TensorAdaptError
-from tensoradapt.formats.network import parse
 from tensoradapt.grouping import group_sites
 from tensoradapt.placing import COORDINATES
 from tensoradapt.plan import overlap

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensoradapt.axes import parse
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, ShapeError, SpecError
 from tensoradapt.fit.curves import squeeze
+from tensoradapt.fit.door import ORDER, Slices, axes_of, plain, slices_of, source_of, stack_shape
 from tensoradapt.fit.policy import Policy, relative, squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import Options, fit_diagram
@@ -22,11 +23,9 @@ from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Ranks, Shape
 from tensoradapt.formats.network import network as network_diagram
-from tensoradapt.formats.network import parse
 from tensoradapt.linalg import Dense, Stack
 from tensoradapt.spec import Fold
 
-Slices = Sequence[Any] | Callable[[], Iterable[Any]]
 RANK = 8  # where neither rank, error nor budget is given
 OPTIONS = ("fixed", "compress", "sweeps", "restarts", "seed", "device")
 
@@ -64,7 +63,9 @@ class _Goal:
                 "give one of rank, error and max_parameters", hint="each alone says how large the factors are"
             )
         if self.rank is not None and not all(type(r) is int and r > 0 for r in _listed(self.rank)):
-            raise RankError("a rank is a positive whole number", got=self.rank)
+            raise RankError("a rank is a positive whole number", got=repr(self.rank)[:80], hint="write rank=8")
+        if self.error is not None:
+            relative(self.error, 1.0, 1)
         if self.error is not None and not made.at(1).bonds:
             raise SpecError(
                 "this network has no rank to choose", got=str(made.at(1)), hint="fit it as it is, without error="
@@ -80,14 +81,14 @@ class _Goal:
 def _listed(rank: Ranks) -> Iterable[int]:
     if isinstance(rank, Mapping):
         return rank.values()
-    return rank if isinstance(rank, Sequence) else (rank,)
+    return rank if isinstance(rank, list | tuple) else (rank,)  # type: ignore[return-value]
 
 
 def fit(
     tensor: Any,
     format: str | Diagram,
     *,
-    axes: Sequence[str] = (),
+    axes: str | Sequence[str] = (),
     rank: Ranks | None = None,
     error: float | None = None,
     max_parameters: int | None = None,
@@ -97,18 +98,21 @@ def fit(
     """Fit the factors of a format to a tensor T: min |T - network(factors)|, by rank, error or parameter budget.
 
     `format` is tt, tucker, cp, ttm, a network such as "out a, layer a b, b in -> layer out in", or a Diagram. `axes`
-    names the tensor's axes in order; `folds` cuts some of them. `tensor` is a tensor or array, or a stream: a sequence
-    of matrices along the first axis, or a function that returns a new iterator of them (read several times, not kept).
-    `rank` is one number, a list or a mapping, as in a rule; `error` a relative error; `max_parameters` a budget.
-    Further options: `fixed` (node -> tensor that stays), `compress` (tucker: the axes that get a factor), `sweeps`,
-    `restarts`, `seed`, `device`. Raises RankError, ShapeError, SpecError.
+    names the tensor's axes in order, `("layer", "out", "in")` or `"layer out in"`; without it they are a network's own,
+    `out in` of a matrix, `axis_0 axis_1 ..` of other tensors. `folds` cuts some of them.
+    `tensor` is a tensor or array, or a stream: a sequence of matrices along the first axis, or a function that returns
+    a new iterator of them (read several times, not kept). `rank` is one number, a list or a mapping, as in a rule;
+    `error` a relative error; `max_parameters` a budget. Further options: `fixed` (node -> tensor that stays),
+    `compress` (tucker: the axes that get a factor), `sweeps`, `restarts`, `seed`, `device`. Raises RankError,
+    ShapeError, SpecError.
     """
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise SpecError(f"fit has no option {unknown[0]!r}", expected=", ".join(OPTIONS))
-    source = _source(tensor, options.get("device"))
-    shape = tuple(source.shape) if isinstance(source, Tensor) else _stack_shape(source)
-    made = _format(format, tuple(axes), shape, folds or {}, tuple(options.get("compress", ())))
+    source = source_of(tensor, options.get("device"))
+    shape = tuple(source.shape) if isinstance(source, Tensor) else stack_shape(source)
+    compress = options.get("compress", ())
+    made = _format(format, axes, shape, folds or {}, (compress,) if isinstance(compress, str) else tuple(compress))
     goal = _Goal(rank, error, max_parameters).checked(made)
     told = {name: options[name] for name in ("fixed", "sweeps", "restarts", "seed") if name in options}
     settings = Options(grow=made.at, format=made.name, **told)
@@ -145,8 +149,8 @@ def _affordable(tensor: Tensor, made: _Format, budget: int) -> Diagram:
 def _streamed(source: Slices, shape: tuple[int, ...], made: _Format, goal: _Goal, settings: Options) -> Fit:
     """The slices of a stream, read in passes."""
     axes = made.shape.axes
-    like = _plain(next(iter(_slices_of(source)))).new_zeros(())
-    read = lambda: ((k, Dense(_plain(part).to(like))) for k, part in enumerate(_slices_of(source)))  # noqa: E731
+    like = plain(next(iter(slices_of(source)))).new_zeros(())
+    read = lambda: ((k, Dense(plain(part).to(like))) for k, part in enumerate(slices_of(source)))  # noqa: E731
     cuts = [made.shape.folds.get(a, (a,)) for a in _unfolded(made.shape)]
     named = [{axis: made.shape.sizes[axis] for axis in cut} for cut in cuts]
     stack = Stack(read, count_of(named[0]), (shape[1], shape[2]), like)
@@ -165,65 +169,42 @@ def _unfolded(shape: Shape) -> list[str]:
     return list(dict.fromkeys(owner.get(axis, axis) for axis in shape.axes))
 
 
-def _source(tensor: Any, device: Any) -> Tensor | Slices:
-    """A tensor in float32 or float64, or what slices come from."""
-    if isinstance(tensor, Iterator):
-        raise ShapeError(
-            "a stream of slices is read several times", got="an iterator", hint="give a function that returns a new one"
-        )
-    if isinstance(tensor, list | tuple) or (callable(tensor) and not isinstance(tensor, Tensor)):
-        return tensor
-    return _plain(tensor, device)
-
-
-def _plain(tensor: Any, device: Any = None) -> Tensor:
-    found = torch.as_tensor(tensor)
-    if found.is_complex() or not found.numel():
-        raise ShapeError("a fit needs real numbers", got=f"{found.dtype} of shape {tuple(found.shape)}")
-    found = found.detach().to(device) if device is not None else found.detach()
-    found = found if found.dtype in (torch.float32, torch.float64) else found.float()
-    bad = 0 if math.isfinite(squares(found)) else int((~torch.isfinite(found)).sum())
-    if bad:
-        raise ShapeError("the tensor is not finite", got=f"{bad} of {found.numel()} entries are NaN or infinite")
-    return found
-
-
-def _slices_of(source: Slices) -> Iterable[Any]:
-    return source() if callable(source) else source
-
-
-def _stack_shape(source: Slices) -> tuple[int, ...]:
-    shapes = [tuple(torch.as_tensor(part).shape) for part in _slices_of(source)]
-    if not shapes or len(set(shapes)) > 1 or len(shapes[0]) != 2:
-        raise ShapeError("slices are matrices of one shape", got=sorted(set(shapes))[:3])
-    return (len(shapes), *shapes[0])
-
-
 def _format(
     format: str | Diagram,
-    axes: tuple[str, ...],
+    given: str | Sequence[str],
     shape: tuple[int, ...],
     folds: Mapping[str, Fold],
     compress: tuple[str, ...],
 ) -> _Format:
     if isinstance(format, Diagram):
         return _literal(format, shape)
-    axes = axes or (("out", "in") if len(shape) == 2 else ())
-    if len(axes) != len(shape) or len(set(axes)) < len(axes):
-        raise ShapeError(
-            "axes name the tensor's dimensions, each once", got=axes, expected=f"{len(shape)} names for {shape}"
-        )
+    if not isinstance(format, str) or ("->" not in format and format not in FORMATS):
+        hint = ORDER if isinstance(given, Tensor) or not isinstance(format, str) else None
+        expected = f"{', '.join(FORMATS)}, or a network 'nodes -> axes'"
+        raise SpecError(f"no format {str(format)[:40]!r}", expected=expected, hint=hint)
+    text = format if "->" in format else ""
+    axes = axes_of(given, shape, parse(text)[1] if text else ())
+    _check_folds(format, axes, folds, compress)
     cut = {axis: fold(axis, size, folds[axis], {}) for axis, size in zip(axes, shape, strict=True) if axis in folds}
     sizes = dict(zip(axes, shape, strict=True)) | {a: s for parts in cut.values() for a, s in parts.items()}
     spread = tuple(part for axis in axes for part in (cut[axis] if axis in cut else (axis,)))
-    text = format if "->" in format else ""
     if text and parse(text)[1] != spread:
         raise SpecError("the network's axes are not the tensor's", got=parse(text)[1], expected=spread)
-    if not text and format not in FORMATS:
-        raise SpecError(f"no format {format!r}", expected=f"{', '.join(FORMATS)}, or a network 'nodes -> axes'")
     return _Format(
         "network" if text else format, text, Shape(spread, sizes, {a: tuple(p) for a, p in cut.items()}, compress)
     )
+
+
+def _check_folds(format: str, axes: Sequence[str], folds: Mapping[str, Fold], compress: Sequence[str]) -> None:
+    """Refuse folds of other axes, and a TT-matrix that is not folded: it would be the whole matrix."""
+    for what, names in (("folds", folds), ("compress", compress)):
+        for name in (name for name in names if name not in axes):
+            raise SpecError(f"{what} names the axis {name!r}, which the tensor lacks", expected=", ".join(axes))
+    if format == "ttm" and not folds:
+        raise SpecError(
+            "a TT-matrix pairs folds of out with folds of in: without any it is the matrix itself",
+            hint="write folds={'out': 'auto:3', 'in': 'auto:3'}",
+        )
 
 
 def _literal(diagram: Diagram, shape: tuple[int, ...]) -> _Format:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 from torch import Tensor
@@ -25,15 +27,15 @@ class Fit:
     """
 
     diagram: Diagram
-    factors: Mapping[str, Tensor]
+    factors: Mapping[str, Tensor] = field(repr=False)
     relative_error: float
     total: float
     method: str
     format: str = "network"
     bound: float | None = None
     optimal: float | None = None
-    spectra: Mapping[str, Tensor] = field(default_factory=dict)
-    history: tuple[float, ...] = ()
+    spectra: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    history: tuple[float, ...] = field(default=(), repr=False)
     converged: bool = True
     retried: tuple[str, ...] = ()
 
@@ -54,3 +56,14 @@ class Fit:
     def rank(self) -> dict[str, int]:
         """What every bond got."""
         return {bond: self.diagram.sizes[bond] for bond in self.diagram.bonds}
+
+    def __str__(self) -> str:
+        sizes, dense = self.diagram.sizes, math.prod(self.diagram.sizes[axis] for axis in self.diagram.open)
+        axes = " ".join(f"{axis}={sizes[axis]}" for axis in self.diagram.open)
+        ranks = " ".join(f"{bond}={size}" for bond, size in self.rank.items()) or "no bonds"
+        share = f"{self.num_parameters / dense:.3g} of {dense:,}"
+        lines = [f"{self.format} of {axes}: relative error {self.relative_error:.3g}"]
+        lines += [f"{self.num_parameters:,} parameters ({share}), ranks {ranks}"]
+        known = [f"no fit of these ranks is below {self.optimal:.3g}"] if self.optimal is not None else []
+        known += [] if self.converged else ["not converged: more `sweeps` or `restarts` may help"]
+        return "\n".join(line for text in (*lines, *known) for line in wrap(text, 80, subsequent_indent="  "))

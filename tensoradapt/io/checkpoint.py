@@ -24,6 +24,7 @@ from tensoradapt.io.held import held, spooled
 from tensoradapt.io.hub import cached
 from tensoradapt.io.shards import Shards, open_file, open_folder, open_index
 from tensoradapt.paths import expand
+from tensoradapt.spec import Rule, Spec
 
 SOURCES = "a safetensors file, a folder of them, a cached hub id, a mapping, a module, or pairs of a name and a tensor"
 
@@ -132,7 +133,7 @@ def open_checkpoint(source: Any, revision: str | None = None) -> Checkpoint:
 
 @singledispatch
 def _opened(source: Any, revision: str | None) -> Checkpoint:
-    if not hasattr(source, "__iter__"):
+    if not hasattr(source, "__iter__") or isinstance(source, Spec | Rule):
         raise FileError("this is no checkpoint", got=type(source).__name__, expected=SOURCES)
     store = spooled(source)
     return _made(f"the stream of {len(store.entries)} tensors", store)

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.mapped import Stamp, mapped
+from tensoradapt.linalg import as_tensor
 
 ALIGNED = 64  # bytes: where a tensor begins in a spool
 Listing = Iterator[tuple[str, tuple[int, ...], torch.dtype, Path | None]]
@@ -82,6 +84,8 @@ def _pair(pair: Any) -> tuple[str, Tensor]:
     if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
         raise FileError("this is no named tensor", got=type(pair).__name__, expected="pairs of a name and a tensor")
     name, tensor = pair
+    if isinstance(tensor, np.ndarray):
+        tensor = as_tensor(tensor, repr(name))
     if not isinstance(tensor, Tensor):
         raise FileError(f"{name!r} is no tensor", got=type(tensor).__name__, hint="leave it out")
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:

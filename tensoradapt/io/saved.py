@@ -30,9 +30,9 @@ class Saved:
     `path` is the file that it was read from; None where it was made in memory.
     """
 
-    plan: Plan
-    tensors: Mapping[str, Tensor]
-    base: Mapping[str, Any] = field(default_factory=dict)
+    plan: Plan = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    base: Mapping[str, Any] = field(default_factory=dict, repr=False)
     path: Path | None = None
 
     @classmethod
@@ -104,6 +104,16 @@ class Saved:
     def as_saved(self) -> Saved:
         """Itself."""
         return self
+
+    def __str__(self) -> str:
+        plan, groups = self.plan, len(self.plan.groups)
+        rules = str(plan.spec).splitlines()
+        lines = [
+            f"adapter of {plan.num_sites} sites in {groups} group{'s' * (groups != 1)}, for {plan.model or 'a model'}"
+        ]
+        lines += [*rules, f"{plan.num_trainable:,} trained and {plan.num_frozen:,} frozen parameters"]
+        lines += [f"and trained modules of {plan.num_extra:,} parameters"] if plan.extras else []
+        return "\n".join([*lines, f"from {self.path}" if self.path else "in memory, not saved"])
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """Truncated SVDs of matrices and of streams of them, each with the norm of what it leaves out."""
 
 from tensoradapt.linalg.krylov import krylov
-from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, orthonormal, square
+from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, as_tensor, empty, orthonormal, square
 from tensoradapt.linalg.pool import each, pooled
 from tensoradapt.linalg.ranges import Range, Ranges, Stack, find_ranges, range_of
 from tensoradapt.linalg.slices import Dense, Product, Slice, Strips
@@ -23,8 +23,10 @@ __all__ = [
     "Strips",
     "Team",
     "Values",
+    "as_tensor",
     "choose",
     "each",
+    "empty",
     "find_ranges",
     "krylov",
     "orthonormal",

@@ -6,9 +6,13 @@ Invariant: a norm of many float32 entries is accumulated in float64, so that a s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tensoradapt.errors import ShapeError, SpecError
 
 BLOCK = 1 << 22  # entries that are looked at at a time where a full-size copy would cost too much memory
 
@@ -105,3 +109,25 @@ def gram_matrix(a: Tensor) -> Tensor:
         block = a[..., start : start + width].double()
         found += block @ block.mT
     return found
+
+
+def empty(device: str | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What deltas are like: a dtype and a device. Raises SpecError on a device that is not there."""
+    try:
+        return torch.zeros((), dtype=dtype, device=device or "cpu")
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # torch is not of one mind about it
+        reason = next(iter(str(error).splitlines()), "")
+        shown = None if reason.startswith("Expected one of") else reason  # twenty names that nobody has
+        raise SpecError(f"device {device!r} cannot be used", got=shown, expected="cpu, cuda, cuda:1, mps") from None
+
+
+def as_tensor(value: Any, what: str = "this") -> Tensor:
+    """A tensor, or an array or nested list as one; memory is shared where it can be. Raises ShapeError on all else."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError):
+        raise ShapeError(
+            f"{what} is no tensor", got=type(value).__name__, expected="a torch tensor or a numpy array"
+        ) from None

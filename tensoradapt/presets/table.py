@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from tensoradapt.errors import SpecError
+from tensoradapt.foreign import PEFT_WORDS, peft_word
 from tensoradapt.presets.matrices import krona, locon, loha, lokr, lora, lora_xs, polar, vera
 from tensoradapt.presets.operators import dota, loretta, mpo_shared, quanta, tt_lora
 from tensoradapt.presets.stacks import (
@@ -51,22 +52,50 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Preset:
-    """One row: the function, the formula, the source, and what to know before using it."""
+    """One row: the function, the formula, the source, and what to know before using it.
+
+    `build` returns the fields of a rule, or several rules' in a tuple, from its own parameters, all of which have a
+    default. `family` is what files and tables call it: the function's name where it is not given.
+    Raises SpecError on a function that is none, or has a parameter without a default.
+    """
 
     build: Callable[..., Any]
-    formula: str
-    cite: str
+    formula: str = ""
+    cite: str = ""
     note: str = ""
+    family: str = ""
+
+    def __post_init__(self) -> None:
+        needed = [p.name for p in _signature(self.build) if p.default is p.empty]
+        if needed:
+            raise SpecError(
+                f"a preset's parameters have defaults, and {needed[0]!r} has none",
+                hint=f"write {needed[0]}=... in the function's signature",
+            )
+        name = self.family or getattr(self.build, "__name__", type(self.build).__name__)
+        if not isinstance(name, str) or not name.isidentifier():
+            raise SpecError("a preset needs a name for files and tables", got=repr(name), hint="family='my_adapter'")
+        object.__setattr__(self, "family", name)
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """The preset's own parameters."""
-        return tuple(inspect.signature(self.build).parameters)
+        return tuple(parameter.name for parameter in _signature(self.build))
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules with every parameter at its default."""
         return _rules(self.build())
+
+
+def _signature(build: Any) -> list[inspect.Parameter]:
+    """The parameters of a preset's function. Raises SpecError where it is none."""
+    try:
+        return list(inspect.signature(build).parameters.values())
+    except (TypeError, ValueError):
+        raise SpecError(
+            "a preset's build is a function", got=repr(build)[:80], hint="write ta.Preset(build=my_function)"
+        ) from None
 
 
 _HEAD_NOTE = "out = head * head_dim + j, big-endian"
@@ -161,43 +190,57 @@ PRESETS: dict[str, Preset] = {
 
 def _rules(rows: Any) -> tuple[Rule, ...]:
     rows = rows if isinstance(rows, tuple) else (rows,)
+    wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
+    if wrong is not None or not rows:
+        raise SpecError(
+            "a preset's build returns the fields of a rule, or a tuple of them",
+            got=repr(wrong)[:80],
+            expected="{'format': 'network', 'network': 'out r, r in -> out in', 'rank': rank}",
+        )
     return tuple(Rule(**{"default": "query-value", **row}) for row in rows)
 
 
-def preset(name: str, /, **parameters: Any) -> Spec:
+def preset(name: str | Preset, /, **parameters: Any) -> Spec:
     """The spec of a named adapter family: its own parameters, and further fields of the rule as keywords.
 
-    Raises SpecError on a name or a parameter that does not exist, listing those that do.
+    `name` is one of `PRESETS`, or a `Preset` of your own. Raises SpecError on a name or a parameter that does not
+    exist, listing those that do.
     """
-    if name not in PRESETS:
-        close = get_close_matches(str(name), PRESETS, n=3)
-        raise SpecError(
-            f"no preset {name!r}",
-            expected=", ".join(PRESETS),
-            hint=f"did you mean {' or '.join(close)}?" if close else None,
-        )
-    row = PRESETS[name]
+    family, row = (name.family, name) if isinstance(name, Preset) else (str(name), _named(name))
     unknown = sorted(set(parameters) - set(row.parameters) - set(COMMON))
+    if unknown and unknown[0] in PEFT_WORDS:
+        raise peft_word(unknown[0], parameters[unknown[0]])
     if unknown:
         raise SpecError(
-            f"preset {name!r} has no parameter {unknown[0]!r}",
+            f"preset {family!r} has no parameter {unknown[0]!r}",
             got=f"{unknown[0]}={parameters[unknown[0]]!r}",
             expected=f"its own: {', '.join(row.parameters) or 'none'}; of every rule: {', '.join(COMMON)}",
         )
     own = {key: value for key, value in parameters.items() if key in row.parameters}
     extra = {key: value for key, value in parameters.items() if key not in row.parameters}
-    return Spec(
-        rules=tuple(_override(rule, extra, name, first=k == 0) for k, rule in enumerate(_rules(row.build(**own))))
+    rules = _rules(row.build(**own))
+    return Spec(rules=tuple(_override(rule, extra, family, first=k == 0) for k, rule in enumerate(rules)))
+
+
+def _named(name: object) -> Preset:
+    if isinstance(name, str) and name in PRESETS:
+        return PRESETS[name]
+    close = get_close_matches(str(name), PRESETS, n=3)
+    raise SpecError(
+        f"no preset {name!r}",
+        expected=", ".join(PRESETS),
+        hint=f"did you mean {' or '.join(close)}?" if close else "name one of these, or give a ta.Preset of your own",
     )
 
 
 def _override(rule: Rule, extra: Mapping[str, Any], family: str, *, first: bool) -> Rule:
     """The rule with the user's fields; laws and excludes add up, targets and trained modules go to the first rule."""
     changed = {key: value for key, value in extra.items() if first or key not in ("targets", "default", "train")}
-    if rule.exclude and "exclude" in changed:
-        more = changed["exclude"]
+    more = changed.get("exclude", ())
+    if rule.exclude and isinstance(more, str | list | tuple):
         changed["exclude"] = (*rule.exclude, *((more,) if isinstance(more, str) else more))
-    init = {**rule.init, **changed.get("init", {})}
+    laws = changed.get("init", {})
+    init = {**rule.init, **laws} if isinstance(laws, Mapping) else laws
     own = rule.model_dump(exclude_defaults=True)
     if not str(changed.get("scale", "alpha")).startswith("alpha") and "alpha" not in changed:
         own.pop("alpha", None)  # a scale that is given takes the preset's alpha with it

@@ -80,9 +80,10 @@ def initialize(
     format shares; frozen nodes stay. Raises SpecError, RankError, AdapterError, SiteError, FileError; the adapter is
     as it was then.
     """
+    attached(adapter, "initialize needs an attached adapter")
     row = _checked(method, {"gradients": gradients, "activations": activations, "deltas": deltas}, options)
     require_seed(seed)
-    _check_adapter(attached(adapter, "initialize needs an attached adapter"))
+    _check_adapter(adapter)
     data = {"gradients": gradients, "activations": activations, "deltas": deltas}.get(row.needs)
     given = (data,) if row.needs else ()
     factors: dict[str, Factors] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,22 +18,22 @@ from tensoradapt.change.targets import ATTACHED, attached, several
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.host import host_of
 from tensoradapt.plan import make_plan
+from tensoradapt.presets import Preset, SpecLike, as_spec
 from tensoradapt.scan import scan_module
 from tensoradapt.sites import Site
-from tensoradapt.spec import Spec
+from tensoradapt.spec import Rule, Spec
 
 
-def sites_of(model: nn.Module, where: Adapter | Spec) -> list[Site]:
+def sites_of(model: nn.Module, where: Adapter | SpecLike) -> list[Site]:
     """The live sites of an adapter of the model, or those that a spec would adapt.
 
     Raises AdapterError on what is no model, no adapter and no spec, and on an adapter of another model.
     """
     if not isinstance(model, nn.Module):
         raise AdapterError("this is no model", got=type(model).__name__, expected="the nn.Module that is adapted")
-    if isinstance(where, Spec):
-        return [
-            placement.site for group in make_plan(where, scan_module(model)).groups for placement in group.placements
-        ]
+    if isinstance(where, Spec | Rule | Preset | str | Path | Mapping | list | tuple):
+        plan = make_plan(as_spec(where), scan_module(model))
+        return [placement.site for group in plan.groups for placement in group.placements]
     adapter = attached(where, "after the model comes what says which sites", f"{ATTACHED}, or a Spec")
     if adapter._model[0] is not model:
         raise AdapterError(f"adapter {adapter.name!r} is attached to another model", hint="pass the model it adapts")
