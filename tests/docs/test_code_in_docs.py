@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("serving", "initialisation", "optimisers", "figures-for-papers", "installation", "targets", "tensorly")
+NAMES = (
+    "serving",
+    "initialisation",
+    "optimisers",
+    "trainers",
+    "figures-for-papers",
+    "installation",
+    "targets",
+    "tensorly",
+)
 GUIDES = [ROOT / f"docs/{name}.md" for name in NAMES]
 PAGES = [*GUIDES, *sorted((ROOT / "docs/tutorials").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)")
@@ -79,3 +88,9 @@ def test_blocks_share_a_namespace_and_a_failure_shows_its_line(tmp_path):
 def test_an_open_block_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="not closed"):
         python_lines("```python\na = 1\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_that_was_run_by_hand_is_python(page):
+    """Blocks marked `py` need packages that the tests have not."""
+    compile("\n".join(lines_of(page.read_text("utf-8"), "py")), str(page), "exec")
