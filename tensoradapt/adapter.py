@@ -74,7 +74,7 @@ class Adapter(nn.Module):
     @scale.setter
     def scale(self, value: float) -> None:
         self._check_unmerged()
-        if isinstance(value, str) or not isinstance(value, SupportsFloat) or not math.isfinite(value):
+        if not isinstance(value, SupportsFloat) or not math.isfinite(value):
             raise AdapterError("a scale is a finite number", got=repr(value)[:40])
         self._scale = float(value)
 

@@ -75,9 +75,9 @@ class BudgetTable(Tabular):
             f"trainable parameters by rank{'' if len(ranks) == len(asked) else f', {len(ranks)} of {len(asked)} ranks'}"
         ]
         for block in _blocks([name for name in names if (name, None) not in counts], counts):
-            head = ("rank", *block)
+            titles = ("rank", *block)
             rows = [(str(rank), *(counts.get((name, rank), "") for name in block)) for rank in ranks]
-            lines += columns(head, rows)
+            lines += columns(titles, rows)
         fixed = [
             f"{name}: {counts[name, None]} trainable parameters; it has no rank"
             for name in names
@@ -131,7 +131,8 @@ def tabulate(
     progress: Progress | None = None,
 ) -> BudgetTable:
     """Counts, bytes and FLOP of specs over ranks on one model. Raises RankError on ranks that are none."""
-    asked = list(ranks) if isinstance(ranks, Iterable) and not isinstance(ranks, str) else []
+    given: Any = ranks
+    asked = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
     if not asked or any(type(rank) is not int or rank < 1 for rank in asked):
         got = asked[:8] or repr(ranks)[:40]
         raise RankError("ranks are positive integers", got=got, hint="write ranks=range(1, 65), or --ranks 1:64")

@@ -22,7 +22,7 @@ from tensoradapt.extract.planning import allocated, plan_of
 from tensoradapt.extract.run import assembled
 from tensoradapt.extract.table import table
 from tensoradapt.extract.words import counted, few, wrapped
-from tensoradapt.extract.work import Work
+from tensoradapt.extract.work import Done, Work
 from tensoradapt.init import WEIGHT
 from tensoradapt.io.native import file_of
 from tensoradapt.io.saved import Savable, Saved, filled
@@ -117,7 +117,7 @@ def convert(
     plan, reasons = plan_of(spec, _site_map(source), source.sites, goal)
     conversion = _Conversion(None, plan, goal, empty(None), seed, reasons=reasons, source=source)  # type: ignore[arg-type]
     work = allocated(conversion, progress)
-    done = []
+    done: list[Done] = []
     for name in work.groups:
         if progress is not None:
             progress(name, len(done), len(work.groups))

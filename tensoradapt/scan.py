@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from tensoradapt.budget import BudgetTable, Progress, SolvedSpec, solve, tabulate
+from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
 from tensoradapt.errors import FileError, SiteError
+from tensoradapt.grouping import Progress
 from tensoradapt.host import HOST
 from tensoradapt.io.hub import cached
 from tensoradapt.paths import expand
@@ -41,8 +42,9 @@ def scan(model: Model) -> SiteMap:
         return scan_module(model)
     if isinstance(model, Mapping):
         return from_mapping(model)
-    if not isinstance(model, str | Path):
-        swapped = "the spec comes first: ta.plan(spec, model)" if isinstance(model, Spec | Rule) else None
+    given: Any = model
+    if not isinstance(given, str | Path):
+        swapped = "the spec comes first: ta.plan(spec, model)" if isinstance(given, Spec | Rule) else None
         raise FileError("this is no model", got=type(model).__name__, expected=SOURCES, hint=swapped)
     path = expand(model)
     config = config_in(path)

@@ -69,8 +69,12 @@ def _told(word: str, roles: Roles, model: SiteMap) -> list[Site]:
 def _rank_of(roles: Roles) -> Callable[[Site], int]:
     """Weights of layers before the rest, linear ones before convolutions before other parameters."""
     linear, conv = {s.path for s in roles.all_linear()}, {s.path for s in roles.convolutions()}
-    kind = lambda site: 0 if site.path in linear else 1 if site.path in conv else 2  # noqa: E731
-    return lambda site: 3 * ("layer" not in site.coordinates) + kind(site)
+
+    def order(site: Site) -> int:
+        kind = 0 if site.path in linear else 1 if site.path in conv else 2
+        return 3 * ("layer" not in site.coordinates) + kind
+
+    return order
 
 
 def names_of(sites: Sequence[Site], others: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -108,7 +112,7 @@ def _suffixes(path: str) -> list[str]:
     base, bracket, part = path.partition("[")
     part = "" if part[:-1].isdecimal() else bracket + part  # all experts of one tensor have its name
     names: list[str] = []
-    found = []
+    found: list[str] = []
     for name in reversed(base.split(".")):
         if name.isdecimal() and found:
             break

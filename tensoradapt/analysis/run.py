@@ -59,7 +59,8 @@ class DeltaSource:
         """The sites that the targets match, all of them where there are none; those outside the layers last."""
         found = self.deltas.sites
         if self.targets:
-            rule, _ = resolve(Rule(targets=self.targets), SiteMap(found))
+            fields: dict[str, Any] = {"targets": self.targets}
+            rule, _ = resolve(Rule(**fields), SiteMap(found))
             found = tuple(select(found, rule))
         return tuple(sorted(found, key=lambda site: "layer" not in site.coordinates))
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from tensoradapt.axes import parse
+from tensoradapt.axes import COORDINATES, parse
 from tensoradapt.errors import SiteError, TensorAdaptError
 from tensoradapt.grouping import group_sites
-from tensoradapt.placing import COORDINATES
 from tensoradapt.plan import overlap
 from tensoradapt.presets import expand
 from tensoradapt.sets import names_of, resolve

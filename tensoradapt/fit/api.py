@@ -179,9 +179,10 @@ def _format(
     if isinstance(format, Diagram):
         return _literal(format, shape)
     if not isinstance(format, str) or ("->" not in format and format not in FORMATS):
-        hint = ORDER if isinstance(given, Tensor) or not isinstance(format, str) else None
         expected = f"{', '.join(FORMATS)}, or a network 'nodes -> axes'"
-        raise SpecError(f"no format {str(format)[:40]!r}", expected=expected, hint=hint)
+        raise SpecError(
+            f"no format {str(format)[:40]!r}", expected=expected, hint=None if isinstance(format, str) else ORDER
+        )
     text = format if "->" in format else ""
     axes = axes_of(given, shape, parse(text)[1] if text else ())
     _check_folds(format, axes, folds, compress)
