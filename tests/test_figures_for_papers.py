@@ -63,6 +63,12 @@ def test_a_reports_figure_has_the_size_asked_for_and_its_words_have_room(name, f
         sound(drawn)
 
 
+def test_panels_fill_their_rows_evenly_and_narrow_pages_have_fewer_abreast():
+    for size, columns in ((None, 2), ((3.25, 4.0), 2), ((1.8, 6.0), 1), ((12.0, 3.0), 2)):
+        drawn = draw_figure(report("bert"), "spectra", figsize=size)
+        assert len({round(axes.get_position().x0, 3) for axes in panels(drawn)}) == columns
+
+
 @pytest.mark.parametrize("figure", FIGURES)
 def test_larger_letters_have_room_too(figure):
     with matplotlib.rc_context({"font.size": 11}):

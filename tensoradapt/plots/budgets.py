@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensoradapt.budget import BudgetRow, BudgetTable
 from tensoradapt.errors import RankError, SpecError
-from tensoradapt.plots.ends import End, keep_apart, name_ends
+from tensoradapt.plots.ends import end_of, keep_apart, name_ends
 from tensoradapt.plots.page import COLOURS, COLUMN, checked, ink, save, setting, stroke
 from tensoradapt.plots.panels import ruled
 from tensoradapt.plots.shares import BAR, Bar, Shares, draw_shares, key_above, shares_height, short, shortened
@@ -122,11 +122,13 @@ def _on_page(page: Sheet, drawing: Drawing) -> Figure:
     height = page.height(upper + lower)
     figure = page.figure(width, height)
     if lower > height - (0.0 if beside else LEAST * scale):
-        _draw_counts(page, *page.dressed([figure.add_subplot()]), drawing)
+        (counts,) = page.dressed([figure.add_subplot()])
+        _draw_counts(page, counts, drawing)
         return figure
     inner = (height - lower - AXIS * scale, BAR * scale * len(shares.bars))
-    grid = {"width_ratios": (1.2, 1.0)} if beside else {"height_ratios": inner}
-    counts, below = page.dressed(figure.subplots(*((1, 2) if beside else (2, 1)), **grid))
+    grid: dict[str, Any] = {"width_ratios": (1.2, 1.0)} if beside else {"height_ratios": inner}
+    rows, columns = (1, 2) if beside else (2, 1)
+    counts, below = page.dressed(figure.subplots(rows, columns, **grid))
     _draw_shares(page, below, drawing, 0.75 * (width / 2 if beside else width))
     _draw_counts(page, counts, drawing)
     return figure
@@ -154,7 +156,7 @@ def _draw_counts(page: Sheet, axes: Axes, drawing: Drawing) -> None:
     if min(counts) > 0 and max(counts) >= LOG * min(counts):
         axes.set_yscale("log")
     else:
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="y", integer=True)
     _rank_axis(axes, ranks if any(row.rank for rows in specs.values() for row in rows) else [])
     axes.yaxis.set_major_formatter(short)
     axes.set_ylabel(literal("trained parameters"))
@@ -174,8 +176,7 @@ def _line(axes: Axes, points: Sequence[tuple[Any, int]], label: str, colour: Any
 
 def _name(page: Sheet, axes: Axes, lines: Sequence[Line2D]) -> None:
     """Names at the ends of lines; a key where these have no room."""
-    ends = [End(*line.get_xydata()[-1], line.get_label(), line.get_color()) for line in lines]
-    if not name_ends(axes, ends, page.letters):
+    if not name_ends(axes, [end_of(line) for line in lines], page.letters):
         key_above(page, axes)
 
 

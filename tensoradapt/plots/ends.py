@@ -37,6 +37,12 @@ class End:
     colour: Any
 
 
+def end_of(line: Line2D) -> End:
+    """The last point of a line, with the line's label and colour."""
+    (x, y), label = np.asarray(line.get_xydata(), dtype=float)[-1], str(line.get_label())
+    return End(float(x), float(y), label, line.get_color())
+
+
 def keep_apart(axes: Axes, lines: Sequence[Line2D]) -> None:
     """Let lines that lie on each other take turns: each shows on its own dashes, and the markers nest."""
     for crowd in _crowds(axes, lines):

@@ -95,7 +95,7 @@ def draw_diagram(
 
     Bonds are lines and open axes legs, coloured by what they are (coordinates, folds of `out`, of `in`, of `kernel`),
     with names and sizes; an index on more than two nodes is a dot. `frozen` nodes are hatched, the `zero` one is empty.
-    Saved to a .png, .svg or .pdf `path`. Raises SpecError on nodes that the diagram lacks, FileError on other suffixes.
+    Saved to a .png, .svg, .pdf or .pgf `path`. Raises SpecError on nodes that the diagram lacks, FileError on a suffix.
     """
     target = checked(path)
     states = _states(diagram, tuple(frozen), zero)

@@ -63,28 +63,33 @@ class Letters:
 
 def letters(*, settings: bool = False) -> Letters:
     """The library's small letters for print; those of the `settings` if asked, or where the user has touched one."""
-    from matplotlib import rcParams
     from matplotlib.font_manager import FontProperties
 
     if not settings and all(untouched(name) for name in LETTERS):
         return Letters()
-    points = lambda name: FontProperties(size=rcParams[name]).get_size_in_points()  # noqa: E731
+    points = lambda name: FontProperties(size=all_settings()[name]).get_size_in_points()  # noqa: E731
     key = points("legend.fontsize")
     return Letters(points("axes.labelsize"), points("xtick.labelsize"), key, points("axes.titlesize"), 0.92 * key)
 
 
 def untouched(name: str) -> bool:
     """Whether a setting is as matplotlib has it by default."""
-    from matplotlib import rcParams, rcParamsDefault
+    from matplotlib import rcParamsDefault
 
-    return bool(rcParams[name] == rcParamsDefault[name])
+    default: Any = rcParamsDefault
+    return bool(all_settings()[name] == default[name])
+
+
+def all_settings() -> Any:
+    """Matplotlib's settings, by names that need not be literal."""
+    from matplotlib import rcParams
+
+    return rcParams
 
 
 def setting(name: str, ours: Any) -> Any:
     """A setting of the user's; `ours` where it is untouched."""
-    from matplotlib import rcParams
-
-    return ours if untouched(name) else rcParams[name]
+    return ours if untouched(name) else all_settings()[name]
 
 
 def ink() -> str:
@@ -157,12 +162,10 @@ def save(figure: Figure, path: Path | None) -> None:
 @contextmanager
 def writing(settings: Mapping[str, Any]) -> Iterator[None]:
     """Settings that matplotlib's writers read from its global ones: these alone, one thread at a time, and put back."""
-    from matplotlib import rcParams
-
     with SAVING:
-        before = {name: rcParams[name] for name in settings}
-        rcParams.update(settings)
+        before = {name: all_settings()[name] for name in settings}
+        all_settings().update(settings)
         try:
             yield
         finally:
-            rcParams.update(before)
+            all_settings().update(before)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.budgets import LOG, MARKERS
-from tensoradapt.plots.ends import End, keep_apart, name_ends
+from tensoradapt.plots.ends import end_of, keep_apart, name_ends
 from tensoradapt.plots.page import COLUMN, checked, ink, save, setting, stroke
 from tensoradapt.plots.panels import decimal_ticks, ruled
 from tensoradapt.plots.shares import key_above, short, shortened
@@ -92,8 +92,7 @@ def _draw(
         lines += axes.plot([min(sizes), max(sizes)], 2 * [mean(scores)], label=shortened(page, name), **look)
     axes.autoscale_view()
     ruled(axes)
-    ends = [End(*line.get_xydata()[-1], line.get_label(), line.get_color()) for line in lines]
-    if not name_ends(axes, ends, page.letters):
+    if not name_ends(axes, [end_of(line) for line in lines], page.letters):
         key_above(page, axes)
     keep_apart(axes, lines[: len(methods)])
 

@@ -214,7 +214,7 @@ def _shortened(name: str) -> str:
     return text if len(text) <= LABEL else f"{text[: LABEL - 12]}…{text[-11:]}"
 
 
-def short(value: float, position: int | None = None) -> str:
+def short(value: float, position: float | None = None) -> str:
     """A count on an axis (at whatever position): 300, 20k, 1.5M, 2B."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

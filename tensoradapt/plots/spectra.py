@@ -121,7 +121,8 @@ def _draw(axes: Axes, sites: Mapping[Any, Mapping[str, Any]], colours: Mapping[A
             kept = thinned(len(values))
             xs, ys = [k + 1 for k in kept], [values[k] for k in kept]
             width = stroke(0.8 if len(sites) <= MANY else 0.4)
-            mark = {"marker": "o", "markersize": 3} if len(xs) == 1 else {}
+            mark: dict[str, Any] = {"marker": "o", "markersize": 3} if len(xs) == 1 else {}
+            mark |= {"alpha": 0.6} if len(sites) > MANY else {}
             axes.plot(xs, ys, color=colours[path], linewidth=width, label=path, zorder=2, **mark)
 
 
