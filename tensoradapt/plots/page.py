@@ -12,7 +12,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import atomic
@@ -43,6 +43,7 @@ WRITTEN = {"svg.fonttype": "none", "svg.hashsalt": "tensoradapt", "pdf.fonttype"
 # The dates are left out, so that one figure gives one file.
 METADATA: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}, ".pgf": {}}
 SAVING = Lock()
+Layout = Literal["constrained"] | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def stroke(width: float) -> float:
     return found
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Layout = "constrained") -> Figure:
     """An empty figure of a size in millimetres, which a notebook shows even where pyplot was never imported."""
     from matplotlib.figure import Figure
 
@@ -127,7 +128,7 @@ def dress(axes: Axes, sizes: Letters) -> Axes:
             spine.set_visible(setting(f"axes.spines.{side}", False))
     axes.tick_params(labelsize=sizes.tick)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_size(sizes.label)
+        label.set_fontsize(sizes.label)
     return axes
 
 

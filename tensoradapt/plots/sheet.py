@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tensoradapt.errors import SpecError
 from tensoradapt.plots.labels import extent
-from tensoradapt.plots.page import COLOURS, INCH, Letters, dress, ink, letters, new_figure, setting, untouched
+from tensoradapt.plots.page import COLOURS, INCH, Layout, Letters, dress, ink, letters, new_figure, setting, untouched
 from tensoradapt.plots.pgf import tex
 from tensoradapt.plots.words import fitted
 
@@ -54,7 +54,7 @@ class Sheet:
         """The height to draw in: the one asked for, else the natural one, which the caller of this has computed."""
         return self.size[1] or natural
 
-    def figure(self, width: float, height: float, layout: str | None = "constrained") -> Figure:
+    def figure(self, width: float, height: float, layout: Layout = "constrained") -> Figure:
         """A figure of a size in millimetres; the one of the caller's axes where there are any."""
         if self.ax:
             return root(self.ax[0])
