@@ -68,7 +68,9 @@ NETWORKS = {
     "one node": network("W: layer role out in -> layer role out in"),
     "all axes shared": network("W: layer out in, V: layer out in -> layer out in"),
     "in parts": network("A: out a b, B: a c, C: b c in, s: layer -> layer out in"),
-    "a bond of one end": network("A: out a q, B: a in -> out in"),
+    "a bond of one end": Diagram(
+        dict.fromkeys(("out", "in", "a", "q"), 4), {"A": ("out", "a", "q"), "B": ("a", "in")}, ("out", "in"), {}
+    ),
     "batch on every core": network(
         "c0: layer out_0 in_0 a, c1: layer a out_1 in_1 b, c2: layer b out_2 in_2"
         " -> layer out_0 out_1 out_2 in_0 in_1 in_2",
