@@ -30,7 +30,8 @@ def test_a_folder_is_written_and_told(adapter, tmp_path, capsys):
     out = tmp_path / "served"
     assert run(["export", adapter, "--to", "peft", "--out", str(out)]) == 0
     said, err = capsys.readouterr()
-    assert f"{out}: 4 modules, rank 5, portable, float32" in said and "--max-lora-rank 8" in said and err == ""
+    assert "4 modules, rank 5, portable, float32" in said and "--max-lora-rank 8" in said and err == ""
+    assert said.splitlines()[-1] == f"written to {out}" and all(len(line) <= 80 for line in said.splitlines()[:-1])
     assert PeftModel.from_pretrained(tiny.llama(), out) and len(config_of(out)["target_modules"]) == 4
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tensoradapt.extract.words import counted, wrapped
+
 CARD = "README.md"
 
 
@@ -39,12 +41,11 @@ class Exported:
         return {**asdict(self), "path": str(self.path), "max_error": self.max_error}
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.path}: {len(self.modules)} modules, rank {self.rank}, {self.layout}, {self.dtype}",
-            f"re-opened with {self.reader}: relative error at most {self.max_error:.1e}",
-            *([f"not in the folder: {', '.join(self.dropped)}"] if self.dropped else []),
-        ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        lines = [f"not in the folder: {', '.join(self.dropped)}"] if self.dropped else []
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"{counted(len(self.modules), 'module')}, rank {self.rank}, {self.layout}, {self.dtype}"]
+        lines += [f"re-opened with {self.reader}: relative error at most {self.max_error:.1e}"]
+        return "\n".join([*wrapped(lines), f"written to {self.path}"])
 
 
 def card(result: Exported, config: Mapping[str, Any]) -> str:
