@@ -486,7 +486,7 @@ def test_the_page_says_what_was_compared_and_the_answer():
     page = Page(render_html(PLAIN))
     chosen = next(c for c in PLAIN["candidates"] if c["label"] == PLAIN["choice"]["label"])
     for words in (
-        "tiny-bert-mrpc against tiny-bert",
+        "tiny-bert → tiny-bert-mrpc",
         answer_words(PLAIN),
         *answer_lines(PLAIN),
         f"Proposal: {chosen['label']}",

@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -53,6 +54,7 @@ def test_every_tensor_is_of_one_kind():
     base, tuned = base | {"only.weight": torch.ones(3, 3)}, tuned | {"new.bias": torch.ones(2)}
     report = ta.analyze(base, tuned, candidates=False)
     found, total = report.change, square(base, tuned, MODEL)
+    assert (report.answer.weights, report.answer.layers, report.answer.dense) == (3, True, 3 * 120)
     assert (found["tensors"], found["differing"]) == (len(MODEL), len(MODEL) - 2)
     assert found["norm"] == pytest.approx(total**0.5, rel=1e-6)
     assert {kind: row["tensors"] for kind, row in found["kinds"].items()} == {
@@ -118,6 +120,7 @@ NAMES = {
         [[f"layer.0.{r}" for r in BERT], ["layer.0.output.dense"]],
         ["key+query+value+1 more", "output.dense"],
     ),
+    "roles in the model's order": ([["h.0.up_proj", "h.0.q"]], ["up_proj+q"]),
     "two towers": ([["encoder.block.0.wi"], ["decoder.block.0.wi"]], ["encoder wi", "decoder wi"]),
     "shapes tell them apart": ([["layer.0.up"], ["layer.1.up"]], ["up 4x4", "up 4x8"]),
     "numbers alone": ([["0", "2"], ["3"]], ["layers", "layer 3"]),
@@ -209,6 +212,19 @@ def test_an_extraction_within_these_parameters_is_within_the_error(error, tmp_pa
     less = needed.num_parameters - 24 - 18
     made = ta.extract(*sides, ta.preset("lora", targets=["q"]), tmp_path / "b", max_parameters=less)
     assert made.relative_error > needed.relative_error
+
+
+def test_a_rank_of_a_large_weight_costs_more():
+    """Weights of three shapes: a rank is taken where it holds most per parameter, not where it holds most."""
+    matrices = [scale * decaying(1, shape, seed=k)[0] for k, (scale, shape) in enumerate(SHAPES)]
+    ranks = lora_ranks(matrices, 0.1)
+    by_value = sorted((s for m in values(matrices) for s in m), reverse=True)[: sum(ranks)]
+    assert ranks != [int((s >= by_value[-1]).sum()) for s in values(matrices)]
+    found = ta.analyze(*layers(matrices), candidates=False).answer.needed[0]
+    assert (found.label, found.num_parameters) == (lora_label(ranks), lora_size(matrices, ranks))
+
+
+SHAPES = ((1.0, (12, 10)), (1.6, (90, 70)), (1.3, (30, 80)))
 
 
 def test_the_first_lines_say_these_numbers():
@@ -390,9 +406,12 @@ def test_what_rounding_leaves_is_called_noise():
 # -- the text ---------------------------------------------------------------------------------------------------------
 
 
+BLOCK = "cross_attention_of_the_decoder"
+
+
 def wide_model(layers: int, roles: int = 7):
     rng = np.random.default_rng(0)
-    names = [f"model.layers.{k}.self_attention.projection_{r}.weight" for k in range(layers) for r in range(roles)]
+    names = [f"model.layers.{k}.{BLOCK}.projection_{r}.weight" for k in range(layers) for r in range(roles)]
     base = {name: torch.from_numpy(rng.standard_normal((10, 12))).float() for name in names}
     return base, {name: b + 0.01 * torch.from_numpy(rng.standard_normal((10, 12))).float() for name, b in base.items()}
 
@@ -413,9 +432,31 @@ def test_the_text_fits_80_columns(count, dtype):
 def test_a_row_for_a_role_has_the_median_and_the_range():
     base, tuned = wide_model(12)
     report = ta.analyze(base, tuned, candidates=False)
-    paths = [f"model.layers.{k}.self_attention.projection_2" for k in range(12)]
+    paths = [f"model.layers.{k}.{BLOCK}.projection_2" for k in range(12)]
     deltas = [(tuned[f"{p}.weight"].double() - base[f"{p}.weight"].double()).numpy() for p in paths]
     ranks = sorted(energy_ranks(deltas, 0.95))
     (row,) = (line for line in report.text().splitlines() if "projection_2" in line and "+" not in line)
     low, middle, high = ranks[0], statistics.median_high(ranks), ranks[-1]
     assert row.split()[1] == "12" and (f" {middle} ({low}-{high})" in row if low < high else f" {middle} " in row)
+
+
+def test_a_set_of_adapters_is_called_by_its_names():
+    adapters = {}
+    for seed, name in enumerate(("one", "two", "three")):
+        adapters[name] = adapter = ta.attach(tiny.bert(), ta.preset("lora", rank=3, targets=["query"]), seed=seed)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.add_(torch.from_numpy(np.random.default_rng(seed).standard_normal(parameter.shape)))
+    report = ta.analyze_adapters(adapters)
+    matrices = [
+        adapter.delta(path).detach().double().numpy()
+        for adapter in adapters.values()
+        for g in adapter.plan.groups
+        for path in g.paths
+    ]
+    count = lora_size(matrices, lora_ranks(matrices, 0.01))
+    text = " ".join(report.text().split())
+    assert text.startswith("What rank is it? 3 above float32's own rounding") and report.change is None
+    assert "3 adapters: one, two, three; 6 weights" in text and f"1% error: LoRA r=3, {count:,} parameters" in text
+    assert "3 adapters: one, two, three" in report.to_html()
+    assert max(map(len, report.text().splitlines())) <= 80 and "None" not in report.text(wide=True)

@@ -18,6 +18,7 @@ from tensoradapt.plots.answer import (
     kind_rows,
     one_sided,
     proposal_words,
+    sides_words,
 )
 from tensoradapt.plots.words import figures, has_noise, percent, some
 
@@ -72,7 +73,7 @@ def _table(head: Cells, rows: Sequence[Cells], left: int = 1) -> list[str]:
 
 def _compared(report: Mapping[str, Any]) -> list[str]:
     """The two sides, how much the weights changed, and every tensor by kind."""
-    lines = _wrapped(f"{report['base']} -> {report['tuned']}{_changed(report['sites'])}")
+    lines = _wrapped(f"{sides_words(report)}{_changed(report['sites'])}")
     change = report.get("change")
     if change:
         rows = list(kind_rows(change))
@@ -84,7 +85,7 @@ def _compared(report: Mapping[str, Any]) -> list[str]:
 def _changed(sites: Mapping[str, Site]) -> str:
     pairs = [(row["norm"], row["norm"] / row["relative_change"]) for row in sites.values() if row["relative_change"]]
     if not pairs:
-        return f": {some(len(sites), 'weight')}"
+        return f"; {some(len(sites), 'weight')}"
     share = (sum(a * a for a, _ in pairs) / sum(b * b for _, b in pairs)) ** 0.5
     return f": {some(len(sites), 'weight')} compared, changed by {percent(share)} of their norm"
 

@@ -93,6 +93,13 @@ def kind_rows(change: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         yield name, f"{row['tensors']:,}", f"{row['differing']:,}", share
 
 
+def sides_words(report: Mapping[str, Any]) -> str:
+    """What was compared: two sides, or a set of adapters."""
+    if report["kind"] == "adapters":
+        return f"{report['tuned'] or 'adapters'}: {report['base'] or 'a set'}"
+    return f"{report['base'] or 'base'} -> {report['tuned'] or 'tuned'}"
+
+
 def one_sided(match: Mapping[str, Any]) -> list[str]:
     """What only one side holds, in a sentence each."""
     sides = (("only_base", "only in the base"), ("only_tuned", "only in the tuned side"))

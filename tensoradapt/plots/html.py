@@ -22,6 +22,7 @@ from tensoradapt.plots.answer import (
     kind_rows,
     one_sided,
     proposal_words,
+    sides_words,
 )
 from tensoradapt.plots.figures import FIGURES, caption
 from tensoradapt.plots.page import INCH, WRITTEN, writing
@@ -52,7 +53,7 @@ def render_html(report: Report) -> str:
     """The report as one self-contained page of HTML. Raises FileError on what is no report (`check_report`)."""
     check_report(report)
     here = files("tensoradapt.plots")
-    title = f"{_path(report['tuned'] or 'tuned')} against {_path(report['base'] or 'base')}"
+    title = _path(sides_words(report).replace("->", "→"))
     body = [
         f"<header><p class='kind'>tensoradapt report: {title}</p><h1>{QUESTION}</h1></header>",
         *_answer(report),
