@@ -322,10 +322,9 @@ def completed(words):
     return told.stdout.split()
 
 
-def test_completion_can_be_shown_for_a_shell(monkeypatch):
-    script = (
-        "import sys; sys.argv = ['tensoradapt', '--show-completion']\nfrom tensoradapt.__main__ import main; main()"
-    )
+def test_completion_can_be_shown_for_a_shell():
+    script = "import sys; sys.argv = ['tensoradapt', '--show-completion', 'bash']\n"
+    script += "from tensoradapt.__main__ import main; main()"
     shell = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=shell)
     assert "_TENSORADAPT_COMPLETE=complete_bash" in told.stdout, told.stderr
