@@ -65,7 +65,7 @@ class BudgetTable(Tabular):
         line of its own, with parameters, bytes and FLOP per token.
         """
         if wide:
-            head = ("spec", "rank", "trainable", "parameters", "bytes", "FLOP/token")
+            head: tuple[str, ...] = ("spec", "rank", "trainable", "parameters", "bytes", "FLOP/token")
             return "\n".join(columns(head, [_cells(row) for row in self.rows], text=head[:1]))
         names = list(dict.fromkeys(row.spec for row in self.rows))
         counts = {(row.spec, row.rank): f"{row.num_trainable:,}" for row in self.rows}

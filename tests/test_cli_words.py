@@ -14,7 +14,9 @@ from tensoradapt.cli.app import run
 from tensoradapt.cli.run.words import OPTIONS, SETTINGS, in_options
 
 # Arguments as Python writes them, but for those after --set, which are `name=value` on the command line too.
-PYTHON = re.compile(rf"\bta\.|=\[|=\{{|(?<!--set )\b({'|'.join({*OPTIONS, *SETTINGS})})=|\bTrue\b|\bNone\b|re:\w")
+PYTHON = re.compile(
+    rf"\bta\.|=\[|=\{{|(?<!--set )\b({'|'.join({*OPTIONS, *SETTINGS})})=|\bTrue\b|\bNone\b|re:\w|mapping \{{"
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +75,24 @@ BAD = [
     *(f"{ODD} lora", f"{ODD} lora --target query", f"{ODD} lorta --target mixer", f"{ODD} lora --target all-linear x"),
     *(f"{ODD} metatt_5d --target mixer --set heads=5", f"{ODD} lokr --target mixer --set factor=x"),
     *("plan --model file --preset lora", "plan --model nowhere --preset lora", "plan --model pickle --preset lora"),
-    *("plan --model no/where@main --preset lora", "plan --preset lora", "plan --model bert --spec bad.yaml --rank 2"),
+    *(
+        "plan --model /no/where --preset lora",
+        "plan --model no/where@main --preset lora",
+        "plan --preset lora",
+        "plan --model bert --spec bad.yaml --rank 2",
+    ),
     *(f"budget --model odd --preset lora --target mixer --ranks {ranks}" for ranks in ("0:4", "x", "-1", "4:1")),
     "budget --model odd --preset lora --target mixer --max-parameters 3",
     "budget --model odd --preset lora --target mixer --out x.bmp",
     "budget --model odd --preset lora --target mixer --out tuned",
-    *("analyze base", "analyze nowhere tuned", "analyze base other", "analyze base longer", "analyze base broken"),
+    *(
+        "analyze base",
+        "analyze /no/where tuned",
+        "analyze nowhere tuned",
+        "analyze base other",
+        "analyze base longer",
+        "analyze base broken",
+    ),
     *("analyze base tuned --device gpu", "analyze base tuned --rows some", "analyze base tuned --nonfinite some"),
     *("analyze base tuned --target zz", "analyze base tuned --out file", "analyze pickle tuned", "analyze --adapter x"),
     *(f"{PAIR} lora --error much", f"{PAIR} lora --error 0.1 --max-parameters 9", f"{PAIR} lora --max-parameters 3"),

@@ -53,7 +53,7 @@ def test_one_long_step_is_seen_to_be_at_work(often, capsys):
         time.sleep(0.35)
     out, err = capsys.readouterr()
     first, *between, last = err.splitlines()
-    assert first == "extract: at work for 1 s" and last == "extract: done in 1 s" and out == ""
+    assert first == "extract: reading, 1 s so far" and last == "extract: done in 1 s" and out == ""
     assert 2 <= len(between) <= 4 and set(between) == {"extract: 0 of 3 (layer0_q)"}
 
 

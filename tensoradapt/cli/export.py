@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +53,12 @@ def export(
     """
     from tensoradapt.cli.run.export import run
 
-    options = {"layout": layout, "dtype": dtype, "model": model, "consumer": consumer, "base_name": base_name}
+    options: dict[str, Any] = {
+        "layout": layout,
+        "dtype": dtype,
+        "model": model,
+        "consumer": consumer,
+        "base_name": base_name,
+    }
     options |= {"task_type": task, "overwrite": overwrite, "rank": rank, "extras": extras}
     run(adapter, out, to, options=options, as_json=as_json)

@@ -19,7 +19,7 @@ def cached(source: str, revision: str | None, what: str, expected: str) -> tuple
         raise FileError(f"{source} has two revisions", got=f"{inline} and {revision}", hint="give one of them")
     revision = inline if at else revision
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.endswith((".safetensors", ".json")) or name[0] in "./":
-        raise FileError(f"no {what} at {source}", expected=expected)
+        raise FileError(f"no {what} at {source}", expected=expected, hint="look at the path")
     return _snapshot(name, revision, what), f"{name}@{revision}" if revision else name, revision
 
 

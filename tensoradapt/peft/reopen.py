@@ -32,6 +32,7 @@ def errors_of(
     tell: Callable[[str, int, int], None],
 ) -> tuple[str, dict[str, float]]:
     """Who re-opened a folder, and every module's relative error ||theirs - ours|| / ||ours||, one at a time."""
+    tell("the folder, read back", 0, len(modules))
     reader, theirs = reopened(folder, modules, extras)
     held = load_file(folder / WEIGHTS)
     found: dict[str, float] = {}

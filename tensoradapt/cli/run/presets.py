@@ -16,7 +16,7 @@ from tensoradapt.tables import columns, wrapped
 
 # Two layers of a small model: enough to see which factors a preset shares, and which start at zero.
 ROLES = (*(f"self_attn.{part}_proj" for part in "qkvo"), *(f"mlp.{part}_proj" for part in ("gate", "up", "down")))
-CONVOLUTIONS = {f"blocks.{k}.conv": (16, 16, 3, 3) for k in range(2)}
+CONVOLUTIONS: dict[str, tuple[int, ...]] = {f"blocks.{k}.conv": (16, 16, 3, 3) for k in range(2)}
 SHAPES = {f"layers.{k}.{role}": (16, 16) for k in range(2) for role in ROLES}
 OUTWARD = ("out", "in", "head", "head_dim", "kernel")  # axes of one weight; the others are of a stack of weights
 LABEL = 12  # the width of the labels of one preset's lines
@@ -110,7 +110,7 @@ def _shared(name: str) -> list[str]:
     """Which factors several weights share, by the axes that they lack."""
     heads = {"heads": 4} if "heads" in PRESETS[name].parameters else {}
     made = preset(name, **heads)
-    group = make_plan(made, from_mapping(SHAPES | CONVOLUTIONS)).groups[0]
+    group = make_plan(made, from_mapping({**SHAPES, **CONVOLUTIONS})).groups[0]
     banks = [node for node, key in group.store.items() if key != f"{group.name}.{node}"]
     stack = [axis for axis in group.diagram.open if not axis.startswith(OUTWARD)]
     found: dict[str, list[str]] = {}

@@ -61,7 +61,7 @@ class Steps:
     def line(self, now: float) -> str:
         """What is at work, how far it is, and how long it will take."""
         if not self.total:
-            return f"at work for {span(now - self.begun)}"
+            return f"reading, {span(now - self.begun)} so far"
         left = self.left(now)
         estimate = f", about {span(left)} left" if left else ""
         return f"{self.done} of {self.total} ({self.item}){estimate}"

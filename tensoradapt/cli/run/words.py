@@ -30,6 +30,12 @@ OPTIONS = {
     },
 }
 SETTINGS = {*Rule.model_fields, *(key for row in PRESETS.values() for key in row.parameters)} - set(OPTIONS)
+# What only Python can be given.
+SOURCES = (
+    "a module, a mapping {path: (out, in)}, ",
+    ", a mapping, a module, or pairs of a name and a tensor",
+    "an Adapter, a Saved, or ",
+)
 # A value as Python writes it: a list, a mapping, a tuple, a string, a word or a number; or nothing.
 _VALUE = r"""(?P<value>\[(?:[^\[\]]|\[[^\]]*\])*\]|\{[^}]*\}|\([^)]*\)|'[^']*'|"[^"]*"|\w[\w.,:@-]*\w|\w|)"""
 _NAMES = "|".join(sorted({*OPTIONS, *SETTINGS}, key=len, reverse=True))
@@ -43,6 +49,8 @@ _SET = re.compile(r"--set \S+")
 
 def in_options(text: str) -> str:
     """A message with the options to give in the place of arguments to pass."""
+    for source in SOURCES:
+        text = text.replace(source, "")
     text = _BOTH.sub(lambda found: found["option"], text)
     text = _PRESET.sub(_preset, text)
     kept = [*_SET.finditer(text), None]
