@@ -78,6 +78,14 @@ def preset_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def advice_table() -> str:
+    """One row per preset: when to take it, and the learning rate to begin with."""
+    rows = ["| preset | when to take it | learning rate |", "| --- | --- | --: |"]
+    for name, row in PRESETS.items():
+        rows.append(f"| `{name}` | {row.use} | {row.rate or 'not measured'} |")
+    return "\n".join(rows) + "\n"
+
+
 def command_pages() -> str:
     """Every command's own help, under a heading of its name."""
     app = typer.main.get_command(application())
@@ -141,6 +149,7 @@ def write_generated(app) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "commands.md").write_text(command_pages(), "utf-8")
     (folder / "targets.md").write_text(targets_table(), "utf-8")
+    (folder / "advice.md").write_text(advice_table(), "utf-8")
     (folder / "presets.md").write_text(preset_table(), "utf-8")
     (folder / "networks.md").write_text(draw_networks(folder), "utf-8")
     draw_sweep(folder)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from tensoradapt.errors import SpecError
 from tensoradapt.foreign import PEFT_WORDS, peft_word
+from tensoradapt.presets.advice import ADVICE
 from tensoradapt.presets.matrices import krona, locon, loha, lokr, lora, lora_xs, polar, vera
 from tensoradapt.presets.operators import dota, loretta, mpo_shared, quanta, tt_lora
 from tensoradapt.presets.stacks import (
@@ -55,7 +56,8 @@ class Preset:
     """One row: the function, the formula, the source, and what to know before using it.
 
     `build` returns the fields of a rule, or several rules' in a tuple, from its own parameters, all of which have a
-    default. `family` is what files and tables call it: the function's name where it is not given.
+    default. `family` is what files and tables call it: the function's name where it is not given. `use` says when to
+    take it, `rate` is the learning rate to begin with.
     Raises SpecError on a function that is none, or has a parameter without a default.
     """
 
@@ -64,6 +66,8 @@ class Preset:
     cite: str = ""
     note: str = ""
     family: str = ""
+    use: str = ""
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         needed = [p.name for p in _signature(self.build) if p.default is p.empty]
@@ -104,7 +108,7 @@ _HEAD_NOTE = "out = head * head_dim + j, big-endian"
 _TENSLORA = "arXiv:2509.19391"
 
 
-PRESETS: dict[str, Preset] = {
+_ROWS: dict[str, Preset] = {
     "lora": Preset(lora, "D = B A", "arXiv:2106.09685"),
     "lotr": Preset(lotr, "D[s] = L G[s] R^T", "arXiv:2402.01376", "L and R shared by all sites of one shape"),
     "lotr_by_role": Preset(
@@ -186,6 +190,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "locon": Preset(locon, "D[o,i,k] = sum_ab up[o,a] mid[a,b,k] down[i,b]", "arXiv:2309.14859"),
 }
+
+PRESETS: dict[str, Preset] = {name: replace(row, **ADVICE[name]._asdict()) for name, row in _ROWS.items()}
 
 
 def _rules(rows: Any) -> tuple[Rule, ...]:
