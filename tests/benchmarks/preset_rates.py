@@ -1,11 +1,12 @@
-"""The learning rate of every preset: its defaults on query and value of all-MiniLM-L6-v2, trained on SST-2 at three rates or four.
+"""The learning rate of every preset: its defaults on query and value of all-MiniLM-L6-v2, trained on SST-2.
 
     python tests/benchmarks/preset_rates.py run --data glue
     python tests/benchmarks/preset_rates.py table
 
-`run` trains 2,000 sentences once and scores 2,000 held-out ones of the training split, seed 0, AdamW, the head at a rate
-of its own. It appends a row per run to docs/data/preset-rates.csv and goes on from there. `table` prints, by preset, the
-score at every rate; the rate that a preset suggests is the best one, or the lowest of those within its standard error.
+`run` trains 2,000 sentences once, at three rates or four, and scores 2,000 held-out ones of the training split, seed 0,
+AdamW, the head at a rate of its own. It appends a row per run to docs/data/preset-rates.csv and goes on from there.
+`table` prints, by preset, the score at every rate; the rate that a preset suggests is the lowest of those that are
+within a standard error of the best.
 """
 
 from __future__ import annotations
