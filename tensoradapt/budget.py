@@ -16,7 +16,7 @@ from pydantic import Field
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.grouping import Group, Progress, resized
 from tensoradapt.knapsack import cheapest, programme
-from tensoradapt.plan import Plan, make_plan
+from tensoradapt.plan import Plan, make_plan, resolved
 from tensoradapt.presets import expand
 from tensoradapt.records import Tabular
 from tensoradapt.sites import SiteMap
@@ -136,7 +136,7 @@ def tabulate(
     if not asked or any(type(rank) is not int or rank < 1 for rank in asked):
         got = asked[:8] or repr(ranks)[:40]
         raise RankError("ranks are positive integers", got=got, hint="write ranks=range(1, 65), or --ranks 1:64")
-    named = _named(specs)
+    named = {name: resolved(spec, model)[0] for name, spec in _named(specs).items()}  # once for all ranks
     wanted = [(name, rank) for name, spec in named.items() for rank in (asked if has_rank(spec) else [None])]
     rows: list[BudgetRow] = []
     for name, rank in wanted:
@@ -224,6 +224,7 @@ def solve(spec: Spec, model: SiteMap, max_parameters: int) -> SolvedSpec:
             got=[rule.family or rule.format for rule in spec.rules],
             hint="its size follows from its folds",
         )
+    spec, _ = resolved(spec, model)
     plans = cache(lambda rank: make_plan(with_rank(spec, rank), model))
     if plans(1).num_trainable > max_parameters:
         raise RankError(

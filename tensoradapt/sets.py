@@ -130,6 +130,8 @@ def _notes(words: Sequence[str], sites: Sequence[Site], names: Sequence[str], ro
     experts = {s.coordinates["expert"] for s in sites if "expert" in s.coordinates}
     where = f" of {len(layers)} layer{'s' * (len(layers) > 1)}" if layers else ""
     where += f" with {len(experts)} experts" if experts else ""
+    outside = sum("layer" not in site.coordinates for site in sites) if layers else 0
+    where += f" and {outside} outside them" if outside else ""
     shown = [*names[:8], f"{len(names) - 8} more"] if len(names) > 8 else list(names)
     listed = " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
     found = [f"{len(sites)} site{'s' * (len(sites) > 1)}: {listed}{where} ({', '.join(words)})"]

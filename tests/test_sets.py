@@ -175,6 +175,8 @@ def test_the_plan_says_what_it_took():
     plan = ta.plan(ta.preset("lora"), made(AutoModel, "llama", num_attention_heads=32))
     assert "4 sites: q_proj and v_proj of 2 layers (query-value)" in str(plan)
     assert plan.spec.rules[0].targets == ("q_proj", "v_proj") and plan.spec.rules[0].default == "query-value"
+    plan = ta.plan(ta.preset("lora", targets="all-linear"), tiny.bert())
+    assert "13 sites: query, key, value and dense of 2 layers and 1 outside them (all-linear)" in plan.notes
     plan = ta.plan(ta.preset("lora"), made(AutoModel, "gpt2"))
     assert any("c_attn holds the key too" in note for note in plan.notes)
 
