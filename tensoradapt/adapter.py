@@ -194,7 +194,7 @@ class Adapter(nn.Module):
         The scale that was set is written into every group's own, so that a loaded adapter has the same deltas.
         Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is.
         """
-        return self.as_saved().save(path)
+        return self.as_saved().save(path, made="ta.attach(model, spec), and training")
 
     def as_saved(self) -> Saved:
         """The adapter without its model: its tensors, gathered where they are sharded, and the scale in every group."""
@@ -266,10 +266,9 @@ class Adapter(nn.Module):
         self._host().merged.remove(self.name)
 
     def merge_and_detach(self, *, untie: bool = False) -> nn.Module:
-        """Make the deltas, and the modules trained with them, part of the base for good; returns the model, bare.
+        """Make the deltas, and the modules trained with them, part of the base for good; returns the plain model.
 
-        W <- W + delta; no hook, key or attribute of the adapter's stays, so that `save_pretrained` writes a plain
-        model. Raises AdapterError as `merge` does; nothing is changed then.
+        W <- W + delta. Raises AdapterError as `merge` does; nothing is changed then.
         """
         if not self.merged:
             self.merge(keep=None, untie=untie)
@@ -278,16 +277,13 @@ class Adapter(nn.Module):
         return self._model[0]
 
     def detach(self) -> None:
-        """Take the adapter off the model: hooks, registration and frozen flags go, merged weights are restored.
-
-        Warns where that takes a merged change out again: `merge_and_detach` leaves it in.
-        """
+        """Take the adapter off the model: hooks, registration and frozen flags go, merged weights are restored."""
         host = self._host()
         if self._merged is not None and self._kept is not None:
             self.unmerge()
             warnings.warn(
-                f"detach() of the merged adapter {self.name!r} takes its change out of the weights again: the model is "
-                "its base now. adapter.merge_and_detach() leaves it in; unmerge() first says that this is meant",
+                f"detach() of the merged adapter {self.name!r} takes its change out of the weights again: "
+                "adapter.merge_and_detach() leaves it in; unmerge() first says that this is meant",
                 stacklevel=2,
             )
         for handle in self._handles:
@@ -307,6 +303,11 @@ class Adapter(nn.Module):
                 hint="attach(model, spec) makes a new one, load(path, model) a saved one",
             )
         return host
+
+    def __str__(self) -> str:
+        state = "merged" if self.merged else "attached" if self.enabled else "switched off"
+        head = f"adapter {self.name!r} on {type(self._model[0]).__name__}: {state}\n"
+        return f"{head}{self.plan.in_words}\n{self.plan.trained}"
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the adapter."""

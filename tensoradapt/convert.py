@@ -127,7 +127,7 @@ def convert(
     norm, lost = overall(rows.values())
     if not norm:
         raise AdapterError("every delta is zero: there is nothing to convert", got=source.where)
-    file = made.save(out) if out is not None and made.plan.groups else None
+    file = made.save(out, made="ta.convert(adapter, spec, out)") if out is not None and made.plan.groups else None
     errors = {path: row["relative_error"] or 0.0 for path, row in rows.items()}
     groups = {d.name: d.row(work) for d in done}
     return Converted(made, lost, errors, file, groups, reasons, source.plan.num_trainable)
@@ -149,7 +149,7 @@ def _site_map(source: Saved) -> SiteMap:
     """The sites of an adapter, as a model of nothing else."""
     sites = tuple(placement.site for _, placement in source.sites.values())
     shapes = {site.tensor: site.shape for site in sites}
-    return SiteMap(sites, name=source.plan.model, parameters=shapes)
+    return SiteMap(sites, name=source.plan.model, parameters=shapes, num_parameters=source.plan.num_model)
 
 
 @dataclass(frozen=True)

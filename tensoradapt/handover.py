@@ -84,7 +84,9 @@ def write_checkpoint(adapter: Adapter, folder: Path, state: Mapping[str, Tensor]
     """
     saved = adapter.as_saved()
     gathered = {key: state[name] for key, name in state_keys(adapter).items() if name in state} if state else {}
-    file = replace(saved, tensors={**saved.tensors, **gathered}).save(folder)
+    file = replace(saved, tensors={**saved.tensors, **gathered}).save(
+        folder, made="ta.attach(model, spec), and training with the Trainer of transformers"
+    )
     with atomic(folder / WEIGHTS) as temporary:
         try:
             os.link(file, temporary)

@@ -15,7 +15,7 @@ from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Group, Progress, group_sites
 from tensoradapt.presets import expand
 from tensoradapt.records import Tabular
-from tensoradapt.rows import Factor, alike, factor_of, group_dict, group_from, larger, record_of, row_of
+from tensoradapt.rows import Factor, alike, enumerated, factor_of, group_dict, group_from, larger, record_of, row_of
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Spec
@@ -37,6 +37,7 @@ class Plan(Tabular):
     model: str = ""
     extras: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # trained parameters of other modules
     notes: tuple[str, ...] = ()
+    num_model: int = 0  # entries of the model's parameters; 0 where they are not known
 
     @cached_property
     def factors(self) -> dict[str, Factor]:
@@ -71,6 +72,34 @@ class Plan(Tabular):
         return sum(math.prod(shape) for shape in self.extras.values())
 
     @property
+    def num_total(self) -> int:
+        """The number of trained entries in all: the adapter's factors and extra modules."""
+        return self.num_trainable + self.num_extra
+
+    @property
+    def trained(self) -> str:
+        """What is trained, in words: the factors, extra modules by name, their sum and its share of the model."""
+        heads = list(dict.fromkeys(path.rpartition(".")[0] or path for path in self.extras))
+        parts = f"{self.num_trainable:,} + {self.num_extra:,} of {enumerated(heads)} = " if heads else ""
+        share = (
+            f", {100 * self.num_total / self.num_model:.3g} % of the model's {self.num_model:,}"
+            if self.num_model
+            else ""
+        )
+        return f"trained parameters: {parts}{self.num_total:,}{share}"
+
+    @property
+    def in_words(self) -> str:
+        """The plan in words: how many sites and groups it has, and the first of its rules."""
+        rules = [*map(str, self.spec.rules[:4]), *(["..."] if len(self.spec.rules) > 4 else [])]
+        return "\n".join(line for text in (f"{self._sites}: {rules[0]}", *rules[1:]) for line in wrapped(text))
+
+    @property
+    def _sites(self) -> str:
+        sites, groups = self.num_sites, len(self.groups)
+        return f"{sites} site{'s' * (sites != 1)} in {groups} group{'s' * (groups != 1)}"
+
+    @property
     def num_bytes(self) -> int:
         """The bytes of all factors as they are stored."""
         return sum(f.numel * (1 + f.copied) * BYTES[f.dtype] for f in self.factors.values())
@@ -97,6 +126,8 @@ class Plan(Tabular):
             "num_frozen",
             "num_parameters",
             "num_extra",
+            "num_total",
+            "num_model",
             "num_bytes",
             "flops_per_token",
             "dense_flops_per_token",
@@ -119,7 +150,7 @@ class Plan(Tabular):
             spec = Spec.from_dict(data["spec"])
             groups = tuple(group_from(row, spec.rules[row["rule"]]) for row in data["groups"])
             extras = {path: tuple(shape) for path, shape in data["extras"].items()}
-            return cls(spec, groups, data["model"], extras, tuple(data["notes"]))
+            return cls(spec, groups, data["model"], extras, tuple(data["notes"]), data.get("num_model", 0))
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise FileError("the plan in the file is damaged", got=repr(error), hint="save the adapter again") from None
 
@@ -140,14 +171,11 @@ class Plan(Tabular):
         empty = ("frozen",) if not self.num_frozen else ()
         drop = () if wide else (*empty, "dense", "lowering", "FLOP/token", "frozen", "tensor", "ranks")
         lines = columns(head, rows, text=("group", "tensor", "ranks"), drop=drop)
-        total = (
-            f"{self.num_sites} sites in {len(self.groups)} groups: {self.num_trainable:,} trainable, "
-            f"{self.num_frozen:,} frozen"
-        )
+        total = f"{self._sites}: {self.num_trainable:,} trainable, {self.num_frozen:,} frozen"
         flops = f"{self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
-        extra = [f"extra trained modules: {self.num_extra:,} parameters"] if self.extras else []
         notes = [line for note in self.notes for line in wrapped(f"note: {note}")]
-        return "\n".join([*lines, *wrapped(total), *wrapped(f"{self.num_bytes:,} bytes; {flops}"), *extra, *notes])
+        totals = (total, f"{self.num_bytes:,} bytes; {flops}", self.trained)
+        return "\n".join([*lines, *(line for text in totals for line in wrapped(text)), *notes])
 
 
 def make_plan(spec: Spec, model: SiteMap, progress: Progress | None = None) -> Plan:
@@ -178,7 +206,7 @@ def make_plan(spec: Spec, model: SiteMap, progress: Progress | None = None) -> P
         groups += _unique(group_sites(rule, mine, model, progress or (lambda *_: None)), groups)
     _check_ranks(spec, groups)
     notes += rank_notes(groups)
-    return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes))
+    return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes), model.num_parameters)
 
 
 def resolved(spec: Spec, model: SiteMap) -> tuple[Spec, list[str]]:

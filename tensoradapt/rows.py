@@ -57,6 +57,12 @@ def factor_of(group: Group, node: str, key: str) -> Factor:
     )
 
 
+def enumerated(names: Sequence[str], limit: int = 4) -> str:
+    """Names as a sentence has them; the first of them where they are many."""
+    shown = [*names[:limit], *([f"{len(names) - limit} more"] if len(names) > limit else [])]
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
+
+
 def larger(one: Factor, two: Factor) -> Factor:
     """One factor that two groups use slices of."""
     shape = tuple(map(max, one.shape, two.shape))

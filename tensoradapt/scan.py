@@ -141,7 +141,15 @@ def scan_module(model: nn.Module) -> SiteMap:
             refused[site.path] = f"its weight is quantised or sharded: {kind_of(parameters[site.tensor])}"
     sites = placed([site for site in found if site.path not in refused])
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    return SiteMap(tuple(_tied(sites, parameters)), **_heads(model), parameters=shapes, refused=refused)
+    known = {"parameters": shapes, "refused": refused, "num_parameters": _total(found, parameters)}
+    return SiteMap(tuple(_tied(sites, parameters)), **_heads(model), **known)
+
+
+def _total(sites: Sequence[Site], parameters: Mapping[str, nn.Parameter]) -> int:
+    """The entries of all parameters: tied ones once, and quantised ones as many as the weight has that they hold."""
+    once = {id(parameter): name for name, parameter in reversed(parameters.items())}
+    whole = {s.tensor: s.numel for s in sites if s.kind == "linear" and s.index is None and s.rows is None}
+    return sum(whole.get(name, parameters[name].numel()) for name in once.values())
 
 
 def _reason(module: nn.Module) -> str:

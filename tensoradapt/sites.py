@@ -7,6 +7,7 @@ from a mapping, a checkpoint's header, or (in `scan`) a live module.
 from __future__ import annotations
 
 import json
+import math
 import re
 import stat
 from collections import Counter
@@ -76,6 +77,7 @@ class SiteMap:
     name: str = ""
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # every parameter's shape, by path
     refused: Mapping[str, str] = field(default_factory=dict)  # path -> why this module cannot be adapted
+    num_parameters: int = 0  # entries of the model's parameters, tied ones once; 0 where they are not known
 
 
 def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
@@ -208,7 +210,8 @@ def from_headers(path: Path) -> SiteMap:
         if doubled:
             raise FileError(f"{doubled[0]} is in two files of {path}", hint="remove the file that does not belong")
         shapes |= found
-    return SiteMap(placed(_weights(shapes)), name=str(path.name), parameters=shapes)
+    total = sum(map(math.prod, shapes.values()))
+    return SiteMap(placed(_weights(shapes)), name=str(path.name), parameters=shapes, num_parameters=total)
 
 
 def no_weights(folder: Path, sources: str) -> FileError:

@@ -132,7 +132,10 @@ def contents(file: Path) -> tuple[dict, bytes]:
 def test_what_is_saved_is_loaded(case, tmp_path):
     model, adapter, call = attached(case)
     file = adapter.save(tmp_path / "a")
-    assert file == tmp_path / "a" / "adapter.safetensors" and os.listdir(tmp_path / "a") == [file.name]
+    assert file == tmp_path / "a" / "adapter.safetensors" and sorted(os.listdir(tmp_path / "a")) == [
+        "README.md",
+        file.name,
+    ]
     other = CASES[case][0]()
     loaded = ta.load(tmp_path / "a", other)
     assert torch.equal(call(other), call(model))

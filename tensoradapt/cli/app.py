@@ -15,6 +15,7 @@ from tensoradapt.cli.convert import convert
 from tensoradapt.cli.demo import demo
 from tensoradapt.cli.export import export
 from tensoradapt.cli.extract import extract
+from tensoradapt.cli.info import info
 from tensoradapt.cli.interrupt import INTERRUPTED, prompt
 from tensoradapt.cli.merge import merge
 from tensoradapt.cli.plan import plan
@@ -40,7 +41,7 @@ def application() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (presets, plan, budget, analyze, extract, convert, export, merge, verify, plot, demo):
+    for command in (presets, plan, budget, analyze, extract, convert, export, merge, verify, info, plot, demo):
         app.command(help=_laid_out(command))(command)
     return app
 

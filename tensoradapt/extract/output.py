@@ -89,4 +89,4 @@ class Output:
         """Write the adapter and its record, the record last. Raises FileError; nothing is changed then."""
         with atomic(self.record) as temporary:
             temporary.write_text(json.dumps(record, indent=1, allow_nan=False), "utf-8")
-            write(self.file, plan, tensors)
+            write(self.file, plan, tensors, made="ta.extract(base, tuned, spec, out)")

@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -135,4 +136,5 @@ def _site_map(sites: tuple[Site, ...], base: Checkpoint, tuned: Checkpoint, know
     """The sites with what is known of the model."""
     name = known.name or (base.name if base.folder is None or base.revision else Path(base.name).name)
     shapes = {entry.name: entry.shape for entry in tuned.entries.values()}
-    return replace(known, sites=sites, name=name, parameters=shapes)
+    total = sum(math.prod(entry.shape) for entry in tuned.entries.values() if tuned.first(entry.name) == entry.name)
+    return replace(known, sites=sites, name=name, parameters=shapes, num_parameters=total)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import atomic
+from tensoradapt.io.card import card, command, write_card
 from tensoradapt.paths import expand
 from tensoradapt.plan import START, Plan
 
@@ -58,8 +59,11 @@ def file_of(path: str | Path) -> Path:
     return path if path.suffix == ".safetensors" else path / FILE
 
 
-def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision: str = "") -> Path:
-    """Write an adapter file atomically. Raises FileError on tensors that are not finite, empty or not there (meta)."""
+def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision: str = "", *, made: str = "") -> Path:
+    """Write an adapter file atomically, and the card of its folder, which says what `made` it.
+
+    Raises FileError on tensors that are not finite, empty or not there (meta).
+    """
     for key, tensor in tensors.items():
         if tensor.is_meta or not tensor.numel():
             raise FileError(
@@ -89,6 +93,8 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
         except SafetensorError as error:
             raise OSError(str(error)) from error
         _settle(temporary)
+    if file.name == FILE:
+        write_card(file.parent, card(plan, identity(plan, revision), command(made)))
     return file
 
 

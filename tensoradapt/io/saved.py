@@ -94,12 +94,14 @@ class Saved:
         group, placement = self._site(path)
         return (self.chain(path).dense() * group.scale).reshape(placement.site.shape)
 
-    def save(self, out: str | Path, revision: str = "") -> Path:
+    def save(self, out: str | Path, revision: str = "", *, made: str = "") -> Path:
         """Write the adapter file (a folder with `adapter.safetensors`, or that file), atomically; returns its path.
+
+        A folder gets a card too, README.md, with the call that `made` the adapter; one that was changed stays.
 
         Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is.
         """
-        return write(out, self.plan, self.tensors, revision=revision or str(self.base.get("revision", "")))
+        return write(out, self.plan, self.tensors, revision or str(self.base.get("revision", "")), made=made)
 
     def as_saved(self) -> Saved:
         """Itself."""

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.extract.words import counted, wrapped
-
-CARD = "README.md"
+from tensoradapt.io.card import front_matter
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Exported:
 def card(result: Exported, config: Mapping[str, Any]) -> str:
     """The folder's README: what it is, and every module with its rank and error."""
     base = config["base_model_name_or_path"]
-    head = ["---", "library_name: peft", *([f"base_model: {base}"] if base else []), "---", ""]
+    head = front_matter("peft", base or "")
     says = (
         f"A LoRA of rank {result.rank} in {result.dtype}, exported by tensoradapt ({result.layout} layout: its scale "
         f"is in the factors, `lora_alpha` equals the rank)."

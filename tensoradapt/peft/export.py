@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
 from tensoradapt.io.atomic import flush
+from tensoradapt.io.card import CARD
 from tensoradapt.io.folder import atomic_folder
 from tensoradapt.io.saved import Savable, Saved, filled
 from tensoradapt.paths import expand
-from tensoradapt.peft.card import CARD, Exported, card
+from tensoradapt.peft.card import Exported, card
 from tensoradapt.peft.config import CONFIG, TASKS, WEIGHTS, config_of
 from tensoradapt.peft.factors import Factored, balanced, truncated
 from tensoradapt.peft.keys import PREFIX

@@ -1,0 +1,22 @@
+"""`tensoradapt info`: what an adapter is, and what it is of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tensoradapt.cli.options import JsonOption
+
+
+def info(
+    adapter: Annotated[str, typer.Argument(help="An adapter's folder or file, a checkpoint, or a PEFT folder.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show an adapter: its base, its plan in words and in numbers, and what its folder's card says made it.
+
+    Example: tensoradapt info my-adapter
+    """
+    from tensoradapt.cli.run.info import run
+
+    run(adapter, as_json=as_json)

@@ -1,0 +1,99 @@
+"""Cards: the README in an adapter's folder, which says what it is, what it is of, and how it is loaded.
+
+Invariant: a card that somebody has changed is never overwritten, and none names a folder of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensoradapt.io.atomic import atomic
+from tensoradapt.plan import Plan
+
+CARD = "README.md"
+MARK = re.compile(r"\n<!-- tensoradapt ([0-9a-f]{8}): this card is written anew until it is changed -->\n$")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def front_matter(library: str, base: str) -> list[str]:
+    """The lines that a hub reads: the library, and the base where it has an id."""
+    known = HUB_ID.fullmatch(base) and not Path(base).exists()
+    return ["---", f"library_name: {library}", *([f"base_model: {base}"] if known else []), "---", ""]
+
+
+def command(call: str) -> str:
+    """The command line that this process is of, without its folders; the `call` where it is another program's."""
+    program = Path(sys.argv[0])
+    if program.stem != "tensoradapt" and program.parts[-2:] != ("tensoradapt", "__main__.py"):
+        return call
+    return shlex.join(["tensoradapt", *(Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:])])
+
+
+def card(plan: Plan, base: Mapping[str, Any], made: str) -> str:
+    """The text of an adapter's card: its base, its plan in words and in numbers, how to load it, and what made it."""
+    name = Path(plan.model).name if os.path.isabs(plan.model) else plan.model
+    revision = f", revision {base['revision']}" if base.get("revision") else ""
+    return "\n".join(
+        [
+            *front_matter("tensoradapt", plan.model),
+            f"# Adapter of {name or 'a model without a name'}{revision}",
+            "",
+            plan.in_words,
+            "",
+            f"{plan.trained.capitalize()}.",
+            "",
+            *_fenced("python", _loading(name)),
+            *([f"Made by `{made}`.", ""] if made else []),
+            *_fenced("text", str(plan).splitlines()),
+        ]
+    )
+
+
+def _loading(name: str) -> list[str]:
+    return [
+        "import tensoradapt as ta",
+        f"model = ...  # {name or 'the base'}, loaded as usual",
+        'adapter = ta.load("path/to/this/folder", model)  # adapter.merge_and_detach() makes it part of the weights',
+    ]
+
+
+def _fenced(language: str, lines: Sequence[str]) -> list[str]:
+    return [f"```{language}", *lines, "```", ""]
+
+
+def maker(folder: Path) -> str:
+    """The command or the call that made an adapter, as its folder's card says; empty where it does not."""
+    try:
+        found = re.search(r"^Made by `(.+)`\.$", (folder / CARD).read_text("utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        return ""
+    return found[1] if found else ""
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write a folder's card, unless there is one that was changed, or is another's. Raises FileError."""
+    file = folder / CARD
+    if os.path.lexists(file) and not _is_ours(file):
+        return
+    with atomic(file) as temporary:
+        mark = (
+            f"\n<!-- tensoradapt {zlib.crc32(text.encode()):08x}: this card is written anew until it is changed -->\n"
+        )
+        temporary.write_text(text + mark, encoding="utf-8")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a card is as it was written."""
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, ValueError):
+        return False
+    mark = MARK.search(text)
+    return mark is not None and int(mark[1], 16) == zlib.crc32(text[: mark.start()].encode())
