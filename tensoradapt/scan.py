@@ -141,13 +141,13 @@ def scan_module(model: nn.Module) -> SiteMap:
             refused[site.path] = f"its weight is quantised or sharded: {kind_of(parameters[site.tensor])}"
     sites = placed([site for site in found if site.path not in refused])
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    known = {"parameters": shapes, "refused": refused, "num_parameters": _total(found, parameters)}
-    return SiteMap(tuple(_tied(sites, parameters)), **_heads(model), **known)
+    made = SiteMap(tuple(_tied(sites, parameters)), **_heads(model), parameters=shapes, refused=refused)
+    return replace(made, num_parameters=_total(found, parameters))
 
 
 def _total(sites: Sequence[Site], parameters: Mapping[str, nn.Parameter]) -> int:
     """The entries of all parameters: tied ones once, and quantised ones as many as the weight has that they hold."""
-    once = {id(parameter): name for name, parameter in reversed(parameters.items())}
+    once = {id(parameter): name for name, parameter in parameters.items()}
     whole = {s.tensor: s.numel for s in sites if s.kind == "linear" and s.index is None and s.rows is None}
     return sum(whole.get(name, parameters[name].numel()) for name in once.values())
 

@@ -258,7 +258,20 @@ def test_bad_checkpoints_and_outputs_exit_2_with_a_few_lines(case, checkpoints, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "empty", "file", "tuned"]
 
 
-ALL = ("presets", "plan", "budget", "analyze", "extract", "convert", "export", "merge", "verify", "plot", "demo")
+ALL = (
+    "presets",
+    "plan",
+    "budget",
+    "analyze",
+    "extract",
+    "convert",
+    "export",
+    "merge",
+    "verify",
+    "info",
+    "plot",
+    "demo",
+)
 # What a command line has imported when it ends, told by a hook that runs at the very end.
 TOLD = """
 import atexit, json, sys

@@ -91,7 +91,7 @@ def test_nothing_else_is_left_in_the_folder(ran):
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     trained, extracted = adapter_rows(results), extracted_rows(results)
     assert (len(trained), len(extracted)) == (7, 3)
-    adapters = {f"{row.path}/adapter.safetensors" for row in trained + extracted}
+    adapters = {f"{row.path}/{name}" for row in trained + extracted for name in ("adapter.safetensors", "README.md")}
     adapters |= {f"{row.path}/extraction.json" for row in extracted}
     assert files == adapters | {"accuracy.png", "budget.png", "results.json", "report.json", "report.html"}
 

@@ -372,7 +372,7 @@ def test_overwriting_is_asked_for(made, tmp_path):
 def test_a_failed_overwriting_leaves_the_old_adapter_and_its_record(made, tmp_path, monkeypatch):
     before = contents(tmp_path / "whole")
 
-    def fails(*_):
+    def fails(*_, **__):
         raise FileError("the disk is full")
 
     monkeypatch.setattr(output_module, "write", fails)

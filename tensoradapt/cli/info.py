@@ -13,7 +13,7 @@ def info(
     adapter: Annotated[str, typer.Argument(help="An adapter's folder or file, a checkpoint, or a PEFT folder.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Show an adapter: its base, its plan in words and in numbers, and what its folder's card says made it.
+    """Show what an adapter is, what it is of, and what made it.
 
     Example: tensoradapt info my-adapter
     """

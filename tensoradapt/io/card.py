@@ -11,9 +11,11 @@ import shlex
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tensoradapt.errors import FileError
 from tensoradapt.io.atomic import atomic
 from tensoradapt.plan import Plan
 
@@ -78,11 +80,11 @@ def maker(folder: Path) -> str:
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write a folder's card, unless there is one that was changed, or is another's. Raises FileError."""
+    """Write a folder's card, unless there is one that was changed or cannot be: the adapter is there without it."""
     file = folder / CARD
     if os.path.lexists(file) and not _is_ours(file):
         return
-    with atomic(file) as temporary:
+    with suppress(FileError), atomic(file) as temporary:
         mark = (
             f"\n<!-- tensoradapt {zlib.crc32(text.encode()):08x}: this card is written anew until it is changed -->\n"
         )
