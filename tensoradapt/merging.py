@@ -171,7 +171,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[str, Place]]]:
 
 def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie: bool) -> bool:
     """Whether modules outside the target hold its parameter too. Raises AdapterError where it cannot be merged into."""
-    parameter = target.parameter
+    parameter: nn.Parameter = target.parameter  # type: ignore[assignment]
     if not is_plain(parameter):
         raise AdapterError(
             f"{target.name} is no plain weight to merge into: it is quantised, sharded, or computed from others",

@@ -5,6 +5,8 @@ Invariant: a parameter that is not plain is never added to, decomposed or copied
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -13,14 +15,19 @@ from tensoradapt.io.weights import FLOATS
 
 def is_plain(weight: Tensor | None) -> bool:
     """Whether a parameter's entries are the weight's own: not packed, scaled by another tensor, or wrapped."""
-    return weight is not None and weight.dtype in FLOATS and not is_traceable_wrapper_subclass(weight)
+    return weight is not None and weight.dtype in FLOATS and not _wraps(weight)
+
+
+def _wraps(tensor: Any) -> bool:
+    """Whether a tensor only stands for others that hold its numbers, as torchao's do, and DTensor."""
+    return bool(is_traceable_wrapper_subclass(tensor))
 
 
 def kind_of(weight: Tensor | None) -> str:
     """What stands in a plain weight's place, for errors: a wrapper's class, or the dtype and the shape."""
     if weight is None:
         return "no parameter"
-    if is_traceable_wrapper_subclass(weight):
+    if _wraps(weight):
         return f"{type(weight).__name__}, which wraps the weight"
     return f"{str(weight.dtype)[6:]} of shape {tuple(weight.shape)}"
 
