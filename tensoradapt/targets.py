@@ -93,7 +93,7 @@ def matches(target: str, path: str) -> bool:
     if target.startswith("re:"):
         return _compiled(target[3:]).fullmatch(path) is not None
     if any(c in target for c in "*?"):
-        glob = target.replace("[", "[[]")  # brackets are part of a path, `c_attn[q]`
+        glob = re.sub(r"\[(?!\d-\d\])", "[[]", target)  # brackets are part of a path, `c_attn[q]`; `[0-5]` is a range
         return fnmatchcase(path, glob) or fnmatchcase(path, f"*.{glob}")
     base = path.partition("[")[0]
     return target in (path, base) or path.endswith(f".{target}") or base.endswith(f".{target}")

@@ -200,6 +200,8 @@ def test_sets_and_names_mix_and_exclude():
     assert paths(targets="attention", exclude=["query-value"]) == ["k_proj", "o_proj"]
     assert paths(targets=["*_proj"], exclude=["feed-forward"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
     assert paths(default="feed-forward") == ["down_proj", "up_proj"]
+    ranged = ta.plan(ta.preset("lora", targets="layers.[1-2].*"), Toy(layers=4))
+    assert {p.split(".")[1] for g in ranged.groups for p in g.paths} == {"1", "2"}
     assert paths(targets=[], exclude=["layers.0.*"]) == ["q_proj", "v_proj"]
     with pytest.raises(ta.SiteError, match="exclude leaves nothing of qkv"):
         paths(targets="qkv", exclude=["attention"])
