@@ -167,3 +167,11 @@ def test_a_merged_network_may_change_its_values_in_place():
     with pytest.raises(ta.AdapterError, match="is merged"):
         model(tiny.noise(3, 4)).sum().backward()
     torch.compile(model, backend="eager")(tiny.noise(3, 4))
+
+
+def test_a_parted_head_is_not_tied_again_by_a_loader():
+    model, adapter = adapted(tiny.gpt2, ta.preset("lora", rank=2, targets=["lm_head"]))
+    adapter.merge(untie=True)
+    assert model.config.tie_word_embeddings is False  # what loaders go by
+    adapter.unmerge()
+    assert model.config.tie_word_embeddings is True and model.lm_head.weight is model.transformer.wte.weight
