@@ -23,11 +23,11 @@ from tensoradapt.io.folder import atomic_folder
 from tensoradapt.io.held import as_bytes
 from tensoradapt.io.names import shift
 from tensoradapt.io.saved import Savable, Saved, as_saved
-from tensoradapt.io.shards import PICKLES, Shard, open_shard, read_index
+from tensoradapt.io.shards import Shard, open_shard, read_index
 from tensoradapt.io.weights import FLOATS, quantised
 from tensoradapt.merging import Rows, add_rows, rows_of, view
 from tensoradapt.paths import expand
-from tensoradapt.sites import Site
+from tensoradapt.sites import PICKLES, Site
 
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
 INDEX = ".safetensors.index.json"

@@ -19,6 +19,14 @@ from typing import Any
 from tensoradapt.errors import FileError, ShapeError, SpecError
 
 Coordinates = Mapping[str, int | str]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+ZIPPED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # what torch.save writes, now and formerly
+OTHERS = {
+    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file",
+    b"version ": "a pointer of git lfs: fetch the file itself with git lfs pull",
+    b"<": "a web page in the file's place: download the file itself",
+}
 MAX_HEADER_BYTES = 100_000_000
 LISTED = 12  # subfolders in an error
 
@@ -256,18 +264,40 @@ def read_header(file: Path) -> dict[str, Any]:
     check_regular(file)
     try:
         with file.open("rb") as stream:
-            size, rest = int.from_bytes(stream.read(8), "little"), file.stat().st_size - 8
+            first = stream.read(8)
+            size, rest = int.from_bytes(first, "little"), file.stat().st_size - 8
             whole = 0 < size <= min(rest, MAX_HEADER_BYTES)
             header = read_object(stream.read(size)) if whole else None
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{file} cannot be read as safetensors", got=str(error)) from None
     if header is None:
-        raise FileError(
-            f"{file} is no safetensors file, or truncated",
-            got=f"a header of {size} bytes with {max(rest, 0)} bytes behind it",
-            hint="download or save it again",
-        )
+        raise _headless(file, first, rest)
     return header
+
+
+def _headless(file: Path, first: bytes, rest: int) -> FileError:
+    """The error on a file with no safetensors header, by what it begins with."""
+    if file.suffix in PICKLES or first.startswith(ZIPPED):
+        return pickled(str(file))
+    other = next((name for begin, name in OTHERS.items() if first.startswith(begin)), None)
+    if other:
+        return FileError(f"{file} is no safetensors file", got=other, expected="safetensors")
+    size = int.from_bytes(first, "little")
+    announced = f"a header of {size:,} bytes" if 0 < size <= MAX_HEADER_BYTES else "no header"
+    return FileError(
+        f"{file} is no safetensors file, or truncated",
+        got=f"{announced} at its start, and {max(rest, 0):,} bytes behind it",
+        hint="download or save it again",
+    )
+
+
+def pickled(what: str) -> FileError:
+    """The error on a pickle, which is never opened."""
+    return FileError(
+        f"{what} is a pickle, which can run code when it is opened: not opened",
+        expected="safetensors",
+        hint="load it where you trust it, and save it again: save_pretrained writes safetensors",
+    )
 
 
 def read_object(text: bytes) -> dict[str, Any]:

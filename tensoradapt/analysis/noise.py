@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tensoradapt.linalg import mapped
+
 # dtype -> its integers, the bits of its exponent, significant bits less one, and its smallest normal number
 _STORED = {
     torch.bfloat16: (torch.int16, 0x7F80, 7, 2.0**-126),
@@ -23,6 +25,7 @@ _STORED = {
     torch.float32: (torch.int32, 0x7F800000, 23, 2.0**-126),
 }
 BLOCK = 1 << 18  # entries that are looked at at a time: with their copies they stay in the cache
+SHARE = 1 << 22  # entries that a core looks at one after the other
 UNEVEN = 2.0  # from this ratio of the largest to the mean variance of rows or columns on, they are scaled first
 TRACY_WIDOM = 2.02  # its 99 % quantile
 FLOOR = 1e-3  # the share of the median variance that a row or column is given at least
@@ -151,15 +154,24 @@ def _weights(side: Tensor | None, size: int) -> Tensor:
 def _add_sums(side: Tensor, rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Tensor]) -> None:
     """Add ulp[i, j]^2 w[i] v[j], summed over j to rows[0] and over i to cols[0], where w and v are rows[1] and cols[1].
 
-    Some rows at a time, without the kernel's axes.  Shapes: (m, n), (m), (n).
+    Without the kernel's axes, some rows at a time, as many at once as there are cores.  Shapes: (m, n), (m), (n).
     """
-    height = max(1, BLOCK // side.shape[1])
     left, right = (weights.to(side.device) for _, weights in (rows, cols))
+    height = max(1, SHARE // side.shape[1])
+    parts = [slice(start, min(start + height, len(side))) for start in range(0, len(side), height)]
+    for part, sums in zip(parts, mapped(lambda at: _sums(side[at], left[at], right), parts), strict=True):
+        rows[0][part] += sums[0].double().cpu()
+        cols[0].add_(sums[1].double().cpu())
+
+
+def _sums(side: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sums of some rows, over columns and over rows."""
+    rows, cols, height = [], torch.zeros_like(right), max(1, BLOCK // side.shape[1])
     for start in range(0, len(side), height):
-        squares = _ulp_squares(side[start : start + height])
-        part = slice(start, start + len(squares))
-        rows[0][part] += ((squares @ right) * left[part]).double().cpu()
-        cols[0].add_(((left[part] @ squares) * right).double().cpu())
+        squares, weights = _ulp_squares(side[start : start + height]), left[start : start + height]
+        rows.append((squares @ right) * weights)
+        cols += weights @ squares
+    return torch.cat(rows), cols * right
 
 
 def _ulp_squares(values: Tensor) -> Tensor:

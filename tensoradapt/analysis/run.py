@@ -33,7 +33,7 @@ from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import BLOCK, SOLO, Dense, Slice, Strips, Team, each, empty
+from tensoradapt.linalg import BLOCK, SOLO, Dense, Slice, Strips, Team, each, empty, mapped
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
@@ -87,7 +87,7 @@ class DeltaSource:
         base, tuned = self.deltas.weights(site.path)
         rows = base.flatten(1) if base.stride(0) >= base.stride(-1) else base.mT  # as they lie in the file
         blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
-        norm = math.sqrt(math.fsum(squares(block.float()) for block in blocks))
+        norm = math.sqrt(math.fsum(mapped(lambda block: squares(block.float()), blocks)))
         return {"dtypes": (str(base.dtype)[6:], str(tuned.dtype)[6:]), "base_norm": norm}
 
 

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.mapped import Stamp, mapped
-from tensoradapt.sites import check_regular, no_weights, read_header, read_object
+from tensoradapt.sites import PICKLES, check_regular, no_weights, pickled, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LISTED = 50  # names in an error
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of a file's contents
 DTYPES: Mapping[str, torch.dtype] = {
@@ -136,7 +135,7 @@ class Shards:
 def open_file(file: Path) -> Shards:
     """One safetensors file. Raises FileError; a pickle is refused unopened."""
     if file.suffix in PICKLES:
-        raise _pickled(str(file))
+        raise pickled(str(file))
     shard = open_shard(file)
     return Shards(dict.fromkeys(shard.header, shard), (file,))
 
@@ -164,7 +163,7 @@ def _without_index(folder: Path) -> Shards:
     if not files:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
         if pickles:
-            raise _pickled(f"{folder} ({_listed(pickles)})")
+            raise pickled(f"{folder} ({_listed(pickles)})")
         raise no_weights(folder, "a safetensors file or a folder of shards")
     holders: dict[str, Shard] = {}
     for shard in map(open_shard, files):
@@ -230,14 +229,6 @@ def is_plain(name: str) -> bool:
     """Whether this is the plain name of a safetensors file: no folder, drive, or character that ends a name."""
     bad = any(character in "/\\:" or ord(character) < 32 for character in name)
     return name.endswith(".safetensors") and not bad and len(name) < 256
-
-
-def _pickled(what: str) -> FileError:
-    return FileError(
-        f"{what} is a pickle, which can run code when it is opened: not opened",
-        expected="safetensors",
-        hint="load it where you trust it, and save it again: save_pretrained writes safetensors",
-    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from tensoradapt.linalg.krylov import krylov
 from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, as_tensor, empty, orthonormal, square
-from tensoradapt.linalg.pool import each, pooled
+from tensoradapt.linalg.pool import each, mapped, pooled
 from tensoradapt.linalg.ranges import Range, Ranges, Stack, find_ranges, range_of
 from tensoradapt.linalg.slices import Dense, Product, Slice, Strips
 from tensoradapt.linalg.svd import METHODS, Values, choose, singular_values, slice_values, truncated_svd
@@ -29,6 +29,7 @@ __all__ = [
     "empty",
     "find_ranges",
     "krylov",
+    "mapped",
     "orthonormal",
     "pooled",
     "range_of",

@@ -6,6 +6,7 @@ Invariant: a norm of many float32 entries is accumulated in float64, so that a s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
 
+DEVICES = ("cpu", "cuda", "mps")
+MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "metal": "mps", "apple": "mps"}
 BLOCK = 1 << 22  # entries that are looked at at a time where a full-size copy would cost too much memory
 
 
@@ -118,7 +121,16 @@ def empty(device: str | None, dtype: torch.dtype = torch.float32) -> Tensor:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # torch is not of one mind about it
         reason = next(iter(str(error).splitlines()), "")
         shown = None if reason.startswith("Expected one of") else reason  # twenty names that nobody has
-        raise SpecError(f"device {device!r} cannot be used", got=shown, expected="cpu, cuda, cuda:1, mps") from None
+        hint = None if shown else _meant(str(device))
+        expected = "cpu, cuda, cuda:1, mps"
+        raise SpecError(f"device {device!r} cannot be used", got=shown, expected=expected, hint=hint) from None
+
+
+def _meant(device: str) -> str | None:
+    """The device that a name like `gpu` means."""
+    kind = device.partition(":")[0].lower()
+    found = MEANT.get(kind) or next(iter(get_close_matches(kind, DEVICES, n=1)), None)
+    return f"did you mean {found}?" if found else None
 
 
 def as_tensor(value: Any, what: str = "this") -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.saved import Saved
-from tensoradapt.io.shards import PICKLES, open_shard
+from tensoradapt.io.shards import open_shard
 from tensoradapt.paths import expand
 from tensoradapt.peft.config import CONFIG, WEIGHTS, Config, read_config
 from tensoradapt.peft.families import FAMILIES, Found, projections
@@ -28,7 +28,7 @@ from tensoradapt.peft.patterns import ends, targeted
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import preset
 from tensoradapt.scan import Model, scan
-from tensoradapt.sites import Site, SiteMap, placed
+from tensoradapt.sites import PICKLES, Site, SiteMap, placed
 from tensoradapt.spec import Rule, Spec
 
 
