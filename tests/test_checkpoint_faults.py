@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tensoradapt.errors import FileError, TensorAdaptError
+import tensoradapt as ta
+from tensoradapt.errors import FileError, SpecError, TensorAdaptError
 from tensoradapt.io.checkpoint import open_checkpoint
 from tensoradapt.io.pairs import open_deltas
 from tensoradapt.sites import from_headers
@@ -696,3 +697,30 @@ def test_f54_only_our_errors_leave_a_source(source):
         open_checkpoint(source).close()
     except TensorAdaptError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PK\x03\x04" + bytes(40), "is a pickle"),
+        (b"GGUF" + bytes(40), "a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+        (b"\xff" * 40, "no header at its start"),
+    ],
+    ids=["a zipped pickle", "GGUF", "a pointer", "a page", "noise"],
+)
+def test_a_plans_model_that_is_no_safetensors_file_is_called_what_it_is(content, said, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=said) as caught:
+        ta.plan(ta.preset("lora", targets=["q"]), path)
+    assert "bytes with" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("device", "meant"), [("gpu", "cuda"), ("cud:0", "cuda"), ("metal", "mps")])
+def test_a_device_that_is_none_is_answered_with_the_one_that_is_meant(device, meant):
+    sides = [{"layers.0.q.weight": torch.ones(4, 4)}] * 2
+    with pytest.raises(SpecError, match=f"did you mean {meant}") as caught:
+        ta.analyze(*sides, device=device)
+    assert len(str(caught.value)) < 150

@@ -75,8 +75,8 @@ def _tell(error: TensorAdaptError) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0 done, 1 a tolerance missed, 2 the input is at fault, 130 interrupted."""
-    command = typer.main.get_command(application())
     try:
+        command = typer.main.get_command(application())
         given = list(sys.argv[1:] if arguments is None else arguments)
         with prompt():
             code = command.main(args=given, prog_name="tensoradapt", standalone_mode=False)

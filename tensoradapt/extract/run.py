@@ -110,7 +110,7 @@ def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
         tell(name, count, len(work.groups))
 
     def alone() -> None:
-        for name in each(small, fit):
+        for name in each(small, fit, lambda name: tell(name, count, len(work.groups))):
             told(name)
         for name in (n for n in mine if n not in small and n not in shared):
             tell(name, count, len(work.groups))
