@@ -23,9 +23,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ZIPPED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # what torch.save writes, now and formerly
 OTHERS = {
     b"GGUF": "a GGUF file",
-    b"\x89HDF": "an HDF5 file",
     b"version ": "a pointer of git lfs: fetch the file itself with git lfs pull",
-    b"<": "a web page in the file's place: download the file itself",
 }
 MAX_HEADER_BYTES = 100_000_000
 LISTED = 12  # subfolders in an error
@@ -279,16 +277,11 @@ def _headless(file: Path, first: bytes, rest: int) -> FileError:
     """The error on a file with no safetensors header, by what it begins with."""
     if file.suffix in PICKLES or first.startswith(ZIPPED):
         return pickled(str(file))
-    other = next((name for begin, name in OTHERS.items() if first.startswith(begin)), None)
-    if other:
+    if other := next((name for begin, name in OTHERS.items() if first.startswith(begin)), None):
         return FileError(f"{file} is no safetensors file", got=other, expected="safetensors")
     size = int.from_bytes(first, "little")
-    announced = f"a header of {size:,} bytes" if 0 < size <= MAX_HEADER_BYTES else "no header"
-    return FileError(
-        f"{file} is no safetensors file, or truncated",
-        got=f"{announced} at its start, and {max(rest, 0):,} bytes behind it",
-        hint="download or save it again",
-    )
+    found = f"{f'{size:,} bytes of' if 0 < size <= MAX_HEADER_BYTES else 'no'} header and {max(rest, 0):,} bytes behind"
+    return FileError(f"{file} is no safetensors file, or truncated", got=found, hint="download or save it again")
 
 
 def pickled(what: str) -> FileError:
