@@ -10,7 +10,9 @@ from tensoradapt.cli.options import JsonOption
 
 
 def info(
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder or file, a checkpoint, or a PEFT folder.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or file, a checkpoint, or a PEFT folder.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Show what an adapter is, what it is of, and what made it.

@@ -10,7 +10,20 @@ import sys
 import pytest
 from harness import hardware, interleave, ratio, table
 
-COMMANDS = ("presets", "plan", "budget", "analyze", "extract", "convert", "export", "merge", "verify", "plot", "demo")
+COMMANDS = (
+    "presets",
+    "plan",
+    "budget",
+    "analyze",
+    "extract",
+    "convert",
+    "export",
+    "merge",
+    "verify",
+    "info",
+    "plot",
+    "demo",
+)
 VERSION, HELP = 15, 25
 
 
