@@ -6,6 +6,7 @@ deltas are in memory at a time, those of large weights never whole, and one stac
 
 from __future__ import annotations
 
+import builtins
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -73,7 +74,7 @@ class DeltaSource:
             return Strips(shape, parts, partial(self._strip, site.path), self.like)
         return Dense(self.deltas.delta(site.path).flatten(1).to(self.like.device))
 
-    def _strip(self, path: str, at: slice) -> Tensor:
+    def _strip(self, path: str, at: builtins.slice) -> Tensor:
         return self.deltas.strip(path, at).to(self.like.device)
 
     def noise(self, site: Site) -> Noise:

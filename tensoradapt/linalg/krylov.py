@@ -140,7 +140,8 @@ def krylov_space(
     else:
         near = start[:, : width - oversample] / torch.linalg.vector_norm(start, dim=0)[: width - oversample]
         q = orthonormal(torch.cat([near, random.noise(a.shape[0], width - near.shape[1], like=like)], 1))
-    basis, images = q, (a.left(q),)
+    basis = q
+    images: tuple[Tensor, ...] = (a.left(q),)
     gram = _gram(images[0], images[0])
     held = Held(rank, a.total)
     for step in range(1, steps + 1):

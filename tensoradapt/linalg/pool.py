@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import torch
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 MOST = 4  # deltas in memory at a time, at most
 LOOK = 0.2  # seconds after which the names of tasks that have begun are told

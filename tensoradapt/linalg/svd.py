@@ -143,8 +143,8 @@ def slice_values(
     smaller Gram matrix in float64.
     """
     if count is not None and choose(part.shape, count) == "krylov":
-        options = {"tolerance": tolerance, "seed": Seed(seed), "start": start}
-        space = krylov_space(Operator.short(part), count, **options)
+        short = Operator.short(part)
+        space = krylov_space(short, count, tolerance=tolerance, seed=Seed(seed), start=start)
         if space.done:
             values, vectors = space.directions(count)
             return Values(values.sqrt(), "krylov", space.basis @ vectors)
