@@ -101,11 +101,12 @@ def stack_report(
     slices = core.reshape(-1, *core.shape[len(axes) - 2 :])
     modes = {f"mode {axis}": partial(_listed, core, (k,)) for k, axis in enumerate(axes)}
     cuts = {f"cut {' '.join(axes[:k])}": partial(_listed, core, tuple(range(k))) for k in range(2, len(axes) - 1)}
-    other: dict[str, Callable[[], Any]] = {
+    other = {
         "similarity": partial(_similarity, slices, [p.site.path for p in group.placements]),
         "shared energy": partial(_shared, slices, spectra, held.total),
     }
-    made = pooled({**modes, **cuts, **other}, tell)
+    tasks: dict[str, Callable[[], Any]] = {**modes, **cuts, **other}
+    made = pooled(tasks, tell)
     spectra_of = {axis: made[f"mode {axis}"] for axis in axes}
     ends = {axis: floors.whole.edge((axis,)) for axis in axes}
     return StackReport(

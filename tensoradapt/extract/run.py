@@ -99,29 +99,34 @@ def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
     small = [n for n in mine if work.like.device.type == "cpu" and len(work.group(n).placements) == 1]
     count, tell = len(work.groups) - len(left), progress or (lambda *_: None)
 
-    def fit(name: str) -> None:
-        done = work.fit(name)
+    made: dict[str, Done] = {}
+
+    def compute(name: str) -> None:
+        made[name] = work.fit(name)
+
+    def keep(name: str) -> None:
+        """Write a group down, on the caller's thread: an interruption leaves none that writes behind it."""
+        nonlocal count
+        done = made.pop(name)
         if done.writes:
             journal.write(name, done.tensors, done.record)
-
-    def told(name: str) -> None:
-        nonlocal count
         count += 1
         tell(name, count, len(work.groups))
 
+    def fit(name: str) -> None:
+        tell(name, count, len(work.groups))
+        compute(name)
+        keep(name)
+
     def alone() -> None:
-        for name in each(small, fit, lambda name: tell(name, count, len(work.groups))):
-            told(name)
+        for name in each(small, compute, lambda name: tell(name, count, len(work.groups))):
+            keep(name)
         for name in (n for n in mine if n not in small and n not in shared):
-            tell(name, count, len(work.groups))
             fit(name)
-            told(name)
 
     together(work.team, alone)
     for name in shared:
-        tell(name, count, len(work.groups))
         fit(name)
-        told(name)
     work.team.wait()
 
 
