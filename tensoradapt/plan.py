@@ -18,7 +18,7 @@ from tensoradapt.records import Tabular
 from tensoradapt.rows import Factor, alike, enumerated, factor_of, group_dict, group_from, larger, record_of, row_of
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
-from tensoradapt.spec import Spec
+from tensoradapt.spec import Rule, Spec
 from tensoradapt.tables import columns, wrapped
 from tensoradapt.targets import refuse, select
 
@@ -91,8 +91,18 @@ class Plan(Tabular):
     @property
     def in_words(self) -> str:
         """The plan in words: how many sites and groups it has, and the first of its rules."""
-        rules = [*map(str, self.spec.rules[:4]), *(["..."] if len(self.spec.rules) > 4 else [])]
+        rules = [*map(self._in_words, self.spec.rules[:4]), *(["..."] if len(self.spec.rules) > 4 else [])]
         return "\n".join(line for text in (f"{self._sites}: {rules[0]}", *rules[1:]) for line in wrapped(text))
+
+    def _in_words(self, rule: Rule) -> str:
+        """A rule with the ranks that its groups have, where an error or a budget chose others than its own."""
+        ranks = sorted({size for group in self.groups if group.rule == rule for size in group.rank.values()})
+        if not ranks or not isinstance(rule.rank, int) or max(ranks) == rule.rank:
+            return str(rule)
+        said = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        scales = {group.scale for group in self.groups if group.rule == rule}
+        stored = {"scale": f"{scales.pop():g}"} if len(scales) == 1 else {}
+        return str(rule.model_copy(update={"rank": said, "ranks": {}, **stored}))
 
     @property
     def _sites(self) -> str:

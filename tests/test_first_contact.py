@@ -184,6 +184,13 @@ def test_what_an_extraction_says_is_what_its_file_holds(extracted, deltas):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_the_card_of_an_extraction_names_the_base_and_the_ranks_that_were_chosen(extracted):
+    card = (extracted[2] / "README.md").read_text("utf-8")
+    assert "# Adapter of model" in card and "# Adapter of tuned" not in card
+    ranks = [rank for row in extracted[1]["groups"].values() for rank in row["rank"].values()]
+    assert f"rank {min(ranks)} to {max(ranks)}" in card and "rank 8;" not in card
+
+
 def test_a_change_of_no_low_rank_is_called_that(folders, tmp_path):
     text = done("extract", *folders, "--preset", "lora", "--error", "0.0001", "--out", "adapter", folder=tmp_path)
     assert re.search(r"this change has no low rank: \d\.\d times its\s+dense size", text), text

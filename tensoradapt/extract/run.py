@@ -82,6 +82,7 @@ def _made(work: Work, journal: Journal, output: Output, progress: Progress | Non
     _fit_all(work, journal, progress)
     done = alike(work.team, lambda: [_part(work, journal, name) for name in work.groups])
     made = assembled(work, done)
+    made = replace(made, plan=replace(made.plan, model=work.deltas.base.label))  # the sites' names are the tuned side's
     result = _result(work, made, done, output.file if made.plan.groups else None)
     leads = work.team.rank == 0 and result.path is not None
     together(work.team, lambda: output.write(made.plan, made.tensors, result.to_dict()) if leads else None)

@@ -16,7 +16,7 @@ from tensoradapt.plots.page import INCH, POINT, Letters, ink, stroke
 from tensoradapt.plots.panels import PAGE, key, key_columns, ruled
 from tensoradapt.plots.shares import short
 from tensoradapt.plots.sheet import Sheet, root
-from tensoradapt.plots.words import brief_name, percent, some
+from tensoradapt.plots.words import brief_name, percent, proposed, some
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,13 +52,13 @@ def plot_front(report: Mapping[str, Any], page: Sheet) -> Figure:
         _point(axes, point, depth, *looks[point["preset"]])
     tall = height - 20 * page.letters.scale
     room = (width / page.letters.scale, tall / page.letters.scale)
-    _scales(axes, points, _floor(points, _chosen(points, report["choice"])), room)
+    _scales(axes, points, _floor(points, _chosen(points, proposed(report))), room)
     axes.set(xlabel="parameters of the adapter")
     axes.set_ylabel(page.along("relative error of the change, % of its norm", tall))
     ruled(axes)
     key(page, [axes], _handles(looks, labels))
     figure.draw_without_rendering()
-    _names(page, axes, points, front, report["choice"])
+    _names(page, axes, points, front, proposed(report))
     return figure
 
 
@@ -69,7 +69,7 @@ def front_caption(report: Mapping[str, Any]) -> str:
     said = [f"{some(len(points), 'candidate')}, a marker per preset; smaller and closer is lower left."]
     if len(points) > 1:
         said += [f"Filled, and joined: the {len(front):,} that no other beats in both."]
-    chosen = _chosen(points, report["choice"])
+    chosen = _chosen(points, proposed(report))
     if chosen:
         size = f"{chosen['num_parameters']:,} parameters at an error of {percent(chosen['relative_error'])}"
         said += [f"Chosen: {brief_name(chosen['label'])}, {size}."]

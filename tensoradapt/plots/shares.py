@@ -14,7 +14,7 @@ from tensoradapt.errors import SpecError
 from tensoradapt.plots.labels import extent
 from tensoradapt.plots.page import GREY, INCH, setting
 from tensoradapt.plots.sheet import Sheet, literal, root
-from tensoradapt.plots.words import brief_name, listed, percent, plain
+from tensoradapt.plots.words import brief_name, listed, percent, plain, proposed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +62,7 @@ def plot_parameters(report: Mapping[str, Any], page: Sheet) -> Figure:
     """Parameters of the front's candidates and the chosen one, cut by group. Raises SpecError where there are none."""
     width = page.width(WIDTH)
     for most in range(BARS, 0, -1):
-        shares = Shares([_bar(c, report["choice"]) for c in _drawn(report, most)])
+        shares = Shares([_bar(c, proposed(report)) for c in _drawn(report, most)])
         if page.size[1] is None or shares_height(page, shares, width) <= page.size[1]:
             break
     page.known(shares.names, (bar.name for bar in shares.bars))
@@ -77,7 +77,8 @@ def parameters_caption(report: Mapping[str, Any]) -> str:
     """What to read off the bars: where the parameters go."""
     shown = _drawn(report, BARS)
     said = ["Where the parameters go: the candidates of the front and the chosen one, cut by group."]
-    chosen = next((c for c in shown if report["choice"] and c["label"] == report["choice"]["label"]), None)
+    choice = proposed(report)
+    chosen = next((c for c in shown if choice and c["label"] == choice["label"]), None)
     if chosen and len(chosen["by_group"]) > 1 and chosen["num_parameters"]:
         largest = sorted(chosen["by_group"].items(), key=lambda pair: -pair[1])
         spent = [f"{brief_name(name)} ({percent(count / chosen['num_parameters'])})" for name, count in largest]
@@ -95,7 +96,8 @@ def _drawn(report: Mapping[str, Any], most: int) -> list[Mapping[str, Any]]:
     """The chosen candidate and those of the front, evenly thinned to as many as a figure holds, by size."""
     if not report["candidates"]:
         raise SpecError("the report has no candidates to draw", hint="analyse with candidates")
-    label = report["choice"]["label"] if report["choice"] else None
+    choice = proposed(report)
+    label = choice["label"] if choice else None
     front = sorted((c for c in report["candidates"] if c["front"]), key=lambda c: c["num_parameters"])
     step = -(-len(front) // max(1, most - 1))
     kept = [*front[::step], *(c for c in report["candidates"] if c["label"] == label)][-most:]

@@ -104,3 +104,9 @@ def at_most(ranks: Sequence[int | None]) -> tuple[int, int] | None:
         return None
     rank = known[min(len(known) - 1, int(0.85 * len(known)))]
     return rank, sum(found <= rank for found in known)
+
+
+def proposed(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The report's choice, where it proposes one: none where no low rank holds the change."""
+    choice: Mapping[str, Any] | None = report["choice"]
+    return choice if choice and choice.get("holds", True) else None
