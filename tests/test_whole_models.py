@@ -168,11 +168,13 @@ def test_values_come_in_order_whoever_computes_them():
 
 
 STUCK = """
-import sys, threading, time, torch
+import signal, sys, threading, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are told to ignore it
 from tensoradapt.__main__ import main
 from tensoradapt.cli.run import presets
 
 def stuck(*_, **__):
+    matrix = torch.randn(7000, 7000)
     print("begun", flush=True)
     {body}
 
@@ -181,7 +183,7 @@ sys.argv = ["tensoradapt", "presets"]
 main()
 """
 BODIES = {
-    "a call that sees no signal": "torch.linalg.svd(torch.randn(9000, 9000))",
+    "a call that sees no signal": "torch.linalg.svd(matrix)",
     "threads that are joined": "t = threading.Thread(target=time.sleep, args=(30,)); t.start(); t.join()",
     "plain Python": "\n    while True: time.sleep(0.01)",
 }
@@ -206,7 +208,8 @@ def test_ctrl_c_ends_a_command_at_once(name, tmp_path):
 
 
 BEGUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tensoradapt.__main__ import main
 from tensoradapt.cli.run import analyze
 sys.argv = ["tensoradapt", "analyze", "base", "tuned", "--out", "report"]
