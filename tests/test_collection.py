@@ -85,6 +85,6 @@ def test_the_command(tmp_path):
     arguments = ["analyze", *(f"--adapter={tmp_path / f'task{k}'}" for k in range(TASKS)), "--no-candidates"]
     result = CliRunner().invoke(application(), arguments)
     assert result.exit_code == 0, result.output
-    assert "task0, task1, task2 -> 3 adapters" in result.stdout
+    assert "3 adapters: task0, task1, task2" in result.stdout
     report = CliRunner().invoke(application(), ["analyze", "base"])
     assert isinstance(report.exception, ta.SpecError)
