@@ -163,10 +163,11 @@ def test_a_rank_that_dies_is_not_waited_for(folder, tmp_path):
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
-        "import atexit, os, sys\n"
+        "import atexit, os, sys, threading\n"
         "def trace(frame, event, arg):\n"
         "    if event == 'call' and frame.f_code.co_name == 'site_report': os._exit(137)\n"
         "sys.setprofile(trace)\n"
+        "threading.setprofile(trace)\n"  # weights are measured by threads of a pool
     )
     paths = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     (code, out, err), (other, _, _) = launched(folder, "analyze", "base", "tuned", environment={"PYTHONPATH": paths})
