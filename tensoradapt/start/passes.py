@@ -19,6 +19,7 @@ from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.host import host_of
 from tensoradapt.plan import make_plan
 from tensoradapt.presets import Preset, SpecLike, as_spec
+from tensoradapt.presets.door import FILES
 from tensoradapt.scan import scan_module
 from tensoradapt.sites import Site
 from tensoradapt.spec import Rule, Spec
@@ -31,7 +32,8 @@ def sites_of(model: nn.Module, where: Adapter | SpecLike) -> list[Site]:
     """
     if not isinstance(model, nn.Module):
         raise AdapterError("this is no model", got=type(model).__name__, expected="the nn.Module that is adapted")
-    if isinstance(where, Spec | Rule | Preset | str | Path | Mapping | list | tuple):
+    saved = isinstance(where, str | Path) and "/" in str(where) and Path(where).suffix not in FILES
+    if not saved and isinstance(where, Spec | Rule | Preset | str | Path | Mapping | list | tuple):
         plan = make_plan(as_spec(where), scan_module(model))
         return [placement.site for group in plan.groups for placement in group.placements]
     adapter = attached(where, "after the model comes what says which sites", f"{ATTACHED}, or a Spec")
