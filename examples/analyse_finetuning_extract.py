@@ -40,6 +40,12 @@ def one_rule(**fields: object) -> ta.Spec:
     return ta.Spec(rules=(ta.Rule(rank=1, **fields),))
 
 
+def needed(error: RankError) -> str:
+    """Return what an error expected, or its first line."""
+    lines = str(error).splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if "expected:" in line), lines[0])
+
+
 def budgets(base: Path, targets: Sequence[str], ranks: Sequence[int]) -> dict[int, int]:
     """Return the numbers of parameters of LoRA at some ranks, by rank: what every format may spend."""
     return {rank: ta.plan(ta.preset("lora", rank=rank, targets=targets), base).num_trainable for rank in ranks}
@@ -53,7 +59,7 @@ def compare(base: Path, tuned: Path, args: argparse.Namespace, score: Scorer, lo
             try:
                 found = ta.extract(base, tuned, spec, out, max_parameters=budget, device=args.device, overwrite=True)
             except RankError as error:
-                yield Row(name, budget, note=str(error).splitlines()[-1].strip())
+                yield Row(name, budget, note=needed(error))
                 continue
             paths = list(found.report["sites"])
             model = base_with_rest_tuned(load(base, args.device), load(tuned, args.device), paths)

@@ -276,7 +276,7 @@ def test_two_processes_with_one_output(made, tmp_path):
             return fit(self, name)
 
         Work.fit = waiting
-        run_module.each = lambda names, task: (task(n) or n for n in names)
+        run_module.each = lambda names, task, begun: (task(n) or n for n in names)
         ta.extract(*made, SPEC, tmp_path / "out")
 
     child = os.fork()
@@ -287,7 +287,8 @@ def test_two_processes_with_one_output(made, tmp_path):
             os._exit(0)
         except BaseException:
             os._exit(1)
-    os.read(ready[0], 1)
+    os.close(ready[1])  # a child that ended is then the end of the pipe
+    assert os.read(ready[0], 1) == b"x"
     with pytest.raises(FileError, match="another process is writing"):
         ta.extract(*made, SPEC, tmp_path / "out")
     os.write(go[1], b"x" * GROUPS)

@@ -256,7 +256,8 @@ def test_the_gradient_is_the_tangent_that_falls_fastest():
     assert found["core"] is None
     for node in ("factor_out", "factor_in"):
         u, xi = arrays(adapter)[node], found[node].numpy()
-        np.testing.assert_allclose(u.T @ xi + xi.T @ u, 0, atol=1e-12)
+        size = np.linalg.norm(kept[node].numpy())  # rounding is a share of what is projected
+        np.testing.assert_allclose(u.T @ xi + xi.T @ u, 0, atol=1e-14 * size)
         for k in range(5):
             z = tangent_of(u, np.random.default_rng(k).standard_normal(u.shape))
             assert np.sum(xi * z) == pytest.approx(np.sum(kept[node].numpy() * z))
