@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
-from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
+from tensoradapt.errors import AdapterError, SiteError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.handover import stand_in
 from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
+from tensoradapt.io.renamed import fitted
 from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import plain_weight
@@ -51,11 +52,13 @@ def attach(model: nn.Module, spec: SpecLike, name: str = "default", seed: int = 
 
 
 def load(path: Savable | str | Path, model: nn.Module, name: str = "default") -> Adapter:
-    """Attach an adapter file, or an adapter in memory, to a model. Raises FileError naming what does not fit."""
+    """Attach an adapter file, or an adapter in memory, to a model, whose names may have one prefix more or less.
+
+    Raises FileError naming what does not fit.
+    """
     _check_model(model, name, "ta.load(path, model)")
-    saved = as_saved(path)
     found = scan_module(model)
-    _check_fits(saved.plan, found, saved.where)
+    saved = fitted(as_saved(path), found, type(model).__name__)
     adapter = _prepare(model, saved.plan, found, name)
     _fill(adapter, saved.tensors)
     return _install(model, adapter)
@@ -104,44 +107,6 @@ def _check_random(plan: Plan, seed: int) -> None:
     for factor in plan.factors.values():
         if factor.law != WEIGHT:
             parse_law(factor)
-
-
-def _check_fits(plan: Plan, found: SiteMap, file: str) -> None:
-    """Every saved site and extra parameter is in the model, with its shape."""
-    live = {(site.owner, site.index): site for site in found.sites}
-    sites = [placement.site for group in plan.groups for placement in group.placements]
-    twins = [(twin, None, twin) for site in sites for twin in site.joined]
-    for owner, index, path in [*((s.owner, s.index, s.path) for s in sites), *twins]:
-        if (owner, index) not in live:
-            raise FileError(
-                f"{file} adapts {path}, which the model lacks",
-                got=found.name,
-                expected=plan.model or "the model it was made for",
-                hint="load it onto the model it was trained on",
-            )
-    for site in sites:
-        shape = _shape_in(live[site.owner, site.index], site)
-        if site.shape != shape:
-            raise FileError(
-                f"{site.path} has another shape than in {file}",
-                got=shape,
-                expected=site.shape,
-                hint="load it onto the model it was trained on",
-            )
-    for path, extra in plan.extras.items():
-        if found.parameters.get(path) != extra:
-            raise FileError(
-                f"{file} trains {path}, which the model lacks or has in another shape",
-                got=found.parameters.get(path),
-                expected=extra,
-                hint="give the model the same head",
-            )
-
-
-def _shape_in(mine: Site, saved: Site) -> tuple[int, ...]:
-    """The shape of a saved site's part of a live one: in the layout that its rule stated, and its rows."""
-    shape = mine.shape[::-1] if saved.kind == "parameter" and saved.layout != mine.layout else mine.shape
-    return shape if saved.rows is None else (min(shape[0], saved.rows[1]) - saved.rows[0], *shape[1:])
 
 
 def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter:

@@ -1,7 +1,8 @@
 """Model folders with an adapter merged into the weights: shard by shard, each laid out as it was.
 
 Invariant: the merged folder has the base's shards, names, shapes and dtypes, and every weight that is not adapted byte
-for byte; a merge that fails leaves nothing behind. One tensor is in memory at a time.
+for byte; behind them stand trained modules that the base lacks. A merge that fails leaves nothing behind. One tensor is
+in memory at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import AdapterError, FileError
+from tensoradapt.io.appended import appendable, appended, is_of_another_module, longer_head, longer_index
 from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
 from tensoradapt.io.folder import atomic_folder
 from tensoradapt.io.held import as_bytes
@@ -97,15 +99,16 @@ def merge_folder(
 ) -> MergeResult:
     """Write W + delta for every site of an adapter: a base folder, file or hub id, to a new folder.
 
-    Sums are formed in float32 and rounded once to the stored dtype; modules that were trained whole replace the base's;
-    configs and tokenizers are copied. `tied=True` merges into a tensor that modules share which are not adapted.
+    Sums are formed in float32 and rounded once to the stored dtype; modules that were trained whole replace the base's,
+    or are added where it has none; configs and tokenizers are copied. `tied=True` merges into a tensor that modules
+    share which are not adapted.
     Raises FileError, AdapterError; nothing is left then.
     """
     saved, target = as_saved(adapter), expand(out)
     with open_checkpoint(base, revision) as source:
         if not source.files:
             raise FileError(f"{source.name} is no folder", expected="a folder, a file or a cached hub id")
-        changes = _changes(saved, source, tied=tied)
+        changes, added = _changes(saved, source, tied=tied)
         _check_apart(source, target)
         others, left = _others(source)
         shards = [open_shard(file) for file in source.files]
@@ -114,26 +117,36 @@ def merge_folder(
             _check_room(folder, shards)
             merged = _Merged(saved, changes, progress)
             for shard in shards:
-                merged.write(shard, folder / shard.file.name)
+                merged.write(shard, folder / shard.file.name, added if shard is shards[-1] else {})
             for other in others:
                 (folder / other).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(_folder(source) / other, folder / other)
-            _check_written(folder, source)
+                if added and other.name.endswith(INDEX):
+                    index = longer_index(_folder(source) / other, shards[-1].file.name, added)
+                    (folder / other).write_bytes(index)
+                else:
+                    shutil.copyfile(_folder(source) / other, folder / other)
+            _check_written(folder, source, added)
             files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
-    sites = sum(len(change.sites) for change in changes.values())
     notes = [f"not copied, as the merged weights are not in them: {_listed(left)}"] if left else []
-    return MergeResult(target, sites, len(changes), sum(files.values()), tuple(sorted(files)), tuple(notes))
+    notes += [appended(added)] if added else []
+    sites = sum(len(change.sites) for change in changes.values())
+    tensors = len(changes) + len(added)
+    return MergeResult(target, sites, tensors, sum(files.values()), tuple(sorted(files)), tuple(notes))
 
 
 # -- what is to be changed ------------------------------------------------------------------------------------------
 
 
-def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> dict[str, Change]:
-    """What becomes of every stored tensor that an adapter changes. Raises FileError where one does not fit."""
+def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> tuple[dict[str, Change], dict[str, Tensor]]:
+    """What becomes of every stored tensor that an adapter changes, and trained tensors that the base has none of.
+
+    Raises FileError where one does not fit.
+    """
     sites = [placement.site for _, placement in saved.sites.values()]
     extras = {path: saved.tensors[f"extra.{path}"] for path in saved.plan.extras}
     find = finder([site.tensor for site in sites], source.entries)
     found: dict[str, Change] = {}
+    added: dict[str, Tensor] = {}
     missing: list[str] = []
     unfit: list[str] = []
     for site in sites:
@@ -145,12 +158,16 @@ def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> dict[str, Chang
         found.setdefault(name, Change(source.entries[name])).sites.append(site)
     for path, tensor in extras.items():
         name = find(path)
-        if name is None or source.entries[name].shape != tuple(tensor.shape):
-            (missing if name is None else unfit).append(path)
-            continue
-        found[name] = Change(source.entries[name], trained=tensor)
+        if name is None and is_of_another_module(path, source.entries):
+            added[path] = tensor
+        elif name is None:
+            missing.append(path)
+        elif source.entries[name].shape != tuple(tensor.shape):
+            unfit.append(path)
+        else:
+            found[name] = Change(source.entries[name], trained=tensor)
     _check_found(saved, source, missing, unfit)
-    return found
+    return found, appendable(added, saved.where, [change.entry.dtype for change in found.values()])
 
 
 def names_of(site: Site) -> tuple[str, ...]:
@@ -213,10 +230,10 @@ class _Merged:
     progress: Progress | None
     done: int = 0
 
-    def write(self, shard: Shard, target: Path) -> None:
-        """Write a shard under the same header: what is not changed as bytes, tensor by tensor."""
+    def write(self, shard: Shard, target: Path, added: Mapping[str, Tensor]) -> None:
+        """Write a shard under the same header, what is not changed as bytes, tensor by tensor; `added` behind them."""
         with target.open("wb") as out:
-            out.write(shard.head())
+            out.write(longer_head(shard, added) if added else shard.head())
             for name in shard.header:
                 change = self.changes.get(name)
                 if change is None or change.entry.file != shard.file:
@@ -224,6 +241,8 @@ class _Merged:
                 else:
                     out.write(as_bytes(change.apply(shard.read(name), self.saved)).numpy().data)
                     self._tell(name)
+            for tensor in added.values():
+                out.write(as_bytes(tensor).numpy().data)
         shard.stamp.check(shard.file)
 
     def _tell(self, name: str) -> None:
@@ -284,11 +303,11 @@ def _check_room(folder: Path, shards: Sequence[Shard]) -> None:
         raise OSError(28, f"no room: {needed:,} bytes are needed, {free:,} are free")
 
 
-def _check_written(folder: Path, source: Checkpoint) -> None:
+def _check_written(folder: Path, source: Checkpoint, added: Mapping[str, Tensor]) -> None:
     """Raise FileError where the folder that was written does not open with the base's names, shapes and dtypes."""
     with open_checkpoint(folder) as found:
         both = [{e.name: (e.shape, e.dtype) for e in side.entries.values()} for side in (found, source)]
-    if both[0] != both[1]:
+    if both[0] != both[1] | {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in added.items()}:
         raise FileError(f"{folder} was not written as it should be", hint="look at the disk")
 
 

@@ -265,7 +265,11 @@ OTHERS = {
     ),
     "another architecture": ("lora", tiny.gpt2, f"adapts {LAYER}.query, which the model lacks"),
     "another width": ("lora", lambda: tiny.bert(hidden_size=32), f"{LAYER}.query has another shape"),
-    "no such head": ("extra modules", tiny.bert, r"adapts bert\.encoder"),
+    "no such head": (
+        "extra modules",
+        tiny.bert,
+        r"trains classifier\.(weight|bias), (.|\n)*got: a BertModel(.|\n)*load it onto the class that has 'classifier'",
+    ),
     "another head": (
         "extra modules",
         lambda: relabelled(5),

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 import tensoradapt as ta
 from tensoradapt.cli.app import run
@@ -272,10 +272,48 @@ def test_a_base_of_another_model(tmp_path):
     refused(tmp_path, r"4 of the 4 weights .* have another shape", wide, adapter)
 
 
-def test_modules_that_the_base_lacks(tmp_path):
-    _, adapter, _ = prepared("trained modules", tmp_path)
-    headless = base(tmp_path / "headless", tiny.bert())
-    refused(tmp_path, r"lacks 2 of the 6(.|\n)*classifier", headless, adapter)
+@pytest.mark.parametrize("size", ["8KB", "1GB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_head_that_the_base_lacks_is_added(size, dtype, tmp_path):
+    """The bare encoder's folder becomes what the classifier computes, read by transformers from one file or several."""
+    _, adapter, model = prepared("trained modules", tmp_path, dtype, size)
+    headless = base(tmp_path / "headless", model.bert.__class__(model.config).to(dtype), size)
+    save_over(headless, {f"{k.removeprefix('bert.')}": t for k, t in stored(tmp_path / "base").items() if "bert." in k})
+    result = merge_folder(headless, adapter, tmp_path / "out")
+    assert "classifier.weight, classifier.bias; load the folder with the class" in str(result)
+    assert result.num_tensors == 6
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3)
+    assert loaded.classifier.weight.dtype == dtype and torch.equal(loaded.classifier.weight, model.classifier.weight)
+    assert torch.equal(loaded(tiny.tokens()).logits, model(tiny.tokens()).logits)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    if size == "8KB":
+        total = sum(tensor.numel() * tensor.itemsize for tensor in stored(tmp_path / "out").values())
+        assert json.loads(index.read_text())["metadata"]["total_size"] == total
+
+
+def save_over(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Put these tensors in the place of those of the same names."""
+    for file in folder.glob("*.safetensors"):
+        save_file({name: tensors[name] for name in load_file(file)}, file, metadata={"format": "pt"})
+
+
+def test_a_trained_norm_under_another_name_is_no_module_to_add(tmp_path):
+    model = tiny.bert()
+    folder = base(tmp_path / "base", model, "1GB")
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=QV, train=["embeddings.LayerNorm"]))
+    state = load_file(folder / "model.safetensors")
+    renamed = {name.replace("s.LayerNorm.weight", "s.LayerNorm.gamma"): tensor for name, tensor in state.items()}
+    save_file(renamed, folder / "model.safetensors")
+    refused(tmp_path, r"lacks 1 of the 6(.|\n)*no embeddings.LayerNorm.weight", folder, adapter)
+
+
+def test_heads_beside_the_model_in_a_container_are_not_added_to_its_files(tmp_path):
+    model = nn.Sequential(tiny.bert(), nn.ModuleDict({"linear": nn.Linear(16, 3)}))
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=QV, train=["1.linear"]))
+    folder = base(tmp_path / "base", tiny.bert())
+    refused(
+        tmp_path, r"trains 1.linear.weight, 1.linear.bias, which the base lacks(.|\n)*merge_and_detach", folder, adapter
+    )
 
 
 def test_quantised_bases(tmp_path):

@@ -48,6 +48,21 @@ def _found(names: Collection[str], others: Collection[str]) -> Shift:
     return best if _matched(best, names, others) >= enough else Shift()
 
 
+def sole(names: Collection[str], others: Collection[str]) -> Shift | None:
+    """The one prefix, or none at all, with which every name is among the others; None where there is no such, or two.
+
+    Two towers of one model have the same names behind their own prefixes: which of them is meant nobody can say.
+    """
+    if all(name in others for name in names):
+        return Shift()
+    longer = sorted(names, key=len)[-1:]
+    put = {other.removesuffix(name) for name in longer for other in others if other.endswith(f".{name}")}
+    taken = {name.removesuffix(other) for name in longer for other in others if other and name.endswith(f".{other}")}
+    candidates = [*map(Shift, put), *(Shift(prefix, strip=True) for prefix in taken)]
+    found = [by for by in candidates if all(by(name) in others for name in names)]
+    return found[0] if len(found) == 1 else None
+
+
 def _matched(by: Shift, names: Collection[str], others: Collection[str]) -> int:
     return sum(by(name) in others for name in names)
 

@@ -119,12 +119,13 @@ def export_peft(  # noqa: PLR0913
     with atomic_folder(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
         result = replace(_write(temporary, saved, made, options), path=expand(out))
         dropped = () if extras else tuple(saved.plan.extras)
-        result = replace(result, dropped=dropped, notes=(*_notes(made, zero, dropped), *_dilated(made, model)))
+        notes = (*_notes(made, zero, dropped, known=known is not None), *_dilated(made, model))
+        result = replace(result, dropped=dropped, notes=notes)
         (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")
     return result
 
 
-def _notes(made: _Made, zero: Sequence[str], dropped: Sequence[str]) -> tuple[str, ...]:
+def _notes(made: _Made, zero: Sequence[str], dropped: Sequence[str], *, known: bool) -> tuple[str, ...]:
     """What to know of a folder, beside its errors."""
     left = [f"{module.path} by {f.left:.1%}" for module, f in made.factored.items() if f.left]
     twins = [module.path for module in made.factored if module.parts[0].path.partition("[")[0] != module.path]
@@ -137,7 +138,16 @@ def _notes(made: _Made, zero: Sequence[str], dropped: Sequence[str]) -> tuple[st
             if twins
             else []
         ),
+        *([] if known else [_names(made)]),
         *(["parameters trained whole are not in the folder: extras=True writes them"] if dropped else []),
+    )
+
+
+def _names(made: _Made) -> str:
+    """What to say of names that were taken as the adapter has them: PEFT looks for modules of just these names."""
+    return (
+        f"PEFT finds modules by name: load it onto a model that has {next(iter(made.factored)).path}; "
+        "model= (--model) writes the names of another"
     )
 
 

@@ -1,0 +1,107 @@
+"""Adapters under other names: the same factors, for a model whose modules have a prefix more, or less.
+
+Invariant: groups keep their names, their order and their tensors; only paths of sites and of trained modules change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tensoradapt.errors import FileError
+from tensoradapt.grouping import Group
+from tensoradapt.io.names import sole
+from tensoradapt.io.saved import Saved
+from tensoradapt.sites import Site, SiteMap
+
+Names = Callable[[str], str]
+
+
+def renamed(saved: Saved, by: Names, trained: Names) -> Saved:
+    """The adapter with every site under the name that `by` gives it, and every parameter trained whole by `trained`."""
+    plan = saved.plan
+    groups = tuple(_group(group, by) for group in plan.groups)
+    extras = {trained(name): shape for name, shape in plan.extras.items()}
+    tensors = {
+        f"extra.{trained(key.removeprefix('extra.'))}" if key.startswith("extra.") else key: tensor
+        for key, tensor in saved.tensors.items()
+    }
+    return replace(saved, plan=replace(plan, groups=groups, extras=extras), tensors=tensors)
+
+
+def _group(group: Group, by: Names) -> Group:
+    return replace(group, placements=tuple(replace(p, site=_site(p.site, by)) for p in group.placements))
+
+
+def _site(site: Site, by: Names) -> Site:
+    names = {field: by(getattr(site, field)) for field in ("path", "owner", "tensor")}
+    lists = {field: tuple(map(by, getattr(site, field))) for field in ("aliases", "joined")}
+    return replace(site, **names, **lists)  # type: ignore[arg-type]
+
+
+def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
+    """The adapter under a model's names: `bert.encoder...` on the bare encoder, and the other way round.
+
+    Raises FileError where a site or a trained module is not in the model, with its shape; `kind` names its class.
+    """
+    sites = [placement.site for group in saved.plan.groups for placement in group.placements]
+    by = sole({name for site in sites for name in (site.owner, *site.joined)}, {site.owner for site in model.sites})
+    if by is not None and by.prefix:
+        saved = renamed(saved, by, lambda name: other if (other := by(name)) in model.parameters else name)
+    _check_sites(saved, model, kind)
+    _check_trained(saved, model, kind)
+    return saved
+
+
+def _check_sites(saved: Saved, model: SiteMap, kind: str) -> None:
+    """Every saved site is in the model, with its shape."""
+    live = {(site.owner, site.index): site for site in model.sites}
+    sites = [placement.site for group in saved.plan.groups for placement in group.placements]
+    twins = [(twin, None, twin) for site in sites for twin in site.joined]
+    for owner, index, path in [*((s.owner, s.index, s.path) for s in sites), *twins]:
+        if (owner, index) not in live:
+            raise FileError(
+                f"{saved.where} adapts {path}, which the model lacks",
+                got=f"a {kind}, with {next(iter(site.path for site in model.sites), 'no weight to adapt')}",
+                expected=f"a model of the kind that it was made for{_named(saved)}",
+                hint="load it onto the model it was trained on: its class, layers and sizes",
+            )
+    for site in sites:
+        shape = _shape_in(live[site.owner, site.index], site)
+        if site.shape != shape:
+            raise FileError(
+                f"{site.path} has another shape than in {saved.where}",
+                got=shape,
+                expected=site.shape,
+                hint="load it onto the model it was trained on",
+            )
+
+
+def _check_trained(saved: Saved, model: SiteMap, kind: str) -> None:
+    """Every parameter that was trained whole is in the model, with its shape."""
+    for path, shape in saved.plan.extras.items():
+        if model.parameters.get(path) == shape:
+            continue
+        if path in model.parameters:
+            hint = f"give the model the same head; from_pretrained(..., num_labels={shape[0]}), say"
+        else:
+            hint = (
+                "every weight that it adapts is in this model: load it onto the class that has "
+                f"{path.partition('.')[0]!r} too, such as AutoModelForSequenceClassification for a classifier"
+            )
+        raise FileError(
+            f"{saved.where} trains {path}, which the model lacks or has in another shape",
+            got=f"a {kind}: {model.parameters.get(path, 'no such parameter')}",
+            expected=shape,
+            hint=hint,
+        )
+
+
+def _named(saved: Saved) -> str:
+    return f", {saved.plan.model}" if saved.plan.model else ""
+
+
+def _shape_in(mine: Site, saved: Site) -> tuple[int, ...]:
+    """The shape of a saved site's part of a live one: in the layout that its rule stated, and its rows."""
+    shape = mine.shape[::-1] if saved.kind == "parameter" and saved.layout != mine.layout else mine.shape
+    return shape if saved.rows is None else (min(shape[0], saved.rows[1]) - saved.rows[0], *shape[1:])
