@@ -126,7 +126,9 @@ def test_every_weight_of_the_analysis_has_its_own_numbers(analysed, deltas, spec
         assert row["norm"] == pytest.approx(np.linalg.norm(deltas[name]), rel=ROUNDING)
         assert abs(row["ranks"]["energy_0.95"] - rank_for(values, 0.05)) <= 1, name
         count = min(8, len(row["singular_values"]))
-        assert row["singular_values"][:count] == pytest.approx(list(values[:count]), rel=1e-3, abs=1e-6 * values[0]), name
+        assert row["singular_values"][:count] == pytest.approx(list(values[:count]), rel=1e-3, abs=1e-6 * values[0]), (
+            name
+        )
 
 
 def test_the_parameters_that_an_error_takes_are_those_of_the_best_format(analysed, spectra):
