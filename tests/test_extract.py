@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from toys import Convolutions, Toy
 
 import tensoradapt as ta
+from tensoradapt.errors import RankError
 from tensoradapt.extract import preview
 from tensoradapt.io.saved import as_saved
 from tensoradapt.presets import PRESETS
@@ -485,6 +487,17 @@ def test_an_error_out_of_reach_is_said(tmp_path):
     spec = ta.preset("krona", targets=["q"])
     result = ta.extract(base, tuned, spec, tmp_path / "a", error=0.01)
     assert result.relative_error > 0.01 and any("cannot reach the error 0.01" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("name", ["loha", "lorta", "cara"])
+def test_an_error_that_no_rank_can_reach_is_refused_before_anything_is_fitted(name, monkeypatch, tmp_path):
+    """Full-rank changes in networks whose ranks no spectrum shows; what can be reached is still fitted."""
+    monkeypatch.setattr(import_module("tensoradapt.extract.planning"), "HOURS", 1e6)
+    base, tuned = shaken(Toy(LAYERS, WIDTH), ("q_proj.weight",), rank=WIDTH)
+    spec = ta.preset(name, rank=1, targets=["q_proj"], **({} if name == "loha" else {"heads": 2}))
+    with pytest.raises(RankError, match=r"0\.001.*\n.*needs rank \d+ at least\n.*give rank="):
+        ta.extract(base, tuned, spec, tmp_path / "a", error=0.001)
+    assert not list(tmp_path.iterdir())
 
 
 # -- what is zero, and what is small --------------------------------------------------------------------------------

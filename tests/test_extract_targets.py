@@ -184,3 +184,15 @@ def test_a_plan_made_of_shapes_does_not_know_what_differs():
     """Elsewhere a rule without targets means its preset's default set."""
     plan = ta.plan(ta.preset("lora"), from_mapping({f"layers.{k}.{r}_proj": (8, 8) for k in range(2) for r in "qkv"}))
     assert plan.num_sites == 4
+
+
+def test_a_network_many_times_larger_than_its_weight_is_no_adapter_of_it(tmp_path):
+    """A vocabulary that is a prime number has no folds: one gate over all of it would have its square of parameters."""
+    base = {"embed_tokens.weight": tiny.noise(1009, 8), "layers.0.q_proj.weight": tiny.noise(8, 8)}
+    result = ta.extract(base, tuned_of(base), "quanta", tmp_path / "a")
+    row = result.change.not_held["embed_tokens.weight"]
+    assert result.change.held_tensors == 1 and "parameters for 8,072 entries" in row["reason"]
+    with pytest.raises(ta.errors.TensorAdaptError, match="parameters for 8,072 entries"):
+        alone = {name: side["embed_tokens.weight"] for name, side in (("base", base), ("tuned", tuned_of(base)))}
+        one, two = ({"embed_tokens.weight": tensor} for tensor in alone.values())
+        ta.extract(one, two, "quanta", tmp_path / "b")

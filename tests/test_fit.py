@@ -17,7 +17,10 @@ import tensoradapt as ta
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, ShapeError, SpecError
 from tensoradapt.fit.als import als
+from tensoradapt.fit.frames import Frame, halves
+from tensoradapt.fit.places import Place
 from tensoradapt.fit.policy import Above, Given, Within, relative
+from tensoradapt.fit.reach import reach_of
 from tensoradapt.fit.tree import bond_spectra, linked, tree_svd
 from tensoradapt.formats.network import parse
 from tensoradapt.interchange import from_tensorly
@@ -459,11 +462,60 @@ def test_no_sweep_makes_the_error_larger(name):
     assert steps[-1] == pytest.approx(np.linalg.norm(tensor - made) / np.linalg.norm(tensor), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", [*NETWORKS, "vera"])
+def test_nodes_that_are_held_show_the_others_all_that_they_need(name):
+    """A step of a node is the same whichever of the other nodes are contracted with the tensor beforehand."""
+    diagram = Diagram(*VERA) if name == "vera" else literal(name)
+    random = np.random.default_rng(0)
+    factors = {n: torch.from_numpy(random.standard_normal(diagram.shape(n))) for n in diagram.nodes}
+    tensor = torch.from_numpy(random.standard_normal([diagram.sizes[a] for a in diagram.open]))
+    for node in diagram.nodes:
+        plain = Frame(diagram)
+        found, explained = Place(plain, node).solved(plain.seen(tensor, factors), factors)
+        for held in [(n,) for n in diagram.nodes if n != node] + [p for p in halves(diagram) or () if node not in p]:
+            frame = Frame(diagram, (held,))
+            step, held_back = Place(frame, node).solved(frame.seen(tensor, factors), factors)
+            torch.testing.assert_close(step, found, rtol=1e-7, atol=1e-8)
+            assert held_back == pytest.approx(explained, rel=1e-9)
+
+
+VERA = (
+    {"site": 3, "out": 20, "in": 16, "r": 5},
+    {"b": ("site", "out"), "B": ("out", "r"), "d": ("site", "r"), "A": ("r", "in")},
+    ("site", "out", "in"),
+)
+
+
+def test_the_halves_of_a_hadamard_product_are_its_sides():
+    large = replace(literal("loha"), sizes={"out": 240, "in": 180, "r": 2, "s": 2})
+    assert set(map(frozenset, halves(large))) == {frozenset("UW"), frozenset("VX")}
+    assert halves(literal("loha")) is None  # nothing would be much smaller than the tensor
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_rank_that_is_ruled_out_has_no_fit_within_the_error(name):
+    diagram = literal(name)
+    random = np.random.default_rng(3)
+    planted = {n: torch.from_numpy(random.standard_normal(diagram.shape(n))) for n in diagram.nodes}
+    exact = summed(diagram, planted)
+    assert reach_of(torch.from_numpy(exact), diagram).lost(diagram) <= 1e-10 * (exact**2).sum()
+    tensor = decaying([diagram.sizes[a] for a in diagram.open], power=0.3)
+    least = reach_of(torch.from_numpy(tensor), diagram).lost(diagram)
+    assert 0 < least <= ta.fit(tensor, diagram).relative_error ** 2 * (tensor.astype(float) ** 2).sum()
+
+
+def test_what_a_low_rank_at_least_loses_is_the_tail_of_the_spectrum():
+    diagram = literal("loha")
+    tensor = decaying((24, 18))
+    s = np.linalg.svd(tensor.astype(float), compute_uv=False)
+    assert reach_of(torch.from_numpy(tensor), diagram).lost(diagram) == pytest.approx((s[4:] ** 2).sum(), rel=1e-6)
+
+
 def test_large_systems_are_solved_without_their_matrix(monkeypatch):
     diagram = literal("lora with a diagonal")
     tensor = torch.from_numpy(decaying([diagram.sizes[a] for a in diagram.open])).double()
     direct = als(tensor, diagram, sweeps=12, restarts=1)
-    monkeypatch.setattr(import_module("tensoradapt.fit.als"), "DIRECT", 1)
+    monkeypatch.setattr(import_module("tensoradapt.fit.places"), "DIRECT", 1)
     assert als(tensor, diagram, sweeps=12, restarts=1).history[-1] == pytest.approx(direct.history[-1], rel=1e-3)
 
 

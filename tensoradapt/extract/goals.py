@@ -17,6 +17,7 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError
 from tensoradapt.fit.curves import Point
 from tensoradapt.fit.policy import Policy, relative
+from tensoradapt.fit.reach import Reach, effort, reach_of
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import LADDER, Options
 from tensoradapt.fit.stream import Stream, curve_of, fit_stream, fit_stream_by
@@ -131,7 +132,7 @@ def _best(stream: Stream, diagram: Diagram, options: Options) -> Fit:
     fit = fit_stream(stream, diagram, options)
     starts = STARTS if stream.stack.count * math.prod(stream.stack.shape) <= CHEAP else 1
     for k in range(1, starts):
-        if fit.method != "als" or fit.relative_error < GOOD:
+        if fit.method != "als" or fit.relative_error < GOOD or fit.agreed:
             break
         other = fit_stream(stream, diagram, replace(options, seed=options.seed + k * STRIDE))
         fit = min(fit, other, key=lambda found: found.relative_error)
@@ -144,13 +145,45 @@ def _within(error: float, total: float, diagram: Diagram) -> Policy:
 
 def _climbed(group: Group, stream: Stream, error: float, options: Options, fixed: Fixed) -> Fit:
     """The smallest rank of the ladder whose fit around the fixed nodes, drawn anew for each, is within the error."""
+    reach, total = _reach(group, stream)
+    fits = list(ladder(group))
+    possible = [d for d in fits if reach.lost(d) <= error * error * total * (1 + 1e-9)] or fits[-1:]
     fit: Fit | None = None
-    for diagram in ladder(group):
+    for diagram in possible:
         fit = _best(stream, diagram, _holding(options, fixed, diagram))
         if fit.relative_error <= error:
             return fit
     assert fit is not None
     return replace(fit, converged=False)
+
+
+def _reach(group: Group, stream: Stream) -> tuple[Reach, float]:
+    """What the ranks of a group cannot hold, and the squared norm of its deltas."""
+    held = stream.held(group.diagram, whole=True)
+    return reach_of(held.core, held.diagram), held.total
+
+
+@dataclass(frozen=True)
+class Climb:
+    """What a group's ladder begins with under an error: the least error that any rank leaves, and the first fit."""
+
+    error: float
+    rank: int
+    effort: float
+
+
+def climb_of(group: Group, stream: Stream, error: float) -> Climb | None:
+    """What is known of a group whose ranks no spectrum shows, before it is fitted; None for all others."""
+    if linked(grown(group, 1)) is not None and not group.rule.frozen:
+        return None
+    reach, total = _reach(group, stream)
+    if not total:
+        return None
+    fits = list(ladder(group))
+    least = [math.sqrt(reach.lost(diagram) / total) for diagram in fits]
+    first = next((d for d, left in zip(fits, least, strict=True) if left <= error), fits[-1])
+    rank = max((first.sizes[bond] for bond in first.bonds), default=1)
+    return Climb(min(least), rank, 0.0 if group.rule.frozen else effort(first))
 
 
 def ladder(group: Group) -> Iterator[Diagram]:

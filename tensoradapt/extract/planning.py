@@ -12,7 +12,7 @@ from typing import Any
 from tensoradapt.analysis.sharing import together
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.extract.allocate import allocate
-from tensoradapt.extract.goals import Goal, grown
+from tensoradapt.extract.goals import Goal, climb_of, grown
 from tensoradapt.extract.targets import taken
 from tensoradapt.extract.whole import Tell, Whole
 from tensoradapt.extract.work import Work
@@ -23,6 +23,9 @@ from tensoradapt.linalg import Team, empty
 from tensoradapt.plan import Plan, make_plan, rank_notes
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Spec
+
+HOURS = 2e12  # multiplications of the first fits of all groups that are not worth their time
+OTHERS = "give rank=, a larger error, or a preset whose ranks the change itself shows: lora, lotr"
 
 
 def planned(
@@ -81,6 +84,35 @@ def _check_budget(groups: Sequence[Group], budget: int) -> None:
             expected=f"at least {least[name]:,} parameters, which is rank 1 of group {name}",
             hint=f"max_parameters={sum(least.values())} is rank 1 of all {len(least)} groups",
         )
+
+
+def check_reach(work: Work, tell: Tell | None = None) -> None:
+    """Refuse an error that no rank of a group can be within, or that only fits of hours could show. Raises RankError.
+
+    Of trees nothing is refused: their spectra show the ranks.
+    """
+    error = work.goal.error
+    if not isinstance(error, float | int):
+        return
+    effort = 0.0
+    for number, name in enumerate(work.groups):
+        if tell is not None:
+            tell(f"spectra of {name}", number, len(work.groups))
+        climb = climb_of(work.group(name), work.slices(name).stream(work.seed), float(error))
+        if climb is not None and climb.error > error:
+            raise RankError(
+                f"no rank brings group {name!r} within the error {error}",
+                got=f"at least {climb.error:.2g} is left",
+                hint=OTHERS,
+            )
+        effort += climb.effort if climb is not None else 0.0
+        if effort > HOURS:
+            assert climb is not None
+            raise RankError(
+                f"no spectrum shows the ranks of this network for the error {error}, and to try them would take hours",
+                got=f"group {name!r} needs rank {climb.rank} at least",
+                hint=OTHERS,
+            )
 
 
 def allocated(work: Work, tell: Tell | None = None) -> Work:

@@ -21,7 +21,7 @@ from tensoradapt.extract.holding import Fitted, holding
 from tensoradapt.extract.journal import Journal, opened
 from tensoradapt.extract.measure import overall, worst_of
 from tensoradapt.extract.output import Output
-from tensoradapt.extract.planning import allocated, planned
+from tensoradapt.extract.planning import allocated, check_reach, planned
 from tensoradapt.extract.result import Extraction
 from tensoradapt.extract.whole import whole_change
 from tensoradapt.extract.words import EQUAL
@@ -69,6 +69,7 @@ def extract(
         together(team, lambda: output.check(files, overwrite=overwrite))
         whole = whole_change(deltas, team, progress)
         work = alike(team, lambda: planned(deltas, whole, spec, goal, where, team, options))
+        alike(team, lambda: check_reach(work, progress))
         with opened(output.journal, output.file, work.identity, team) as journal:
             result = _made(allocated(work, progress), journal, output, progress)
             team.wait()

@@ -9,14 +9,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from tensoradapt.axes import COORDINATES, parse
-from tensoradapt.errors import SiteError, TensorAdaptError
-from tensoradapt.grouping import group_sites
+from tensoradapt.errors import SiteError, SpecError, TensorAdaptError
+from tensoradapt.grouping import Group, group_sites
 from tensoradapt.plan import overlap
 from tensoradapt.presets import expand
 from tensoradapt.sets import names_of, resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule, Spec
 from tensoradapt.targets import select, split_rows
+
+WASTE = 10  # times the entries of its weights: a network of more parameters is no adapter of them
 
 
 @dataclass
@@ -133,10 +135,23 @@ def _refusal(rule: Rule, sites: Sequence[Site], model: SiteMap) -> TensorAdaptEr
     """Why a rule cannot hold some sites together; None where it can."""
     paths = tuple(site.path for site in sites)
     try:
-        group_sites(rule, select(sites, rule.model_copy(update={"targets": paths, "exclude": (), "parts": {}})), model)
+        taken = select(sites, rule.model_copy(update={"targets": paths, "exclude": (), "parts": {}}))
+        wasteful = next((group for group in group_sites(rule, taken, model) if _waste(group) > WASTE), None)
     except TensorAdaptError as error:
         return error
-    return None
+    if wasteful is None:
+        return None
+    entries = sum(placement.site.numel for placement in wasteful.placements)
+    return SpecError(f"{_trained(wasteful):,} parameters for {entries:,} entries")
+
+
+def _trained(group: Group) -> int:
+    return sum(group.diagram.numel(node) for node in group.trainable)
+
+
+def _waste(group: Group) -> float:
+    """A group's trained parameters over the entries of its weights: large where a side has no even folds."""
+    return _trained(group) / sum(placement.site.numel for placement in group.placements)
 
 
 def _add(found: Taken, rule: Rule, sites: Sequence[Site], model: SiteMap) -> None:

@@ -23,7 +23,7 @@ class Fit:
     spectra that it discarded; no fit of these ranks has a smaller one than `optimal`; both are None where unknown.
     `spectra` holds the singular values across every bond as far as they were computed, `history` the relative error
     after every sweep of an iterative method, `converged` whether it settled; `retried` lists the failures after which
-    a step was done once more, on the CPU in float64.
+    a step was done once more, on the CPU in float64; `agreed` says whether two random starts came to one error.
     """
 
     diagram: Diagram
@@ -38,6 +38,7 @@ class Fit:
     history: tuple[float, ...] = field(default=(), repr=False)
     converged: bool = True
     retried: tuple[str, ...] = ()
+    agreed: bool = field(default=False, repr=False)
 
     def dense(self) -> Tensor:
         """The network as a tensor, axes in the order of the diagram's."""

@@ -19,9 +19,10 @@ from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.cp import CP_SWEEPS, fit_cp, is_cp
 from tensoradapt.fit.policy import Given, Policy, Within, squares
 from tensoradapt.fit.polish import polished
+from tensoradapt.fit.reach import EFFORT, effort, reach_of
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.tree import TreeFit, linked, tree_svd
-from tensoradapt.fit.tucker import SWEEPS, evened, hooi, tucker_core
+from tensoradapt.fit.tucker import GAIN, SWEEPS, evened, hooi, tucker_core
 from tensoradapt.lower import dense
 
 TRUSTED = 1e-2  # a squared relative error below this is measured, not subtracted: float32 sums lose it
@@ -88,8 +89,18 @@ def _tree(held: Compressed, options: Options) -> Fit:
         spectra=found.spectra,
         retried=found.retried,
     )
-    core = tucker_core(found.diagram) if len(found.diagram.bonds) > 1 else None
-    return fit if core is None or options.sweeps == 0 else _improved(fit, found, held, core, options)
+    core = tucker_core(found.diagram) if len(found.diagram.bonds) > 1 and _worth_sweeps(found, options) else None
+    return fit if core is None else _improved(fit, found, held, core, options)
+
+
+def _worth_sweeps(found: TreeFit, options: Options) -> bool:
+    """Whether sweeps may gain what was asked for: not where ranks were chosen to be within an error, and are.
+
+    No network of these ranks loses less than what was discarded at one bond alone.
+    """
+    if options.sweeps == 0 or isinstance(options.policy, Within):
+        return False
+    return found.lost - max(found.discarded.values(), default=0.0) > GAIN * found.lost
 
 
 def _improved(fit: Fit, found: TreeFit, held: Compressed, core: str, options: Options) -> Fit:
@@ -153,7 +164,7 @@ def _swept(held: Compressed, options: Options) -> Fit:
     found = als(held.core, held.diagram, start=fixed, fixed=fixed, seed=options.seed, **more)
     error = math.sqrt((squares(held.core - dense(held.diagram, found.factors)) + held.lost) / held.total)
     fit = Fit(held.diagram, found.factors, error, held.total, "als", options.format)
-    return replace(fit, history=found.history, converged=found.converged)
+    return replace(fit, history=found.history, converged=found.converged, agreed=found.agreed)
 
 
 def _climbed(held: Compressed, diagram: Diagram, options: Options) -> Fit:
@@ -166,17 +177,19 @@ def _climbed(held: Compressed, diagram: Diagram, options: Options) -> Fit:
         raise SpecError("this network has no rank to choose", got=str(diagram), hint="fit it as it is, without error=")
     allowed = options.policy.allowed * max(1, len(diagram.bonds)) * (1 + 1e-9)
     close = lambda fit: fit.relative_error**2 * fit.total <= allowed  # noqa: E731
-    low, fit = 0, None
+    reach = reach_of(held.core, held.diagram)
+    low, fit, grown = 0, None, diagram
     for rank in (r for r in LADDER if low < enough(diagram)):
-        grown = _grown(diagram, rank, options)
-        if fit is not None and grown.sizes == _grown(diagram, low, options).sizes:
+        before, grown = grown, _grown(diagram, rank, options)
+        if low and (grown.sizes == before.sizes or effort(grown) > EFFORT):
+            grown = before
             break
-        fit = _at(held, grown, options)
-        if close(fit):
-            return _halved(held, diagram, options, (low, rank), fit, close)
+        if reach.lost(grown) <= allowed:  # else no fit of this rank is close
+            fit = _at(held, grown, options)
+            if close(fit):
+                return _halved(held, diagram, options, (low, rank), fit, close)
         low = rank
-    assert fit is not None
-    return replace(fit, converged=False)
+    return replace(fit or _at(held, grown, options), converged=False)
 
 
 def enough(diagram: Diagram) -> int:

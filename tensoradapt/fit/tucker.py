@@ -15,6 +15,9 @@ from torch import Tensor
 from tensoradapt.diagram import Diagram
 from tensoradapt.fit.policy import squares
 from tensoradapt.linalg import truncated_svd
+from tensoradapt.linalg.lapack import eigh
+from tensoradapt.linalg.parts import gram_matrix
+from tensoradapt.linalg.svd import choose
 
 SWEEPS = 10
 GAIN = 2e-5  # the share of the squared error that a sweep has to gain for another one
@@ -44,8 +47,7 @@ def hooi(
     for _ in range(sweeps):
         for n, dim in dims.items():
             middle = _projected(tensor, {dims[other]: bases[other] for other in bases if other != n})
-            u = truncated_svd(middle.movedim(dim, 0).flatten(1), bases[n].shape[1]).u
-            bases[n] = torch.linalg.qr(u.double())[0].to(u.dtype)  # else the core's norm is not what it holds
+            bases[n] = _leading(middle.movedim(dim, 0).flatten(1), bases[n].shape[1])
         middle, before = _times(middle, dim, bases[n]), energy
         energy = squares(middle)
         if energy - before <= GAIN * (total - energy):
@@ -55,6 +57,15 @@ def hooi(
     order = [bonds.get(axis, axis) for axis in diagram.open]
     made[core] = middle.permute([order.index(i) for i in diagram.nodes[core]]).contiguous()
     return {n: made[n] for n in diagram.nodes}, max(0.0, total - energy)
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis of the leading left singular vectors: of few by block Krylov iteration, else by A A^T."""
+    if choose((matrix.shape[0], matrix.shape[1]), rank) == "krylov":
+        u = truncated_svd(matrix, rank).u
+    else:
+        u = eigh(gram_matrix(matrix))[1].flip(-1)[:, :rank]
+    return torch.linalg.qr(u.double())[0].to(matrix.dtype)  # else the core's norm is not what it holds
 
 
 def _projected(tensor: Tensor, bases: Mapping[int, Tensor]) -> Tensor:
