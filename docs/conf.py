@@ -16,14 +16,18 @@ from tensoradapt.plots import draw_diagram
 from tensoradapt.presets import PRESETS
 from tensoradapt.spec import Rule, Spec
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the notebooks: threads beside other work wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # of the notebooks: threads beside other work wait for each other
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
 project = "tensoradapt"
 author = "The tensoradapt authors"
 copyright = "2026, the tensoradapt authors"
-release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+release = version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))[
+    "project"
+]["version"]
 
 sys.path.insert(0, str(HERE))  # `mathml` and `targets_table`, beside this file
 extensions = ["sphinx.ext.autodoc", "mathml", "myst_nb"]
@@ -35,9 +39,12 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {"Fold": "tensoradapt.spec.Fold"}
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 88  # longer signatures have a line for each parameter
+python_maximum_signature_line_length = (
+    88  # longer signatures have a line for each parameter
+)
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 nb_execution_mode = "force"  # notebooks run whenever the pages are built
@@ -52,12 +59,17 @@ default_role = "code"
 # What the networks of the theory page are drawn for: the shapes of two layers of BERT-base, and one convolution.
 HEADS = 12
 ROLES = {
-    **{f"attention.{role}": (768, 768) for role in ("self.query", "self.key", "self.value", "output.dense")},
+    **{
+        f"attention.{role}": (768, 768)
+        for role in ("self.query", "self.key", "self.value", "output.dense")
+    },
     **{"intermediate.dense": (3072, 768), "output.dense": (768, 3072)},
 }
-SHAPES = {f"encoder.layer.{k}.{role}": shape for k in range(2) for role, shape in ROLES.items()} | {
-    "conv": (64, 32, 3, 3)
-}
+SHAPES = {
+    f"encoder.layer.{k}.{role}": shape
+    for k in range(2)
+    for role, shape in ROLES.items()
+} | {"conv": (64, 32, 3, 3)}
 
 CITED = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
@@ -74,7 +86,9 @@ def preset_table() -> str:
             start,
             f"`{row.formula}`<br>" + "; ".join(filter(None, (source, row.note))),
         )
-        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        rows.append(
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -92,8 +106,15 @@ def command_pages() -> str:
     whole = type(app).context_class
     parts = []
     for name, command in app.commands.items():
-        context = whole(command, info_name=f"tensoradapt {name}", max_content_width=80, terminal_width=80)
-        parts.append(f"## {name}\n\n```text\n{command.get_help(context).strip()}\n```\n")
+        context = whole(
+            command,
+            info_name=f"tensoradapt {name}",
+            max_content_width=80,
+            terminal_width=80,
+        )
+        parts.append(
+            f"## {name}\n\n```text\n{command.get_help(context).strip()}\n```\n"
+        )
     return "\n".join(parts)
 
 
@@ -111,33 +132,39 @@ def groups_of(name: str) -> list:
     """One group of every network that a preset makes."""
     own = {"heads": HEADS} if "heads" in PRESETS[name].parameters else {}
     groups = plan(preset(name, **own), SHAPES).groups
-    return list({tuple(group.diagram.nodes.items()): group for group in groups}.values())
+    return list(
+        {tuple(group.diagram.nodes.items()): group for group in groups}.values()
+    )
 
 
 def draw_networks(folder: Path) -> str:
-    """Draw every preset's networks; a table that shows them, two in a row."""
-    cells = []
+    """Draw every preset's networks; boxes that show them, as many in a row as there is room for."""
+    boxes = []
     for name, row in PRESETS.items():
         for number, group in enumerate(groups_of(name)):
             file = f"networks/{name}{f'-{number + 1}' if number else ''}.svg"
             zero = next((node for node, law in group.laws.items() if law == "zero"), "")
-            draw_diagram(group.diagram, folder / file, frozen=group.rule.frozen, zero=zero)
+            draw_diagram(
+                group.diagram, folder / file, frozen=group.rule.frozen, zero=zero
+            )
             alt = str(group.diagram).replace("[", "(").replace("]", ")")
-            cells.append(f"![{alt}](/_generated/{file})\\\n**`{name}`** `{row.formula}`")
-    lines = ["```{list-table}", ":widths: 50 50", ""]
-    for number, cell in enumerate([*cells, ""] if len(cells) % 2 else cells):
-        first, *rest = cell.split("\n")
-        lines += [f"{'  ' if number % 2 else '* '}- {first}".rstrip(), *(f"    {line}" for line in rest)]
-    return "\n".join([*lines, "```", ""])
+            boxes.append(
+                f":::{{container}}\n![{alt}](/_generated/{file})\n\n**`{name}`** `{row.formula}`\n:::\n"
+            )
+    return "\n".join(["::::{container} networks", *boxes, "::::", ""])
 
 
 def draw_sweep(folder: Path) -> None:
     """Draw the steps of a QR sweep to the third core of a train: isometries are hatched."""
     (group,) = groups_of("metatt_4d")
     cores = list(group.diagram.nodes)
-    for step, done in enumerate((cores[:1], cores[:2], [*cores[:2], cores[3]]), start=1):
+    for step, done in enumerate(
+        (cores[:1], cores[:2], [*cores[:2], cores[3]]), start=1
+    ):
         figure = draw_diagram(group.diagram, frozen=done)
-        for text in figure.findobj(lambda artist: getattr(artist, "get_text", str)() == "frozen"):
+        for text in figure.findobj(
+            lambda artist: getattr(artist, "get_text", str)() == "frozen"
+        ):
             text.set_text("isometry")
         figure.savefig(folder / f"networks/sweep-{step}.svg")
 
@@ -154,13 +181,26 @@ def write_generated(app) -> None:
     (folder / "networks.md").write_text(draw_networks(folder), "utf-8")
     draw_sweep(folder)
     (folder / "rule.md").write_text(rule_table(), "utf-8")
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
-    (folder / "spec.schema.json").write_text(json.dumps(schema, indent=2) + "\n", "utf-8")
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Spec.model_json_schema(),
+    }
+    (folder / "spec.schema.json").write_text(
+        json.dumps(schema, indent=2) + "\n", "utf-8"
+    )
 
 
-def fields_as_such(app, what, name, obj, options, signature, returns):
-    """A rule's thirty fields stand in the table of the spec page, not in a signature."""
-    return ("(**fields)", None) if what == "class" and issubclass(obj, BaseModel) else None
+def readable(app, what, name, obj, options, signature, returns):
+    """Signatures that tell a reader nothing are left out, and the rest is written as it stands in the code.
+
+    A rule's thirty fields stand in the table of the spec page; all errors are raised with the same words; and nobody
+    but the library makes its results, of which the attributes are what counts.
+    """
+    if what == "class" and issubclass(obj, BaseModel):
+        return "(**fields)", None
+    if what == "exception":
+        return ("" if obj.__init__ is obj.__base__.__init__ else signature), None
+    return (signature.replace("<factory>", "{}"), returns) if signature else None
 
 
 def prose_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
@@ -181,10 +221,13 @@ def prose_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
 def escape(line: str) -> str:
     """RST's special characters, outside code, as themselves: `a * b` and b_ are mathematics."""
     parts = re.split(r"(`[^`]*`)", line)
-    return "".join(part if k % 2 else re.sub(r"([*_|\\])", r"\\\1", part) for k, part in enumerate(parts))
+    return "".join(
+        part if k % 2 else re.sub(r"([*_|\\])", r"\\\1", part)
+        for k, part in enumerate(parts)
+    )
 
 
 def setup(app) -> None:
     app.connect("builder-inited", write_generated)
-    app.connect("autodoc-process-signature", fields_as_such)
+    app.connect("autodoc-process-signature", readable)
     app.connect("autodoc-process-docstring", prose_to_rst)

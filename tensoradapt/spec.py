@@ -92,25 +92,25 @@ class Rule(_Value):
     exclude: tuple[str, ...] = Field((), description="like targets: what these match is left out")
     pattern: str = Field("", description="coordinates by named fields: `encoder.layer.{layer}.attention.self.{role}`")
     parts: dict[str, list[str] | dict[str, int]] = Field(
-        {}, description="row ranges of fused weights: {'c_attn': ['q', 'k', 'v']} in equal parts, or {'qkv': {'q': 64}}"
+        {}, description="row ranges of fused weights: `{c_attn: [q, k, v]}` in equal parts, or `{qkv: {q: 64}}`"
     )
     layout: dict[str, Literal["out in", "in out"]] = Field(
-        {}, description="layout of parameters that no module class tells: {'experts.down_proj': 'in out'}"
+        {}, description="layout of parameters that no module class tells: `{experts.down_proj: in out}`"
     )
     preset: str = Field("", description="a preset's name; the other fields given here override its own")
-    options: dict[str, Any] = Field({}, description="the preset's own parameters, such as factor of lokr")
+    options: dict[str, Any] = Field({}, description="the preset's own parameters, such as `factor` of `lokr`")
     family: str = Field("", description="the preset that the rule came from: a label, with no effect")
     format: Literal["tt", "tucker", "cp", "ttm", "network"] = Field("tt", description="tt, tucker, cp, ttm or network")
-    network: str = Field("", description="nodes and axes, as in 'out a, layer a b, b in -> layer out in'")
+    network: str = Field("", description="nodes and axes, as in `out a, layer a b, b in -> layer out in`")
     axes: tuple[str, ...] = Field(
         (), description="the tensor's axes in order; coordinates left out keep their own tensor"
     )
     folds: dict[str, Fold] = Field(
-        {}, description="cuts of an axis: {'out': ['head', 'head_dim'], 'in': [12, 8, 8]} or 'auto:3'"
+        {}, description="cuts of an axis: `{out: [head, head_dim], in: [12, 8, 8]}` or `auto:3`"
     )
     compress: tuple[str, ...] = Field((), description="tucker: the axes that get a factor; all where empty")
     rank: Ranks = Field(8, description="one number for all bonds, or one per bond; an axis's name stands for its size")
-    ranks: dict[str, Ranks] = Field({}, description="rank by group name, as solve_rank gives")
+    ranks: dict[str, Ranks] = Field({}, description="rank by group name, as `solve_rank` gives")
     excess: Literal["cap", "keep", "error"] | None = Field(
         None, description="a rank above its bond's limit: cap, keep or error"
     )
@@ -131,11 +131,11 @@ class Rule(_Value):
         "", description="the node that is zero at a `zero` start; the one whose law is `zero` where empty"
     )
     init: dict[str, str] = Field(
-        {}, description="initial law per node: 'uniform(1/sqrt(in))', 'normal(0.02)', 'orthogonal'"
+        {}, description="initial law per node: `uniform(1/sqrt(in))`, `normal(0.02)`, `orthogonal`"
     )
     frozen: tuple[str, ...] = Field((), description="nodes that are not trained")
     train: tuple[str, ...] = Field(
-        (), description="modules trained beside the adapter and saved with it: ['classifier']"
+        (), description="modules trained beside the adapter and saved with it: `[classifier]`"
     )
     heads: Positive | None = Field(None, description="number of attention heads, for the axis `head`")
     kv_heads: Positive | None = Field(None, description="number of key and value heads; heads where not given")

@@ -18,7 +18,7 @@ def demo(
 ) -> None:
     """Train four kinds of adapters on handwritten digits.
 
-    A small vision transformer is fine-tuned in full and with adapters; no network, a few minutes on two cores.
+    A small vision transformer is fine-tuned in full and with adapters; no network, about a minute on two cores.
 
     Example: tensoradapt demo --out demo
     """

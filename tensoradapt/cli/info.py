@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption, WideOption
+from tensoradapt.cli.options import JsonOption
 
 
 def info(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or file, a checkpoint, or a PEFT folder.")
     ],
-    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an adapter is, what it is of, and what made it.
@@ -22,4 +21,4 @@ def info(
     """
     from tensoradapt.cli.run.info import run
 
-    run(adapter, wide=wide, as_json=as_json)
+    run(adapter, as_json=as_json)

@@ -29,7 +29,8 @@ KEPT = ("direction_avg", "gradient_avg", *WIDE, "directions")
 class LoRAPro(Preconditioned):
     """J^+ of the gradient: among all steps of the factors, that whose effect on the deltas is closest to the gradient.
 
-        d = (s J)^+ g = s^-2 (J^T J)^+ (g_u, g_v, ..),    s J d = P g,    delta_new = delta - lr P g + O(lr^2)
+        d = (s J)^+ g = s^-2 (J^T J)^+ (g_u, g_v, ..)
+        s J d = P g,    delta_new = delta - lr P g + O(lr^2)
 
     with J the Jacobian of the network in its trained factors, s its scale, g_u what autograd gives for the factor u and
     P the projection on the tangent space. LoRA: P g = g - (1 - B B^+) g (1 - A^+ A).

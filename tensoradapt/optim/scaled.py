@@ -16,7 +16,8 @@ from tensoradapt.optim.preconditioned import Preconditioned, checked_damping
 class ScaledGD(Preconditioned):
     """Riemannian preconditioning for every network: each node's gradient times the inverse of its own block of J^T J.
 
-        d_u[..b] = s^-2 sum_c g_u[..c] (K_u + delta)^-1[c,b],   K_u[b,c] = the Gram matrix over u's bonds of all else
+        d_u[..b] = s^-2 sum_c g_u[..c] (K_u + delta)^-1[c,b]
+        K_u[b,c] = the Gram matrix over u's bonds of all else
 
     LoRA: dB = s^-2 gB (A A^T + delta)^-1, dA = s^-2 (B^T B + delta)^-1 gA. Shared factors get the Gram matrix of the
     group: dU = s^-2 gU (sum_l G_l V^T V G_l^T + delta)^-1. What several nodes see of a gradient counts for each, which

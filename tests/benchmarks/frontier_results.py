@@ -105,7 +105,7 @@ def summary(method: str, runs: Sequence[Mapping[str, str]]) -> Summary:
     scores: dict[str, dict[str, float]] = {}
     for run in runs:
         scores.setdefault(run["task"], {})[run["seed"]] = 100 * float(run["value"])
-    start = f"{runs[0]['initialisation']}; {runs[0]['optimiser']}"
+    start = f"{runs[0]['initialisation'].replace(',', ', ')}; {runs[0]['optimiser']}"
     seconds = statistics.fmean(float(run["cpu_seconds"]) for run in runs)
     rate = f"{float(runs[0]['rate']):g}"
     return Summary(method, int(runs[0]["parameters"]), rate, start, scores, seconds)
@@ -132,18 +132,18 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
         "parameters",
         "of LoRA r=8 all",
         "rate",
-        "start; optimiser",
         *TASKS,
         "mean",
         "seeds",
         "CPU s per run",
+        "start; optimiser",
     ]
-    lines = [names, ["---"] + ["--:"] * (len(names) - 1)]
+    lines = [names, ["---" if name in ("method", "start; optimiser") else "--:" for name in names]]
     for each in found:
         share = of_lora(each.parameters, counts[LORA_ALL]) if LORA_ALL in counts else ""
         cells = [spread([*each.scores.get(task, {}).values()]) for task in TASKS]
         tail = [spread(each.means), str(len(each.means)), f"{each.seconds:.0f}"]
-        lines.append([each.method, f"{each.parameters:,}", share, each.rate, each.start, *cells, *tail])
+        lines.append([each.method, f"{each.parameters:,}", share, each.rate, *cells, *tail, each.start])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -1,9 +1,10 @@
 """The code of the README, the guides and the tutorials runs as it stands.
 
-A page's Python blocks run in order in one namespace. The commands of a page in docs run after them, in the same folder;
-the README's stand for the reader's own files.
+A page's Python blocks run in order in one namespace, and run again in the folder that they left. The commands of a page
+in docs run after them, in the same folder; the README's stand for the reader's own files.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -19,12 +20,18 @@ NAMES = (
     "optimisers",
     "trainers",
     "figures-for-papers",
+    "hand-over",
     "installation",
+    "presets",
+    "spec",
     "targets",
     "tensorly",
+    "which-preset",
 )
+WIDTH = 88  # characters of code that a page shows without scrolling, 1280 pixels wide
 GUIDES = [ROOT / f"docs/{name}.md" for name in NAMES]
 PAGES = [*GUIDES, *sorted((ROOT / "docs/tutorials").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 FENCE = re.compile(r"^```(\w*)")
 
 RUN = "import sys; page, code = sys.argv[1:]; exec(compile(code, page, 'exec'), {'__name__': '__main__'})"
@@ -46,30 +53,47 @@ def python_lines(text: str) -> str:
     return "\n".join(lines_of(text, "python"))
 
 
+def code_of(page: Path) -> str:
+    """A page's Python blocks, or a notebook's cells."""
+    text = page.read_text("utf-8")
+    if page.suffix == ".md":
+        return python_lines(text)
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
+
+
 def commands(page: Path) -> list[str]:
     lines = lines_of(page.read_text("utf-8"), "bash") if page.parent != ROOT else []
-    return [line for line in lines if line.startswith("tensoradapt ")]
+    whole = "\n".join(lines).replace("\\\n", "")  # a backslash continues a line
+    return [line for line in whole.splitlines() if line.startswith("tensoradapt ")]
 
 
 def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", RUN, str(page), python_lines(page.read_text("utf-8"))]
+    command = [sys.executable, "-c", RUN, str(page), code_of(page)]
     return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page, tmp_path):
-    ran = run_page(page, tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    for command in commands(page):
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES, *NOTEBOOKS], ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_and_runs_again_in_the_same_folder(page, tmp_path):
+    for _ in range(2):
+        ran = run_page(page, tmp_path)
+        assert ran.returncode == 0, ran.stderr
+    for command in commands(page) if page.suffix == ".md" else ():
         arguments = [sys.executable, "-m", *shlex.split(command)]
         ran = subprocess.run(arguments, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         assert ran.returncode == 0, f"{command}\n{ran.stderr}"
 
 
-def test_the_code_of_the_readme_runs_again_in_the_same_folder(tmp_path):
-    for _ in range(2):
-        ran = run_page(ROOT / "README.md", tmp_path)
-        assert ran.returncode == 0, ran.stderr
+def test_no_page_with_code_is_left_out():
+    with_code = {page for page in ROOT.glob("docs/[!_]*.md") if any(lines_of(page.read_text("utf-8"), "python"))}
+    assert with_code - {*PAGES} == set()
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/**/*.md")), ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_is_read_without_scrolling(page):
+    if "_generated" not in page.parts:
+        text = page.read_text("utf-8")
+        lines = [line for language in ("python", "py", "bash", "text", "json") for line in lines_of(text, language)]
+        assert [line for line in lines if len(line) > WIDTH] == []
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
