@@ -272,6 +272,32 @@ def test_lines_without_room_for_names_have_a_key():
     assert len(axes.get_legend().get_texts()) == 30
 
 
+@pytest.mark.parametrize("ranks", [range(1, 17), range(1, 65), [1, 2, 4, 8, 16, 32, 64], [3, 4, 5, 6]])
+def test_markers_stand_at_the_ranks_that_the_axis_names(ranks):
+    specs = {name: ta.preset(name, targets=["query", "value"]) for name in ("lora", "lotr")}
+    axes = plot_budget(ta.budget(specs, MODEL, ranks=list(ranks)), figsize=SMALL).axes[0]
+    for line in axes.lines:
+        assert [line.get_xdata()[k] for k in line.get_markevery()] == axes.get_xticks().tolist()
+
+
+def test_the_key_of_a_front_names_formats_as_their_points_are_named():
+    figure = draw_figure(report("bert"), "front")
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "LoRA" in said and "lora" not in said
+    assert {name.partition(" r=")[0] for name in (c["label"] for c in report("bert")["candidates"])} < {*said}
+
+
+@pytest.mark.parametrize("name", ["bert", "one layer", "float32"])
+def test_a_key_in_the_axes_given_hides_no_spectrum(name):
+    own = Figure(figsize=(3.25, 2.5), layout="constrained")
+    axes = own.subplots()
+    draw_figure(report(name), "spectra", ax=axes)
+    own.draw_without_rendering()
+    box = axes.get_legend().get_window_extent()
+    for line in axes.lines:
+        assert not line.get_path().transformed(line.get_transform()).intersects_bbox(box, filled=False)
+
+
 def test_places_are_apart_in_order_and_within():
     wanted = [5.0, 1.0, 1.1, 1.2, 9.9, 9.9, -3.0]
     places = spread(wanted, 1.0, 0.0, 10.0)
@@ -432,7 +458,7 @@ def test_pgf_needs_no_latex_and_is_well_formed(tmp_path, monkeypatch):
     bare = re.sub(r"\\[{}%\\]", "", text)
     assert bare.count("{") == bare.count("}")
     assert r"{\pgfqpoint{3.250000in}{2.500000in}}" in text
-    assert {"lora", "lotr", "rank", "trained parameters", "budget 40,000"} <= set(texts_of(text))
+    assert {"lora", "lotr", "rank", "trainable parameters", "budget 40,000"} <= set(texts_of(text))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pgf"]
 
 

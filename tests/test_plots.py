@@ -406,7 +406,7 @@ def test_a_budget_is_saved_by_suffix(tmp_path, suffix):
 def test_a_budgets_svg_has_its_words_as_text(tmp_path):
     plot_budget(table(), tmp_path / "a.svg", max_parameters=40_000)
     words = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "a.svg").read_text("utf-8"))
-    assert set(words) >= {"lora", "lotr", "krona", "budget 40,000", "rank", "trained parameters", "query", "value"}
+    assert set(words) >= {"lora", "lotr", "krona", "budget 40,000", "rank", "trainable parameters", "query", "value"}
 
 
 def test_names_are_no_markup(tmp_path):

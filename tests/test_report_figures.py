@@ -482,6 +482,13 @@ def test_names_from_files_are_only_words(found):
     assert "<script>alert(1)</script>" in page.text and "<img src=x onerror=alert(1)>" in page.text
 
 
+def test_nothing_is_marked_as_chosen_where_no_adapter_is_proposed():
+    refused = PLAIN | {"choice": PLAIN["choice"] | {"holds": False, "warning": "This change has no low rank."}}
+    text = render_html(refused)
+    assert "Proposal: no adapter" in Page(text).text
+    assert "chosen" not in re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+
+
 def test_the_page_says_what_was_compared_and_the_answer():
     page = Page(render_html(PLAIN))
     chosen = next(c for c in PLAIN["candidates"] if c["label"] == PLAIN["choice"]["label"])
@@ -492,6 +499,7 @@ def test_the_page_says_what_was_compared_and_the_answer():
         f"Proposal: {chosen['label']}",
         PLAIN["choice"]["reason"],
         f"The rule: {PLAIN['choice']['rule']}",
+        "chosen",
         "only in the tuned side: 1 tensor (classifier.weight)",
         "embeddings.position_ids (not a weight: int64)",
         *(cell for row in kind_rows(PLAIN["change"]) for cell in row),

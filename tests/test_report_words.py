@@ -354,6 +354,7 @@ def test_no_low_rank_is_said_and_nothing_is_praised():
     assert f"10% error: this change has no low rank: {label} takes {times:.1f} times its dense size" in text
     said = f"to be within 10% of it takes {sizes[label]:,} parameters, {times:.1f} times the dense change"
     assert not choice["holds"] and choice["warning"].startswith(f"This change has no low rank: {said}")
+    assert "by the rule" in str(report) and "proposed" not in str(report)
     best = rows[choice["label"]]
     assert best.share < 1 and best.relative_error > 0.3 and "close" not in choice["warning"]
     # the largest LoRA that is smaller than the weights: r (90 + 80) < 90 * 80

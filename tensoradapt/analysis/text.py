@@ -234,6 +234,7 @@ def _candidates(report: Mapping[str, Any]) -> Iterator[list[str]]:
     found, choice = report["candidates"], report["choice"]
     if not found or not choice:
         return
+    marked = "proposed" if choice.get("holds", True) else "by the rule"
     reference = next(c for c in found if c["label"] == choice.get("reference", choice["label"]))
     shown = [c for c in found if c["front"] or (c["preset"] in ALWAYS and c["rank"] == reference["rank"])]
     head = ("format", "parameters", "of dense", "error", "worst weight", "")
@@ -241,7 +242,7 @@ def _candidates(report: Mapping[str, Any]) -> Iterator[list[str]]:
         (
             *(c["label"], f"{c['num_parameters']:,}", dense_part(c["share"]), percent(c["relative_error"])),
             percent(c["worst_site"]["relative_error"]),
-            "proposed" if c["label"] == choice["label"] else "front" if c["front"] else "",
+            marked if c["label"] == choice["label"] else "front" if c["front"] else "",
         )
         for c in sorted(shown, key=lambda c: (c["num_parameters"], -c["relative_error"]))
     ]

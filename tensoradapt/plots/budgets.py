@@ -1,4 +1,4 @@
-"""Pictures of budget tables: trained parameters against rank, and how they are shared out among the roles.
+"""Pictures of budget tables: trainable parameters against rank, and how they are shared out among the roles.
 
 Invariant: every number shown is a number of the table, or the sum of some.
 """
@@ -58,7 +58,7 @@ def plot_budget(
     labels: Mapping[str, str] | None = None,
     colors: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> Figure:
-    """Two panels: trained parameters of every spec against rank, and the shares of the roles at one `rank`.
+    """Two panels: trainable parameters of every spec against rank, and the shares of the roles at one `rank`.
 
     A spec without a rank is a horizontal line. `max_parameters` draws the budget. The shares are those at `rank`, or at
     the largest rank that the specs have in common; a `figsize` (inches) without room for them leaves them out. `ax` is
@@ -137,19 +137,20 @@ def _on_page(page: Sheet, drawing: Drawing) -> Figure:
 def _draw_shares(page: Sheet, axes: Axes, drawing: Drawing, width: float) -> None:
     draw_shares(page, axes, drawing.shares)
     at = f", at rank {drawing.rank}" if drawing.rank else ""
-    axes.set_xlabel(page.along(f"share of the trained parameters, %{at}", width))
+    axes.set_xlabel(page.along(f"share of the trainable parameters, %{at}", width))
 
 
 def _draw_counts(page: Sheet, axes: Axes, drawing: Drawing) -> None:
-    """Trained parameters against rank, every line with its name at its end."""
+    """Trainable parameters against rank, every line with its name at its end."""
     specs, limit = drawing.specs, drawing.limit
     counts = [row.num_trainable for rows in specs.values() for row in rows] + ([limit] if limit else [])
     ranks = sorted({row.rank for rows in specs.values() for row in rows if row.rank is not None}) or [0, 1]
+    ticks = _rank_axis(axes, ranks) if any(row.rank for rows in specs.values() for row in rows) else _no_ranks(axes)
     colours = page.colours(list(specs))
     lines = []
     for number, (spec, rows) in enumerate(specs.items()):
         points = [(row.rank, row.num_trainable) for row in rows if row.rank is not None]
-        marked = {"marker": MARKERS[number % len(MARKERS)], "markevery": max(1, len(points) // 8)} if points else {}
+        marked = {"marker": MARKERS[number % len(MARKERS)], "markevery": _at_ticks(points, ticks)} if points else {}
         points = points or [(at, rows[0].num_trainable) for at in (ranks[0], ranks[-1])]
         dashes = DASHES[number // len(COLOURS) % len(DASHES)]
         lines += _line(axes, points, shortened(page, spec), colours[spec], linestyle=dashes, **marked)
@@ -157,9 +158,8 @@ def _draw_counts(page: Sheet, axes: Axes, drawing: Drawing) -> None:
         axes.set_yscale("log")
     else:
         axes.locator_params(axis="y", integer=True)
-    _rank_axis(axes, ranks if any(row.rank for rows in specs.values() for row in rows) else [])
     axes.yaxis.set_major_formatter(short)
-    axes.set_ylabel(literal("trained parameters"))
+    axes.set_ylabel(literal("trainable parameters"))
     if limit is not None:
         limits = [(ranks[0], limit), (ranks[-1], limit)]
         lines += _line(axes, limits, f"budget {limit:,}", ink(), linewidth=stroke(0.8), linestyle=(0, (6, 3)))
@@ -180,11 +180,18 @@ def _name(page: Sheet, axes: Axes, lines: Sequence[Line2D]) -> None:
         key_above(page, axes)
 
 
-def _rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
+def _no_ranks(axes: Axes) -> Sequence[int]:
+    axes.set_xticks([])
+    return []
+
+
+def _at_ticks(points: Sequence[tuple[int, int]], ticks: Sequence[int]) -> list[int]:
+    """Which points of a line have a marker: those over a tick; all, where a spec has none of these ranks."""
+    return [k for k, (rank, _) in enumerate(points) if rank in ticks] or list(range(len(points)))
+
+
+def _rank_axis(axes: Axes, ranks: Sequence[int]) -> Sequence[int]:
     """Ticks at ranks that were counted: all of them, or about eight."""
-    if not ranks:
-        axes.set_xticks([])
-        return
     axes.set_xlabel("rank")
     if ranks[-1] >= LOG * ranks[0]:
         axes.set_xscale("log", base=2)
@@ -194,3 +201,4 @@ def _rank_axis(axes: Axes, ranks: Sequence[int]) -> None:
         ticks = ranks[:: -(-len(ranks) // 8)]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
+    return ticks

@@ -39,7 +39,7 @@ def plot_front(report: Mapping[str, Any], page: Sheet) -> Figure:
     page.known(presets, (point["label"] for point in points))
     colours = page.colours(presets)
     looks = {name: (colours[name], MARKERS[k % len(MARKERS)]) for k, name in enumerate(presets)}
-    labels = {name: page.said(name, 40 * page.letters.scale) for name in presets}
+    labels = _formats(page, points)
     width = page.width(PAGE)
     columns = key_columns([*labels.values(), FRONT], width, page.letters)
     lines = -(-(len(presets) + 1) // columns)
@@ -161,6 +161,13 @@ def _rounded(low: float, high: float, most: float) -> list[float]:
     fine = [step * 10.0**n for n in powers for step in (1, 2, 5) if low <= step * 10.0**n <= high]
     coarse = [10.0**n for n in powers if low <= 10.0**n <= high]
     return fine if len(fine) <= most or len(coarse) < 2 else coarse[:: max(1, -int(-len(coarse) // most))]
+
+
+def _formats(page: Sheet, points: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The name of every preset's format in the key, as in the names of its points: `LoRA` of `LoRA r=8`."""
+    named = {point["preset"]: point["label"].partition(" r=")[0] for point in points}
+    width = 40 * page.letters.scale
+    return {name: page.labels.get(name) or page.said(text, width) for name, text in named.items()}
 
 
 def _handles(looks: Mapping[str, tuple[str, str]], labels: Mapping[str, str]) -> list[Any]:

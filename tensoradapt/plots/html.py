@@ -29,7 +29,7 @@ from tensoradapt.plots.page import INCH, WRITTEN, writing
 from tensoradapt.plots.panels import PAGE
 from tensoradapt.plots.reading import check_report
 from tensoradapt.plots.sheet import sheet
-from tensoradapt.plots.words import figures, has_noise, listed, percent, plain, rule_words, some
+from tensoradapt.plots.words import figures, has_noise, listed, percent, plain, proposed, rule_words, some
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +99,7 @@ def _answer(report: Report) -> list[str]:
     if choice:
         title = _text(choice["label"]) if choice.get("holds", True) else "no adapter"
         lines += [f"<h2>Proposal: {title}</h2>"]
-        lines += [f"<p>{_text(' '.join(s for s in proposal_words(choice) if s != NONE))}</p>"]
+        lines += [f"<p>{_text(sentence)}</p>" for sentence in proposal_words(choice) if sentence != NONE]
     elif report["candidates"]:
         lines += ["<p>No candidate was chosen.</p>"]
     return [*lines, "</section>"]
@@ -198,7 +198,7 @@ def _rows(heads: Sequence[str], rows: Sequence[Sequence[str]], numeric: int, mar
 
 
 def _candidates(report: Report) -> list[str]:
-    candidates, choice = report["candidates"], report["choice"]
+    candidates, choice = report["candidates"], proposed(report)
     labels = [candidate["label"] for candidate in candidates]
     rows = [
         (

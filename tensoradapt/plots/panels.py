@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PAGE = 170.0  # two printed columns with the space between them, in millimetres
 ACROSS, HEIGHT, HEAD = 3, 44.0, 8.0
 NARROW, LOW = 38.0, 26.0  # the least width and height of a panel
+CORNERS = ("lower left", "upper right", "lower right", "upper left")  # where a key within axes may stand
+ROOM = (0.25, 0.5, 0.75, 1.0, 1.5)  # by which part an axis is made longer for it
 HANDLE = 10.0  # what an entry of a key needs beside its label
 MOST = 12  # panels of one figure
 DECADES, BELOW = 1e5, 20.0  # how far below the largest value, and below the noise, a logarithmic axis reaches
@@ -84,7 +86,7 @@ def key(page: Sheet, panels: Sequence[Axes], handles: Sequence[Any]) -> None:
     """The key of a whole figure, above its panels, in as few rows as its width allows; in the caller's first axes."""
     look = {"frameon": False, "fontsize": page.letters.key, "handlelength": 2.4, "handletextpad": 0.5}
     if page.ax:
-        panels[0].legend(handles=list(handles), loc="lower left", **look)
+        _key_within(panels[0], handles, look)
         return
     figure = root(panels[0])
     figure.legend(
@@ -95,6 +97,36 @@ def key(page: Sheet, panels: Sequence[Axes], handles: Sequence[Any]) -> None:
         labelspacing=0.3,
         borderaxespad=0.1,
         **look,
+    )
+
+
+def _key_within(axes: Axes, handles: Sequence[Any], look: Mapping[str, Any]) -> None:
+    """A key in the first corner where it covers nothing; where there is none, a logarithmic axis makes room below."""
+    for corner in CORNERS:
+        _place(axes, handles, corner, look)
+        if not _covers(axes):
+            return
+    _place(axes, handles, CORNERS[0], look)
+    low, high = axes.get_ylim()
+    for longer in ROOM if axes.get_yscale() == "log" else ():
+        axes.set_ylim(low * (low / high) ** longer, high)
+        if not _covers(axes):
+            return
+    axes.set_ylim(low, high)
+    _place(axes, handles, "best", look)
+
+
+def _place(axes: Axes, handles: Sequence[Any], where: str, look: Mapping[str, Any]) -> None:
+    axes.legend(handles=list(handles), loc=where, **look).set_in_layout(False)  # a wide key would make the axes narrow
+
+
+def _covers(axes: Axes) -> bool:
+    """Whether the key of some axes lies over a line or a text."""
+    root(axes).draw_without_rendering()
+    box = axes.get_legend().get_window_extent()
+    lines = (line.get_path().transformed(line.get_transform()) for line in axes.lines)
+    return any(path.intersects_bbox(box, filled=False) for path in lines) or any(
+        text.get_window_extent().overlaps(box) for text in axes.texts
     )
 
 

@@ -76,9 +76,11 @@ def plot_parameters(report: Mapping[str, Any], page: Sheet) -> Figure:
 def parameters_caption(report: Mapping[str, Any]) -> str:
     """What to read off the bars: where the parameters go."""
     shown = _drawn(report, BARS)
-    said = ["Where the parameters go: the candidates of the front and the chosen one, cut by group."]
     choice = proposed(report)
     chosen = next((c for c in shown if choice and c["label"] == choice["label"]), None)
+    said = [
+        f"Where the parameters go: the candidates of the front{' and the chosen one' * bool(chosen)}, cut by group."
+    ]
     if chosen and len(chosen["by_group"]) > 1 and chosen["num_parameters"]:
         largest = sorted(chosen["by_group"].items(), key=lambda pair: -pair[1])
         spent = [f"{brief_name(name)} ({percent(count / chosen['num_parameters'])})" for name, count in largest]

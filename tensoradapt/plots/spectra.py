@@ -139,7 +139,8 @@ def _note(axes: Axes, sites: Mapping[Any, Mapping[str, Any]], sizes: Letters, wi
     more = ", or more than computed" if len(known) < len(ranks) else ""
     text = literal(fitted(f"{span} above the noise{more}", 0.92 * width, sizes.note))
     ground = {**CLEAR, "facecolor": axes.get_facecolor()}
-    axes.text(0.97, 0.96, text, transform=axes.transAxes, ha="right", va="top", fontsize=sizes.note, bbox=ground)
+    axes.text(0.97, 0.96, text, transform=axes.transAxes, ha="right", va="top", fontsize=sizes.note, bbox=ground,
+              in_layout=False)  # fmt: skip
 
 
 def _edge(site: Mapping[str, Any]) -> float:
@@ -155,7 +156,7 @@ def _handles(table: Table, colours: Mapping[Any, Any], noisy: bool) -> list[Any]
     shown = [numbered[k] for k in sorted({0, last // 2, last})] if table.names else []
     handles = [Line2D([], [], color=colours[c], linewidth=stroke(1.2), label=_named(table, c)) for c in shown]
     if noisy:
-        label = "edge of the rounding noise"
+        label = "rounding noise"
         handles += [Line2D([], [], color=VERMILION, linewidth=stroke(0.9), linestyle=DASHED, label=label)]
     return handles or [Line2D([], [], color=ink(), linewidth=stroke(1.2), label="singular values")]
 
