@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from tensoradapt.errors import TensorAdaptError
 from tensoradapt.textfiles import write_text
 
 
-class Tabular:
+class Tabular(ABC):
     """What has rows: `records` gives them as mappings with equal keys."""
 
+    @abstractmethod
     def records(self) -> list[dict[str, Any]]:
         """The rows, a mapping from column to value each."""
-        raise NotImplementedError
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """The rows as CSV, written to a path too where one is given. Raises FileError."""

@@ -165,6 +165,7 @@ def _sites(source: Source, team: Team, how: tuple[int | None, int], steps: Steps
         found[path] = site_report(source, mine[path], *how)
 
     def all_of_mine() -> dict[str, SiteReport]:
+        """What this process measures: small weights side by side, the others one after another."""
         small = [path for path, site in mine.items() if site.numel <= LARGE and source.like.device.type == "cpu"]
         for path in each(small, measure, steps.begin):
             steps.end(path, team.size)

@@ -58,6 +58,7 @@ class _Goal:
     max_parameters: int | None
 
     def checked(self, made: _Format) -> _Goal:
+        """The goal, where it is one that the format can have. Raises RankError, SpecError."""
         if sum(given is not None for given in (self.rank, self.error, self.max_parameters)) > 1:
             raise RankError(
                 "give one of rank, error and max_parameters", hint="each alone says how large the factors are"

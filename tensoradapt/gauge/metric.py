@@ -115,6 +115,7 @@ class _Move:
     def direction(
         self, factor: Tensor, grad: Tensor, inverse: Sequence[Tensor], weight: float, project: bool
     ) -> Tensor:
+        """The node's direction: its gradient through the inverse of every bond, less what its neighbour can do."""
         if not self.bonds:
             return grad * weight
         made, (k, first) = grad, self.bonds[0]

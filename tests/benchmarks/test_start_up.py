@@ -8,22 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from harness import hardware, interleave, ratio, table
 
-COMMANDS = (
-    "presets",
-    "plan",
-    "budget",
-    "analyze",
-    "extract",
-    "convert",
-    "export",
-    "merge",
-    "verify",
-    "info",
-    "plot",
-    "demo",
-)
+from tensoradapt.cli.app import application
+
+COMMANDS = tuple(typer.main.get_command(application()).commands)
 VERSION, HELP = 15, 25
 
 
