@@ -19,6 +19,7 @@ from tensoradapt.knapsack import cheapest, programme
 from tensoradapt.plan import Plan, make_plan, resolved
 from tensoradapt.presets import expand
 from tensoradapt.records import Tabular
+from tensoradapt.rows import group_trainable
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Rule, Spec
 from tensoradapt.tables import WIDTH, columns
@@ -38,6 +39,7 @@ class BudgetRow:
     num_bytes: int
     flops_per_token: int
     shares: Mapping[str, int]
+    num_dense: int = 0  # entries of the adapted weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class BudgetTable(Tabular):
         """
         if wide:
             head: tuple[str, ...] = ("spec", "rank", "trainable", "parameters", "bytes", "FLOP/token")
-            return "\n".join(columns(head, [_cells(row) for row in self.rows], text=head[:1]))
+            return "\n".join([*columns(head, [_cells(row) for row in self.rows], text=head[:1]), *self._too_large()])
         names = list(dict.fromkeys(row.spec for row in self.rows))
         counts = {(row.spec, row.rank): f"{row.num_trainable:,}" for row in self.rows}
         asked = list(dict.fromkeys(row.rank for row in self.rows if row.rank is not None))
@@ -83,7 +85,19 @@ class BudgetTable(Tabular):
             for name in names
             if (name, None) in counts
         ]
-        return "\n".join([*(lines if asked else []), *fixed])
+        return "\n".join([*(lines if asked else []), *fixed, *self._too_large()])
+
+    def _too_large(self) -> list[str]:
+        """What to say of specs that at some rank have more parameters than the weights that they adapt."""
+        over: dict[str, list[BudgetRow]] = {}
+        for row in self.rows:
+            if row.num_trainable > row.num_dense:
+                over.setdefault(row.spec, []).append(row)
+        return [
+            f"{name}{f' from rank {rows[0].rank}' if rows[0].rank else ''}: more parameters than the "
+            f"{rows[0].num_dense:,} entries of the weights"
+            for name, rows in over.items()
+        ]
 
 
 def _cells(row: BudgetRow) -> tuple[str, ...]:
@@ -166,13 +180,8 @@ def _row(name: str, rank: int | None, plan: Plan) -> BudgetRow:
     for group in plan.groups:
         label = "+".join(dict.fromkeys(str(p.site.coordinates.get("role", p.site.path)) for p in group.placements))
         shares[label] = shares.get(label, 0) + group_trainable(group)
-    return BudgetRow(name, rank, plan.num_trainable, plan.num_parameters, plan.num_bytes, plan.flops_per_token, shares)
-
-
-def group_trainable(group: Group) -> int:
-    """The trained entries that a group owns (a bank's are no single group's)."""
-    own = (node for node in group.trainable if group.store[node] == f"{group.name}.{node}")
-    return sum(map(group.diagram.numel, own))
+    counts = (plan.num_trainable, plan.num_parameters, plan.num_bytes, plan.flops_per_token)
+    return BudgetRow(name, rank, *counts, shares, plan.num_dense)
 
 
 def has_rank(spec: Spec) -> bool:

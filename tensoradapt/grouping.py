@@ -19,7 +19,7 @@ from tensoradapt.formats.build import Ranks, Shape
 from tensoradapt.formats.network import network
 from tensoradapt.laws import laws_of, scale_of
 from tensoradapt.placing import Placement, group_name, own_coordinates, place
-from tensoradapt.recipe import Recipe, recipe
+from tensoradapt.recipe import Recipe, formed, recipe
 from tensoradapt.roles import has_heads, holds
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
@@ -73,21 +73,40 @@ class Group:
         return self.rule.dropout > 0 and self.rule.dropout_at == "code"
 
     @property
+    def num_dense(self) -> int:
+        """The number of entries of the sites' weights."""
+        return sum(p.site.numel for p in self.placements)
+
+    @property
     def flops_per_token(self) -> int:
         """Floating-point operations that the group's deltas add to one token's forward pass."""
         passes = 3 if self.rule.start == "difference" else 1  # the start, and the two terms of the product rule
-        return sum(passes * self.recipe(p).flops for p in self.placements)
+        return sum(passes * self._flops(p) for p in self.placements)
+
+    def _flops(self, placement: Placement) -> int:
+        """The work of one site, and of the modules that are tied to it and adapted with it."""
+        if placement.site.delivery == "weight":  # formed, and then part of a weight that is multiplied anyway
+            return formed(self.diagram, placement.slots)
+        return sum(made.per_token for made in self._recipes(placement))
+
+    def _recipes(self, placement: Placement) -> list[Recipe]:
+        site = placement.site
+        turned = [(kind, kind != site.kind) for kind in site.joined_kinds]
+        twins = [recipe(self.diagram, placement.slots, kind, transpose=turn) for kind, turn in turned]
+        return [self.recipe(placement), *twins]
 
     @property
     def dense_flops_per_token(self) -> int:
-        """The same with every delta formed and multiplied."""
-        return sum(self.recipe(p).dense_flops for p in self.placements)
+        """The same with every delta formed, once in a step of 1024 tokens, and multiplied."""
+        return sum(made.dense_flops for p in self.placements for made in self._recipes(p))
 
 
 def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap, tell: Progress = lambda *_: None) -> list[Group]:
     """The groups of one rule, with their diagrams. Raises SiteError on colliding coordinates, SpecError on the rule."""
     axes = rule.tensor_axes
     multiple = {c for c in COORDINATES if len({s.coordinates.get(c) for s in sites}) > 1}
+    several = len({stack for s in sites if (stack := s.coordinates.get("stack"))}) > 1
+    multiple -= set() if several else {"stack"}  # sites outside the layers have none, and need no name for it
     buckets: dict[tuple[object, ...], list[Site]] = {}
     for site in sites:
         buckets.setdefault((*own_coordinates(site, axes), *_shape_key(rule, site, axes, model)), []).append(site)

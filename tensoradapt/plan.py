@@ -15,11 +15,23 @@ from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Group, Progress, group_sites
 from tensoradapt.presets import expand
 from tensoradapt.records import Tabular
-from tensoradapt.rows import Factor, alike, enumerated, factor_of, group_dict, group_from, larger, record_of, row_of
+from tensoradapt.rows import (
+    Factor,
+    alike,
+    enumerated,
+    factor_of,
+    group_dict,
+    group_from,
+    larger,
+    rank_notes,
+    record_of,
+    row_of,
+    size_notes,
+)
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule, Spec
-from tensoradapt.tables import columns, wrapped
+from tensoradapt.tables import columns, dropped, wrapped
 from tensoradapt.targets import refuse, select
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -110,6 +122,11 @@ class Plan(Tabular):
         return f"{sites} site{'s' * (sites != 1)} in {groups} group{'s' * (groups != 1)}"
 
     @property
+    def num_dense(self) -> int:
+        """The number of entries of the adapted weights: what the deltas would take, stored whole."""
+        return sum(group.num_dense for group in self.groups)
+
+    @property
     def num_bytes(self) -> int:
         """The bytes of all factors as they are stored."""
         return sum(f.numel * (1 + f.copied) * BYTES[f.dtype] for f in self.factors.values())
@@ -138,6 +155,7 @@ class Plan(Tabular):
             "num_extra",
             "num_total",
             "num_model",
+            "num_dense",
             "num_bytes",
             "flops_per_token",
             "dense_flops_per_token",
@@ -179,12 +197,16 @@ class Plan(Tabular):
         head = ("group", "sites", "tensor", "ranks", "trainable", "frozen", "lowering", "FLOP/token", "dense")
         rows = [row_of(name, members, self.factors, wide=wide) for name, members in alike(self.groups).items()]
         empty = ("frozen",) if not self.num_frozen else ()
-        drop = () if wide else (*empty, "dense", "lowering", "FLOP/token", "frozen", "tensor", "ranks")
+        shown = [k for k, name in enumerate(head) if wide or name not in ("dense", "lowering", *empty)]
+        head, rows = tuple(head[k] for k in shown), [tuple(row[k] for k in shown) for row in rows]
+        drop = () if wide else tuple(name for name in ("FLOP/token", "frozen", "tensor", "ranks") if name in head)
         lines = columns(head, rows, text=("group", "tensor", "ranks"), drop=drop)
+        gone = dropped(head, rows, drop)
+        left = [f"no room for {enumerated(gone)}: in wide form (--wide)"] if gone else []
         total = f"{self._sites}: {self.num_trainable:,} trainable, {self.num_frozen:,} frozen"
-        flops = f"{self.flops_per_token:,} FLOP per token (dense: {self.dense_flops_per_token:,})"
+        flops = f"{self.flops_per_token:,} FLOP per token ({self.dense_flops_per_token:,} with every delta formed)"
         notes = [line for note in self.notes for line in wrapped(f"note: {note}")]
-        totals = (total, f"{self.num_bytes:,} bytes; {flops}", self.trained)
+        totals = (*left, total, f"{self.num_bytes:,} bytes; {flops}", self.trained)
         return "\n".join([*lines, *(line for text in totals for line in wrapped(text)), *notes])
 
 
@@ -216,7 +238,8 @@ def make_plan(spec: Spec, model: SiteMap, progress: Progress | None = None) -> P
         groups += _unique(group_sites(rule, mine, model, progress or (lambda *_: None)), groups)
     _check_ranks(spec, groups)
     notes += rank_notes(groups)
-    return Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes), model.num_parameters)
+    made = Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes), model.num_parameters)
+    return replace(made, notes=(*notes, *size_notes(made.groups, made.num_trainable)))
 
 
 def resolved(spec: Spec, model: SiteMap) -> tuple[Spec, list[str]]:
@@ -246,7 +269,9 @@ def _joined(sites: list[Site]) -> list[Site]:
                 places.setdefault(alias, len(kept))
             kept.append(site)
         else:
-            kept[twin] = replace(kept[twin], joined=(*kept[twin].joined, site.path))
+            one = kept[twin]
+            kinds = (*one.joined_kinds, site.kind)
+            kept[twin] = replace(one, joined=(*one.joined, site.path), joined_kinds=kinds)
     return kept
 
 
@@ -274,19 +299,6 @@ def _check_ranks(spec: Spec, groups: list[Group]) -> None:
             raise SiteError(
                 f"ranks names the group {unknown[0]!r}, which the plan lacks", expected=", ".join(sorted(names)[:20])
             )
-
-
-def rank_notes(groups: list[Group]) -> list[str]:
-    """One note for each rank that was capped."""
-    capped: dict[str, int] = {}
-    for group in groups:
-        asked = group.rule.ranks.get(group.name, group.rule.rank)
-        for bond, size in group.rank.items():
-            if isinstance(asked, int) and size < asked:
-                capped[f"rank {asked} of bond {bond} is capped at {size}, its limit"] = (
-                    capped.get(f"rank {asked} of bond {bond} is capped at {size}, its limit", 0) + 1
-                )
-    return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
 
 
 def _extras(spec: Spec, model: SiteMap) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ an operand, and *dense*. The cheapest wins. Invariant: only `dense` ever forms a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import permutations
 
@@ -56,9 +56,17 @@ class Recipe:
     order: tuple[int, ...]  # a last permutation of the activation's axes, empty where none is needed
     sizes: tuple[int, ...]  # the sizes of those axes
     inputs: tuple[int, ...]  # the sizes of the activation's axes on entry
-    flops: int  # per token
+    flops: int  # per token, what is contracted without an input apart
     build: int  # per step, whatever the number of tokens
-    dense_flops: int
+    dense_flops: int = field(default=0, compare=False)  # per token of a step, with the delta formed once and multiplied
+
+    @property
+    def per_token(self) -> int:
+        """Floating-point operations per token of a step of `TOKENS`, contractions of factors alone shared among them.
+
+        An embedding's first stage is a look-up and multiplies nothing.
+        """
+        return self.flops - -self.build // TOKENS
 
     @property
     def cost(self) -> int:
@@ -80,7 +88,8 @@ def recipe(
     `transpose` swaps the sides, for a tied module that uses the same tensor the other way round. `code` keeps to the
     lowerings that have a code before `out`, for dropout there; raises SpecError where none has.
     """
-    found = candidates(_problem(diagram, slots, kind, transpose))
+    problem = _problem(diagram, slots, kind, transpose=transpose)
+    found = candidates(problem)
     found = [made for made in found if made.kind == "sandwich"] if code else found
     if not found:
         raise SpecError(
@@ -88,7 +97,13 @@ def recipe(
             got=str(diagram),
             hint="use dropout_at: in",
         )
-    return min(found, key=lambda candidate: candidate.cost * HANDICAP[candidate.kind])
+    chosen = min(found, key=lambda candidate: candidate.cost * HANDICAP[candidate.kind])
+    return replace(chosen, dense_flops=_dense(problem).per_token)
+
+
+def formed(diagram: Diagram, slots: tuple[int, int] = (1, 1)) -> int:
+    """The operations per token of a step that forming a site's delta takes."""
+    return -(-_dense(_problem(diagram, slots, "linear", transpose=False)).build // TOKENS)
 
 
 def candidates(problem: Problem) -> list[Recipe]:
@@ -97,7 +112,7 @@ def candidates(problem: Problem) -> list[Recipe]:
     return [*_sandwich(problem), *(made for made in single if made is not None)]
 
 
-def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, transpose: bool) -> Problem:
+def _problem(diagram: Diagram, slots: tuple[int, int], kind: str, *, transpose: bool) -> Problem:
     picked = set(diagram.coordinates)
     slotted = ("slot" if "slot" in picked else "site") if slots != (1, 1) else ""
     operands = {
@@ -125,9 +140,8 @@ def _finish(
         order=tuple(order),
         sizes=tuple(problem.sizes[i] for i in state),
         inputs=tuple(problem.sizes[i] for i in problem.inp),
-        flops=sum(stage.flops for stage in stages),
+        flops=sum(stage.flops for stage in stages[problem.kind == "embedding" :]),
         build=sum(stage.weight.flops for stage in stages),
-        dense_flops=2 * problem.numel(problem.out) * problem.numel(problem.inp),
     )
 
 

@@ -17,6 +17,8 @@ from tensoradapt.placing import Placement
 from tensoradapt.sites import Site
 from tensoradapt.spec import Rule
 
+RUNS = 3  # so many runs of layers are named
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -69,6 +71,12 @@ def larger(one: Factor, two: Factor) -> Factor:
     return replace(one, shape=shape, sizes={i: max(s, two.sizes.get(i, 0)) for i, s in one.sizes.items()})
 
 
+def group_trainable(group: Group) -> int:
+    """The trained entries that a group owns (a bank's are no single group's)."""
+    own = (node for node in group.trainable if group.store[node] == f"{group.name}.{node}")
+    return sum(map(group.diagram.numel, own))
+
+
 def record_of(group: Group) -> dict[str, Any]:
     """A group as a row of numbers: of CSV, of a DataFrame."""
     own = [node for node, key in group.store.items() if key == f"{group.name}.{node}"]
@@ -79,7 +87,7 @@ def record_of(group: Group) -> dict[str, Any]:
         "axes": " ".join(f"{axis}={group.diagram.sizes[axis]}" for axis in group.diagram.open),
         "rank": max(group.rank.values(), default=None),
         "ranks": " ".join(f"{bond}={size}" for bond, size in group.rank.items()),
-        "num_trainable": sum(group.diagram.numel(node) for node in own if node in group.trainable),
+        "num_trainable": group_trainable(group),
         "num_frozen": sum(group.diagram.numel(node) for node in own if node not in group.trainable),
         "flops_per_token": group.flops_per_token,
         "dense_flops_per_token": group.dense_flops_per_token,
@@ -95,7 +103,7 @@ def group_dict(group: Group, rule: int) -> dict[str, Any]:
         "scale": group.scale,
         "start": group.rule.start,
         "rank": group.rank,
-        "num_trainable": sum(group.diagram.numel(n) for n in group.trainable if group.store[n] == f"{group.name}.{n}"),
+        "num_trainable": group_trainable(group),
         "lowering": sorted({group.lowering(p) for p in group.placements}),
         "flops_per_token": group.flops_per_token,
         "dense_flops_per_token": group.dense_flops_per_token,
@@ -131,20 +139,30 @@ def alike(groups: tuple[Group, ...]) -> dict[str, list[Group]]:
     """Groups in rows: those with one diagram, differing in nothing but the sites, are one row."""
     found: dict[Any, list[Group]] = {}
     for group in groups:
-        role = tuple(dict.fromkeys(p.site.coordinates.get("role", "") for p in group.placements))
+        places = [p.site.coordinates for p in group.placements]
+        role = tuple(dict.fromkeys((place.get("stack"), place.get("role", "")) for place in places))
         found.setdefault((hash(group.diagram), role, group.rule.start, group.scale), []).append(group)
-    return {_spanned(m[0].name, m[-1].name): m for m in found.values()}
+    return {_spanned([group.name for group in members]): members for members in found.values()}
 
 
-def _spanned(first: str, last: str) -> str:
-    """One name for groups from the first to the last: `layer0..11_query`, where numbers tell them apart."""
-    if first == last:
-        return first
-    parts = [re.split(r"(\d+)", name) for name in (first, last)]
-    pairs = list(zip(*parts, strict=False))
-    if len(parts[0]) != len(parts[1]) or not all(a == b or a.isdecimal() and b.isdecimal() for a, b in pairs):
-        return f"{first} .. {last}"
-    return "".join(a if a == b else f"{a}..{b}" for a, b in pairs)
+def _spanned(names: Sequence[str]) -> str:
+    """One name for several groups: `layer0..2,4_query`, where one number tells them apart."""
+    if len(names) == 1:
+        return names[0]
+    parts = [re.split(r"(\d+)", name) for name in names]
+    columns = [list(dict.fromkeys(column)) for column in zip(*parts, strict=False)]
+    plain = len(set(map(len, parts))) == 1 and all(len(c) == 1 or all(map(str.isdecimal, c)) for c in columns)
+    if not plain:
+        return f"{names[0]} .. {names[-1]}"
+    return "".join(column[0] if len(column) == 1 else _runs(sorted(map(int, column))) for column in columns)
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Numbers in runs: `0..2,4`; of many runs the first two, and the last number."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    runs = [str(a) if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True)]
+    return ",".join(runs) if len(runs) <= RUNS else f"{runs[0]},{runs[1]},..,{numbers[-1]}"
 
 
 def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor], *, wide: bool) -> tuple[str, ...]:
@@ -164,3 +182,27 @@ def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor], *
     flops = (sum(m.flops_per_token for m in members), sum(m.dense_flops_per_token for m in members))
     sites = str(sum(len(m.placements) for m in members))
     return (name, sites, tensor, rank, f"{trained:,}", f"{frozen:,}", "/".join(kinds), f"{flops[0]:,}", f"{flops[1]:,}")
+
+
+def rank_notes(groups: Sequence[Group]) -> list[str]:
+    """One note for each rank that was capped."""
+    capped: dict[str, int] = {}
+    for group in groups:
+        asked = group.rule.ranks.get(group.name, group.rule.rank)
+        for bond, size in group.rank.items():
+            if isinstance(asked, int) and size < asked:
+                capped[f"rank {asked} of bond {bond} is capped at {size}, its limit"] = (
+                    capped.get(f"rank {asked} of bond {bond} is capped at {size}, its limit", 0) + 1
+                )
+    return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
+
+
+def size_notes(groups: Sequence[Group], trainable: int) -> list[str]:
+    """What to say of factors, `trainable` entries in all, that have more than the weights that they change."""
+    dense = sum(group.num_dense for group in groups)
+    if trainable > dense:
+        text = f"{trainable:,} for {dense:,} entries"
+    else:
+        text = enumerated([group.name for group in groups if group_trainable(group) > group.num_dense])
+    hint = "take a smaller rank, or train the weights themselves"
+    return [f"more parameters than the weights that they adapt: {text}; {hint}"] if text else []

@@ -48,6 +48,7 @@ class Site:
     owner: str = ""  # the path without index and part: what stands in the model
     aliases: tuple[str, ...] = ()  # other modules that hold the same tensor
     joined: tuple[str, ...] = ()  # those of them that the spec adapts too: one site, one delta
+    joined_kinds: tuple[str, ...] = ()  # their kinds, as `kind`
     tensor: str = ""  # the parameter's own name in the model: equal for tied modules
     kind: str = "linear"  # linear, embedding, conv, parameter: which module applies the delta
 
@@ -90,8 +91,9 @@ def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
     """Coordinates of paths: layer, stack, role and expert.
 
     `layer` is the first numbered component, `stack` what precedes it, `expert` a number under a name that contains
-    expert, `role` the shortest suffix of the rest that is unique within the layer (the whole rest where none is). A
-    number that begins a path is no layer where it is the place of a whole model in a container (`0.model.layers.3.q`).
+    expert, `role` the shortest suffix of the rest that is unique within the layer, and outside the layers in the model
+    (the whole rest where none is). A number that begins a path is no layer where it is the place of a whole model in a
+    container (`0.model.layers.3.q`).
     """
     skip = int(_stands_around(paths))
     split = {path: _split(path, skip) for path in paths}
@@ -99,6 +101,7 @@ def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
     for coords, rest in split.values():
         rests.setdefault((coords.get("stack"), coords.get("layer")), set()).add(rest)
     owners = {key: _suffix_owners(group) for key, group in rests.items()}
+    owners[None, None] = _suffix_owners({rest for _, rest in split.values()})
     return {
         path: {**c, "role": _shortest(rest, owners[c.get("stack"), c.get("layer")])}
         for path, (c, rest) in split.items()
@@ -134,14 +137,9 @@ def _split(path: str, skip: int = 0) -> tuple[dict[str, int | str], str]:
     return coords, ".".join(parts)
 
 
-def _suffix_owners(rests: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for rest in rests:
-        parts = rest.split(".")
-        for k in range(len(parts)):
-            suffix = ".".join(parts[k:])
-            counts[suffix] = counts.get(suffix, 0) + 1
-    return counts
+def _suffix_owners(rests: Iterable[str]) -> Mapping[str, int]:
+    split = [rest.split(".") for rest in rests]
+    return Counter(".".join(parts[k:]) for parts in split for k in range(len(parts)))
 
 
 def _shortest(rest: str, owners: Mapping[str, int]) -> str:

@@ -15,12 +15,8 @@ def columns(
 
     Where it is wider than 80 columns, those named in `drop` are left out, the first of them first, until it fits.
     """
-    kept = list(head)
-    for name in drop:
-        if _width([head, *rows], [head.index(one) for one in kept]) <= WIDTH:
-            break
-        kept = [one for one in kept if one != name]
-    places = [head.index(one) for one in kept]
+    gone = dropped(head, rows, drop)
+    places = [k for k, name in enumerate(head) if name not in gone]
     sizes = [max(len(row[k]) for row in (head, *rows)) for k in places]
     left = [head[k] in text for k in places]
     return [
@@ -29,6 +25,14 @@ def columns(
         ).rstrip()
         for row in (head, *rows)
     ]
+
+
+def dropped(head: Sequence[str], rows: Sequence[Sequence[str]], drop: Sequence[str]) -> list[str]:
+    """The columns that are left out of a table, of those named in `drop`, for it to fit 80 columns."""
+    for count in range(len(drop) + 1):
+        if _width([head, *rows], [k for k, name in enumerate(head) if name not in drop[:count]]) <= WIDTH:
+            return list(drop[:count])
+    return list(drop)
 
 
 def _width(rows: Sequence[Sequence[str]], places: Sequence[int]) -> int:

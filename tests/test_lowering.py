@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from cases import BY_NAME, CASES, Case, dense, draw, pullback
+from torch import nn
 from truth import Truth, assert_close, candidates, gradients, line_of, random, tensors
 
+import tensoradapt as ta
 from tensoradapt import recipe as recipes
 from tensoradapt.chain import staged
 from tensoradapt.errors import SpecError
@@ -91,7 +94,7 @@ REACHED = {
     "wide-dense": lambda r: r.kind == "dense" and len(r.stages) == 1,
     "wide-kernel": lambda r: r.kind == "stages" and [s.kernel for s in r.stages] == [False, True, False],
     "slots-core-r1": lambda r: r.kind == "sandwich" and len(r.stages) == 3,
-    "embedding-r1": lambda r: r.kind == "sandwich" and not r.stages[0].diagonal,
+    "embedding-r1": lambda r: r.kind == "dense",  # a table of fewer rows than a step has tokens
 }
 
 
@@ -149,7 +152,43 @@ def test_flops_of_lora_and_lotr(out, inp, rank):
     lotr = Case("", lotr, site).plan()
     assert lora.flops_per_token == 2 * rank * (out + inp)
     assert lotr.flops_per_token == 2 * rank * (out + inp + rank)
-    assert lora.dense_flops_per_token == lotr.dense_flops_per_token == 2 * out * inp
+    formed = -(-2 * rank * out * inp // 1024)  # once in a step of 1024 tokens
+    assert lora.dense_flops_per_token == 2 * out * inp + formed
+    assert lotr.dense_flops_per_token == 2 * out * inp + -(-2 * rank * min(out, inp) * (rank + max(out, inp)) // 1024)
+
+
+@pytest.mark.parametrize("preset", ["lora", "lotr", "lotr_by_role", "tt_lora", "lokr"])
+@pytest.mark.parametrize("rank", [2, 8, 16, 200])
+def test_no_lowering_costs_more_than_the_dense_product(preset, rank):
+    """Where a rank is near the sides of a weight, the sandwich of two factors is more work than the delta itself."""
+    for model in (tiny.bert(), tiny.gpt2(), tiny.mixtral(), {"layers.0.q_proj": (384, 384)}):
+        for group in ta.plan(ta.preset(preset, rank=rank), model).groups:
+            assert group.flops_per_token <= group.dense_flops_per_token, group.name
+
+
+def test_a_lookup_multiplies_nothing_but_the_rank():
+    """A row of the factor on the vocabulary's side is taken, and multiplied by the other: 2 r out."""
+    tables = {"words": nn.Embedding(5000, 16), "kinds": nn.Embedding(2, 16)}
+    plan = ta.plan(ta.preset("lora", rank=4, targets=["words", "kinds"]), nn.ModuleDict(tables))
+    words, kinds = sorted(plan.groups, key=lambda group: -group.placements[0].site.inp)
+    assert (words.lowering(words.placements[0]), kinds.lowering(kinds.placements[0])) == ("sandwich", "dense")
+    assert words.flops_per_token == 2 * 4 * 16
+    assert kinds.flops_per_token == 1  # formed once in a step of 1024 tokens: 2 x 2 x 2 x 16 operations
+
+
+def test_the_head_that_is_tied_to_an_embedding_multiplies():
+    model = tiny.gpt2()
+    alone = ta.plan(ta.preset("lora", rank=2, targets=["wte"]), model)
+    both = ta.plan(ta.preset("lora", rank=2, targets=["wte", "lm_head"]), model)
+    assert alone.flops_per_token == -(-2 * 2 * 16 * tiny.WORDS // 1024)  # fewer rows than a step has tokens
+    assert both.flops_per_token == alone.flops_per_token + 2 * 2 * (16 + tiny.WORDS)
+    assert ta.Plan.from_dict(both.to_dict()).flops_per_token == both.flops_per_token
+
+
+def test_weights_that_are_formed_at_use_cost_their_forming():
+    """Experts: the delta is added to the weight, which is multiplied with or without it."""
+    plan = ta.plan(ta.preset("lora", rank=2, targets=["down_proj"]), tiny.mixtral())
+    assert plan.flops_per_token == plan.num_sites * -(-2 * 2 * 16 * 24 // 1024)
 
 
 def test_flops_of_stages_and_of_a_difference():

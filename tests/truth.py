@@ -38,7 +38,7 @@ def gradients(result, factors):
 
 def candidates(group: Group, placement: Placement, kind: str = "", transpose: bool = False) -> list[recipes.Recipe]:
     """Every lowering that exists for a site, chosen or not."""
-    problem = recipes._problem(group.diagram, placement.slots, kind or placement.site.kind, transpose)
+    problem = recipes._problem(group.diagram, placement.slots, kind or placement.site.kind, transpose=transpose)
     return recipes.candidates(problem)
 
 

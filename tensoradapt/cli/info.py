@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import JsonOption
+from tensoradapt.cli.options import JsonOption, WideOption
 
 
 def info(
     adapter: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="An adapter's folder or file, a checkpoint, or a PEFT folder.")
     ],
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an adapter is, what it is of, and what made it.
@@ -21,4 +22,4 @@ def info(
     """
     from tensoradapt.cli.run.info import run
 
-    run(adapter, as_json=as_json)
+    run(adapter, wide=wide, as_json=as_json)

@@ -20,7 +20,8 @@ from tensoradapt.fit.curves import Point
 from tensoradapt.grouping import Group
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.linalg import Team, empty
-from tensoradapt.plan import Plan, make_plan, rank_notes
+from tensoradapt.plan import Plan, make_plan
+from tensoradapt.rows import rank_notes, size_notes
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Spec
 
@@ -54,7 +55,8 @@ def plan_of(spec: Spec, model: SiteMap, paths: Collection[str], goal: Goal) -> t
     spec, reasons = taken(spec, model, paths)
     plan = make_plan(spec, model) if spec.rules else Plan(spec, (), model.name)
     if goal.chooses:  # the spec's own ranks are of no account then, capped or not
-        plan = replace(plan, notes=tuple(note for note in plan.notes if note not in rank_notes(list(plan.groups))))
+        own = {*rank_notes(plan.groups), *size_notes(plan.groups, plan.num_trainable)}
+        plan = replace(plan, notes=tuple(note for note in plan.notes if note not in own))
     for group in plan.groups:
         _check(group)
     if goal.max_parameters is not None:

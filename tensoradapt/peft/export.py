@@ -147,7 +147,7 @@ def _names(made: _Made) -> str:
     """What to say of names that were taken as the adapter has them: PEFT looks for modules of just these names."""
     return (
         f"PEFT finds modules by name: load it onto a model that has {next(iter(made.factored)).path}; "
-        "model= (--model) writes the names of another"
+        "given another model (--model), the export has the names of that one"
     )
 
 
