@@ -21,7 +21,7 @@ from tensoradapt.extract.measure import overall, site_row
 from tensoradapt.extract.planning import allocated, plan_of
 from tensoradapt.extract.run import assembled
 from tensoradapt.extract.table import table
-from tensoradapt.extract.words import counted, few, wrapped
+from tensoradapt.extract.words import counted, few, little, wrapped
 from tensoradapt.extract.work import Done, Work
 from tensoradapt.init import WEIGHT
 from tensoradapt.io.native import file_of
@@ -85,6 +85,7 @@ class Converted:
         lines += [f"note: {note}" for note in self.plan.notes]
         lines += [f"worst weight: {worst}, relative error {self.sites[worst]:.3g}"] if worst else []
         lines += [f"relative error {self.relative_error:.3g} over {counted(len(self.sites), 'weight')}"]
+        lines += little(self.relative_error)
         lines += [f"{self.num_parameters:,} parameters; the adapter before had {self.before:,}"]
         written = [f"written to {self.path}"] if self.path else []
         return "\n".join([*table(self.groups), *wrapped(lines), *written])
@@ -110,10 +111,10 @@ def convert(
     lacks, AdapterError where it adds nothing, SpecError, RankError, FileError.
     """
     spec = as_spec(spec, "ta.convert(adapter, spec, out)")
-    source = filled(open_adapter(adapter), "convert")
+    goal = Goal(error, max_parameters)
     if out is not None and not overwrite and file_of(out).exists():
         raise FileError(f"{file_of(out)} exists", hint="choose another output, or overwrite=True (--overwrite)")
-    goal = Goal(error, max_parameters)
+    source = filled(open_adapter(adapter), "convert")
     plan, reasons = plan_of(spec, _site_map(source), source.sites, goal)
     conversion = _Conversion(None, plan, goal, empty(None), seed, reasons=reasons, source=source)  # type: ignore[arg-type]
     work = allocated(conversion, progress)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.io.appended import appendable, appended, is_of_another_module, longer_head, longer_index
 from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
-from tensoradapt.io.folder import atomic_folder
+from tensoradapt.io.folder import atomic_folder, check_free
 from tensoradapt.io.held import as_bytes
 from tensoradapt.io.names import shift
 from tensoradapt.io.saved import Savable, Saved, as_saved
@@ -104,15 +104,17 @@ def merge_folder(
     share which are not adapted.
     Raises FileError, AdapterError; nothing is left then.
     """
-    saved, target = as_saved(adapter), expand(out)
+    target = expand(out)
     with open_checkpoint(base, revision) as source:
         if not source.files:
             raise FileError(f"{source.name} is no folder", expected="a folder, a file or a cached hub id")
-        changes, added = _changes(saved, source, tied=tied)
         _check_apart(source, target)
         others, left = _others(source)
-        shards = [open_shard(file) for file in source.files]
         ours = {file.name for file in source.files} | {other.parts[0] for other in others}
+        check_free(target, ours, overwrite=overwrite)
+        saved = as_saved(adapter)
+        changes, added = _changes(saved, source, tied=tied)
+        shards = [open_shard(file) for file in source.files]
         with atomic_folder(target, ours, overwrite=overwrite) as folder:
             _check_room(folder, shards)
             merged = _Merged(saved, changes, progress)

@@ -20,13 +20,14 @@ from tensoradapt.analysis.source import open_source
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.extract.holding import gaps
 from tensoradapt.extract.whole import change_of
-from tensoradapt.extract.words import EQUAL, apart, counted, percent, wrapped
+from tensoradapt.extract.words import EQUAL, apart, counted, little, percent, wrapped
 from tensoradapt.folders import delta_rows, finder
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled
 from tensoradapt.merging import add_rows
 from tensoradapt.sites import Site
 
+WRONG = "look whether it is of this base and this tuned model, in this order; tensoradapt info shows its base"
 SHOWN = 5  # rows of each list in the text
 Progress = Callable[[str, int, int], None]  # a site's path, how many are done, how many there are
 
@@ -98,6 +99,10 @@ class Verification:
         )
         yield f"relative error {other[0]:.4g} over {other[1]}"
         yield f"its {counted(len(self.sites), 'weight')} have {percent(self.held_share)} of the squared change"
+        if 1 <= self.relative_error < math.inf:
+            yield from wrapped([f"worse than no adapter, whose error is 1: {WRONG}"])
+        else:
+            yield from wrapped(little(self.relative_error, chosen=False))
 
 
 def _plain(number: float) -> float | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tensoradapt.cli.numbers import count
 from tensoradapt.cli.options import JsonOption, ModelOption, PlannedOption, PresetsOption, SetOption, WideOption
 
 
@@ -19,7 +20,12 @@ def budget(
     ] = "1:16",
     set_: SetOption = None,
     max_parameters: Annotated[
-        int | None, typer.Option("--max-parameters", metavar="N", help="Also solve for the largest ranks within it.")
+        str | None,
+        typer.Option(
+            "--max-parameters",
+            metavar="N",
+            help="Also solve for the largest ranks within it: 30000, or 30k.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -38,4 +44,5 @@ def budget(
     """
     from tensoradapt.cli.run.budget import run
 
-    run(model, preset, target, set_, ranks=ranks, max_parameters=max_parameters, out=out, wide=wide, as_json=as_json)
+    limit = count(max_parameters)
+    run(model, preset, target, set_, ranks=ranks, max_parameters=limit, out=out, wide=wide, as_json=as_json)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tensoradapt.cli.numbers import count, share
 from tensoradapt.cli.options import (
     AdapterArgument,
     Choice,
@@ -29,12 +30,19 @@ def convert(
     spec: SpecOption = None,
     set_: SetOption = None,
     error: Annotated[
-        float | None, typer.Option("--error", metavar="E", help="The relative error that ranks are chosen for.")
+        str | None,
+        typer.Option(
+            "--error",
+            metavar="E",
+            help="The relative error that ranks are chosen for, such as 0.1 or 10%.",
+        ),
     ] = None,
     max_parameters: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            "--max-parameters", metavar="N", help="A budget for all groups together; ranks are chosen for it."
+            "--max-parameters",
+            metavar="N",
+            help="A budget for all groups together, 30000 or 30k; ranks are chosen for it.",
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -49,5 +57,10 @@ def convert(
     """
     from tensoradapt.cli.run.convert import run
 
-    options = {"error": error, "max_parameters": max_parameters, "seed": seed, "overwrite": overwrite}
+    options = {
+        "error": share(error, "--error"),
+        "max_parameters": count(max_parameters),
+        "seed": seed,
+        "overwrite": overwrite,
+    }
     run(adapter, out, Choice(preset, rank, target, spec, set_), options=options, as_json=as_json)

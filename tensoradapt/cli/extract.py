@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tensoradapt.cli.numbers import count, share_or_noise
 from tensoradapt.cli.options import (
     BaseArgument,
     Choice,
@@ -39,13 +40,17 @@ def extract(
         typer.Option(
             "--error",
             metavar="E",
-            help="Ranks chosen for a relative error of every group, such as 0.1 (the spec's are no ceiling then); "
-            "or noise: all that rises above the rounding of the stored dtypes.",
+            help="Ranks chosen for a relative error of every group, such as 0.1 or 10% (the spec's are no ceiling "
+            "then); or noise: all that rises above the rounding of the stored dtypes.",
         ),
     ] = None,
     max_parameters: Annotated[
-        int | None,
-        typer.Option("--max-parameters", metavar="N", help="Ranks chosen for a budget of all groups together."),
+        str | None,
+        typer.Option(
+            "--max-parameters",
+            metavar="N",
+            help="Ranks chosen for a budget of all groups together: 30000, or 30k.",
+        ),
     ] = None,
     device: DeviceOption = None,
     rows: RowsOption = "error",
@@ -68,8 +73,14 @@ def extract(
     """
     from tensoradapt.cli.run.extract import run
 
-    options = {"max_parameters": max_parameters, "rows": rows, "prefix": prefix, "nonfinite": nonfinite, "seed": seed}
-    options |= {"overwrite": overwrite}
+    options = {
+        "max_parameters": count(max_parameters),
+        "rows": rows,
+        "prefix": prefix,
+        "nonfinite": nonfinite,
+        "seed": seed,
+    }
+    options |= {"seed": seed, "overwrite": overwrite}
     choice = Choice(preset, rank, target, spec, set_)
     shown = {"dry_run": dry_run, "wide": wide, "as_json": as_json}
-    run(base, tuned, out, choice, error=error, device=device, options=options, **shown)
+    run(base, tuned, out, choice, error=share_or_noise(error), device=device, options=options, **shown)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tensoradapt.cli.numbers import share
 from tensoradapt.cli.options import (
     AdapterArgument,
     BaseArgument,
@@ -22,9 +23,11 @@ def verify(
     base: BaseArgument,
     tuned: TunedArgument,
     tolerance: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            "--tolerance", metavar="E", help="The error over the whole change that is allowed; exit code 1 above it."
+            "--tolerance",
+            metavar="E",
+            help="The error over the whole change that is allowed, 0.1 or 10%; exit code 1 above it.",
         ),
     ] = None,
     within_targets: Annotated[
@@ -43,6 +46,11 @@ def verify(
     """
     from tensoradapt.cli.run.verify import run
 
-    options = {"tolerance": tolerance, "within_targets": within_targets, "rows": rows, "prefix": prefix}
-    options |= {"nonfinite": nonfinite}
+    options = {
+        "tolerance": share(tolerance, "--tolerance"),
+        "within_targets": within_targets,
+        "rows": rows,
+        "prefix": prefix,
+    }
+    options |= {"rows": rows, "prefix": prefix, "nonfinite": nonfinite}
     run(adapter, base, tuned, options=options, as_json=as_json)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tensoradapt.extract.holding import Holding
 from tensoradapt.extract.table import table
-from tensoradapt.extract.words import apart, counted, few, percent, wrapped
+from tensoradapt.extract.words import apart, counted, few, little, percent, wrapped
 from tensoradapt.plan import Plan
 
 
@@ -89,6 +89,7 @@ class Extraction:
         whole = all(row["kept"] or not row["norm"] for row in self.report["groups"].values())
         these = "these" if whole else "all targets"
         yield f"relative error: {self.relative_error:.4g} over {these}, {change.whole_error:.4g} over the whole change"
+        yield from little(self.relative_error)
         yield from self._size()
 
     def _size(self) -> Iterator[str]:

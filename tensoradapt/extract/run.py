@@ -64,6 +64,7 @@ def extract(
     team: Team = options.pop("team", SOLO)
     where = (device, options.pop("seed", 0))
     output, goal = Output.of(out), Goal(error, max_parameters)
+    together(team, lambda: output.check((), overwrite=overwrite))
     with alike(team, lambda: open_source(base, tuned, **options)) as deltas:
         files = (*deltas.base.files, *deltas.tuned.files)
         together(team, lambda: output.check(files, overwrite=overwrite))

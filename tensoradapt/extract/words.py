@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 WIDTH = 80
+LITTLE = 0.9  # a relative error from which on a result holds next to nothing
 FEW = 3  # names that are written out
 EQUAL = "the checkpoints are equal"
 
@@ -21,6 +23,17 @@ def percent(share: float) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 tensor`, `39 tensors`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def little(error: float, *, chosen: bool = True) -> Iterator[str]:
+    """One line where factors hold next to nothing of a change; `chosen` where other ranks can be chosen for them."""
+    if LITTLE <= error < math.inf:
+        held = percent(max(0.0, 1 - error**2))
+        yield f"these factors hold {held} of the squared change, next to nothing" + (
+            ": choose ranks for an error (--error 0.1), or another preset; analyze says which rank the change has"
+            if chosen
+            else ""
+        )
 
 
 def few(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ def atomic_folder(path: Path, ours: Collection[str], *, overwrite: bool = False)
     Raises FileError where `path` exists and is not to be overwritten, or holds files that are not among `ours`.
     """
     path = Path(os.path.abspath(expand(path)))
-    _check_free(path, ours, overwrite=overwrite)
+    check_free(path, ours, overwrite=overwrite)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -51,7 +51,8 @@ def _give_modes(new: Path, old: Path, mode: int) -> None:
     give_mode(new, old, stat.S_IMODE(new.stat().st_mode))
 
 
-def _check_free(path: Path, ours: Collection[str], *, overwrite: bool) -> None:
+def check_free(path: Path, ours: Collection[str], *, overwrite: bool) -> None:
+    """Raise FileError where a folder is not to be written; before long work, too."""
     if not os.path.lexists(path):
         return
     if not path.is_dir() or path.is_symlink():

@@ -136,6 +136,12 @@ def open_file(file: Path) -> Shards:
     """One safetensors file. Raises FileError; a pickle is refused unopened."""
     if file.suffix in PICKLES:
         raise pickled(str(file))
+    if file.suffix == ".json":
+        raise FileError(
+            f"{file} holds no weights",
+            expected="a safetensors file, or a folder",
+            hint=f"give its folder, {file.parent}",
+        )
     shard = open_shard(file)
     return Shards(dict.fromkeys(shard.header, shard), (file,))
 

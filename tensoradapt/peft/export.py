@@ -22,7 +22,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
 from tensoradapt.io.atomic import flush
 from tensoradapt.io.card import CARD
-from tensoradapt.io.folder import atomic_folder
+from tensoradapt.io.folder import atomic_folder, check_free
 from tensoradapt.io.saved import Savable, Saved, filled
 from tensoradapt.paths import expand
 from tensoradapt.peft.card import Exported, card
@@ -108,6 +108,7 @@ def export_peft(  # noqa: PLR0913
     or its deltas differ, SpecError on other options.
     """
     options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, progress)
+    check_free(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite)
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
     saved, model = seen_from_within(_exact(filled(open_adapter(source), "export")), model)
     known = None if model is None else scan(model)

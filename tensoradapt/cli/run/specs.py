@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from tensoradapt.cli.options import Choice
 from tensoradapt.errors import RankError, SpecError
-from tensoradapt.presets import preset
+from tensoradapt.presets import PRESETS, preset
 from tensoradapt.spec import Spec
 
 
@@ -41,6 +41,22 @@ def parameters(rank: int | None, targets: Sequence[str] | None, pairs: Sequence[
             )
         found[key.strip()] = yaml.safe_load(value)
     return found
+
+
+def rank_note(choice: Choice, goals: Mapping[str, Any]) -> str:
+    """What to say of ranks that no option chooses, or that one option chooses against another; empty otherwise.
+
+    `goals` has the values of the options that choose ranks by what is lost, by their names.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in goals.items() if value is not None]
+    if given and choice.rank is not None:
+        return f"--rank {choice.rank} is not used: {given[0]} chooses the ranks"
+    if given or choice.rank is not None or "rank" not in getattr(PRESETS.get(str(choice.preset)), "parameters", ()):
+        return ""
+    own = next(rule.rank for rule in preset(str(choice.preset), **parameters(None, None, choice.pairs)).rules)
+    if any(pair.partition("=")[0].strip() == "rank" for pair in choice.pairs or ()):
+        return ""
+    return f"rank {own}, the preset's own: --rank, --error or --max-parameters choose another"
 
 
 def parse_ranks(text: str) -> list[int]:
