@@ -1,5 +1,6 @@
 """Every formula of the pages becomes MathML when they are built: no script and no network is needed to read it."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -28,6 +29,19 @@ def unread(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_formula_is_understood(page):
     assert unread(page.read_text("utf-8")) == []
+
+
+def test_primes_and_the_bars_of_norms_are_set_as_in_print():
+    made = made_by_the_pages(r"\lVert T - T' \rVert^2")
+    assert made.count('<mo stretchy="false">&#x02016;</mo>') == 2 and "<mo>&#x02016;</mo>" not in made
+    assert "<mi>T</mi><mo>&#x02032;</mo>" in made and "<mi>&#x02032;</mi>" not in made
+
+
+def made_by_the_pages(text: str) -> str:
+    found = importlib.util.spec_from_file_location("mathml", DOCS / "mathml.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module.formula(text, "inline")
 
 
 def test_the_pages_have_formulas():
