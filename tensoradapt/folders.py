@@ -241,16 +241,16 @@ class _Merged:
                 if change is None or change.entry.file != shard.file:
                     out.write(shard.stored(name).numpy().data)
                 else:
-                    out.write(as_bytes(change.apply(shard.read(name), self.saved)).numpy().data)
                     self._tell(name)
+                    out.write(as_bytes(change.apply(shard.read(name), self.saved)).numpy().data)
             for tensor in added.values():
                 out.write(as_bytes(tensor).numpy().data)
         shard.stamp.check(shard.file)
 
     def _tell(self, name: str) -> None:
-        self.done += 1
         if self.progress is not None:
             self.progress(name, self.done, len(self.changes))
+        self.done += 1
 
 
 def _folder(source: Checkpoint) -> Path:

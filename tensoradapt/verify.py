@@ -140,7 +140,7 @@ def verify(
     with open_source(base, tuned, **options) as deltas:
         run = _Run(saved, deltas, _places(saved, deltas))
         total = len(run.deltas) + len(saved.plan.extras)
-        for done, name in enumerate(run.steps(), start=1):
+        for done, name in enumerate(run.steps()):
             if progress is not None:
                 progress(name, done, total)
         return run.result(tolerance, within_targets=within_targets)
@@ -211,17 +211,17 @@ class _Run:
         )
 
     def steps(self) -> Iterator[str]:
-        """Take in one tensor after the other, and give its name."""
+        """Give the name of one tensor after the other, and take it in."""
         for path in self.saved.plan.extras:
-            self._extra(path, self.saved.tensors[f"extra.{path}"])
             yield path
+            self._extra(path, self.saved.tensors[f"extra.{path}"])
         for pair in self.deltas.match.pairs:
             path = pair.site.path
+            yield path
             if path in self.places:
                 self._sites(pair.site, self.places[path])
             elif pair.tuned_name not in self.trained:
                 self._note(path, squares(self.deltas.delta(path)))
-            yield path
         for name, reason in self.deltas.match.refused.items():
             if name not in self.trained:
                 self._beside(name, reason)

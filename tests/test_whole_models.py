@@ -213,25 +213,82 @@ BEGUN = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from tensoradapt.__main__ import main
-from tensoradapt.cli.run import analyze
-sys.argv = ["tensoradapt", "analyze", "base", "tuned", "--out", "report"]
 print("begun", flush=True)
 main()
 """
+COMMANDS = {
+    "analyze": "base tuned --out report",
+    "extract": "base tuned --preset lora --rank 2 --out new",
+    "convert": "adapter --preset lotr --rank 2 --out new",
+    "verify": "adapter base tuned",
+    "merge": "base adapter --out merged",
+    "export": "adapter --to peft --out served",
+}
 
 
-@pytest.mark.parametrize("after", [0.3, 1.0])
-def test_an_interrupted_analysis_leaves_nothing(after, tmp_path):
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two folders of whole models, and an adapter between them."""
+    folder = tmp_path_factory.mktemp("interrupted")
     base, tuned = whole_model(rows=4000, width=128)
     for name, side in (("base", base), ("tuned", tuned)):
-        (tmp_path / name).mkdir()
-        save_file(side, tmp_path / name / "model.safetensors")
+        (folder / name).mkdir()
+        save_file(side, folder / name / "model.safetensors")
+    ta.extract(str(folder / "base"), str(folder / "tuned"), ta.preset("lora", rank=4), folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize("after", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupted_command_leaves_nothing_half_written(command, after, checkpoints):
+    before = set(checkpoints.rglob("*"))
     process = subprocess.Popen(
-        [sys.executable, "-c", BEGUN], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", BEGUN, command, *COMMANDS[command].split()],
+        cwd=checkpoints,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "begun\n"
     time.sleep(after)
     process.send_signal(signal.SIGINT)
+    begun = time.monotonic()
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said
-    assert not list(tmp_path.rglob("*tmp-*"))
+    took, new = time.monotonic() - begun, set(checkpoints.rglob("*")) - before
+    for path in sorted(new, reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    if process.returncode == 0:  # done before it was interrupted
+        return
+    assert process.returncode == 130 and "Traceback" not in said and said.endswith("interrupted\n")
+    assert took < 3 and not [path for path in new if ".partial" not in str(path)]
+
+
+EARLY = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Stop:
+    asked = sys.argv[-1]
+
+    def find_spec(self, name, *_):
+        if name == self.asked and name not in done:
+            done.append(name)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                raise ImportError("cannot load module more than once per process") from None
+
+done = []
+sys.meta_path.insert(0, Stop())
+from tensoradapt.__main__ import main
+sys.argv = ["tensoradapt", "verify", "a", "b", "c"]
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "numpy._core"])
+def test_an_interruption_of_the_imports_is_one_of_the_command(module):
+    """Those of the command line itself, and those of its work, in which torch takes the loss of numpy for another."""
+    done = subprocess.run([sys.executable, "-c", EARLY, module], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -16,23 +16,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 INTERRUPTED = 130
+SOON = 0.02  # seconds in which the watch has seen an interruption
 GRACE = 0.5  # seconds that a command has to end by itself
 
 
 @contextmanager
 def prompt() -> Iterator[None]:
-    """A watch beside the block: an interruption that has not ended it after a while ends the process."""
+    """A watch beside the block: an interruption that has not ended it after a while ends the process.
+
+    An error of the block that an interruption came before is that interruption: modules whose imports are cut off
+    raise errors of their own.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     ours, theirs = socket.socketpair()  # signals arrive here at once, whatever the main thread does
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(ours, ended), name="interruptions", daemon=True)
+    seen, ended = threading.Event(), threading.Event()
+    watch = threading.Thread(target=_watch, args=(ours, seen, ended), name="interruptions", daemon=True)
     watch.start()
     try:
         yield
+    except Exception:
+        if seen.wait(SOON):
+            raise KeyboardInterrupt from None
+        raise
     finally:
         ended.set()
         signal.set_wakeup_fd(before)
@@ -41,12 +50,14 @@ def prompt() -> Iterator[None]:
         ours.close()
 
 
-def _watch(signals: socket.socket, ended: threading.Event) -> None:
+def _watch(signals: socket.socket, seen: threading.Event, ended: threading.Event) -> None:
     """Wait for an interruption, and then for the end of the block. An end of the stream is one of the block."""
     with suppress(OSError):
         while numbers := signals.recv(64):
-            if signal.SIGINT in numbers and not ended.wait(GRACE):
-                leave("interrupted\n", INTERRUPTED)
+            if signal.SIGINT in numbers:
+                seen.set()
+                if not ended.wait(GRACE):
+                    leave("interrupted\n", INTERRUPTED)
 
 
 def leave(words: str, code: int) -> None:

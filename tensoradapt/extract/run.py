@@ -26,6 +26,7 @@ from tensoradapt.extract.result import Extraction
 from tensoradapt.extract.whole import whole_change
 from tensoradapt.extract.words import EQUAL
 from tensoradapt.extract.work import Done, Work
+from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
 from tensoradapt.linalg import SOLO, Team, each
 from tensoradapt.plan import START, Plan
@@ -33,6 +34,7 @@ from tensoradapt.presets import SpecLike, as_spec
 
 Progress = Callable[[str, int, int], None]  # a group's name, how many are done, how many there are
 OPTIONS = ("seed", "overwrite", "team", "progress")
+LARGE = 1 << 26  # entries from which on a delta is fitted alone
 SLACK = 1e-4  # of a fitted error, for rounding
 
 
@@ -99,10 +101,15 @@ def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
     left = together(work.team, lambda: [name for name in work.groups if journal.read(name) is None])[0]
     mine = [name for name in left if work.is_mine(name)]
     shared = [name for name in mine if work.shared(name)]
-    small = [n for n in mine if work.like.device.type == "cpu" and len(work.group(n).placements) == 1]
+    small = [name for name in mine if work.like.device.type == "cpu" and _small(work.group(name))]
     count, tell = len(work.groups) - len(left), progress or (lambda *_: None)
 
     made: dict[str, Done] = {}
+    running: list[str] = []
+
+    def begin(name: str) -> None:
+        running.append(name)
+        tell(name, count, len(work.groups))
 
     def compute(name: str) -> None:
         made[name] = work.fit(name)
@@ -114,15 +121,16 @@ def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
         if done.writes:
             journal.write(name, done.tensors, done.record)
         count += 1
-        tell(name, count, len(work.groups))
+        running.remove(name)
+        tell(running[0] if running else name, count, len(work.groups))
 
     def fit(name: str) -> None:
-        tell(name, count, len(work.groups))
+        begin(name)
         compute(name)
         keep(name)
 
     def alone() -> None:
-        for name in each(small, compute, lambda name: tell(name, count, len(work.groups))):
+        for name in each(small, compute, begin):
             keep(name)
         for name in (n for n in mine if n not in small and n not in shared):
             fit(name)
@@ -131,6 +139,11 @@ def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
     for name in shared:
         fit(name)
     work.team.wait()
+
+
+def _small(group: Group) -> bool:
+    """Whether a group is one delta of which several fit into memory."""
+    return len(group.placements) == 1 and group.placements[0].site.numel <= LARGE
 
 
 def _part(work: Work, journal: Journal, name: str) -> Done:

@@ -48,10 +48,10 @@ def whole_change(deltas: Deltas, team: Team = SOLO, tell: Tell | None = None) ->
     def mine() -> dict[str, tuple[float, str] | None]:
         found = {}
         for number, name in enumerate(names):
+            if tell is not None:
+                tell(f"reading {name}", number, len(names))
             if number % team.size == team.rank:
                 found[name] = change_of(deltas, name)
-            if tell is not None:
-                tell(f"reading {name}", number + 1, len(names))
         return found
 
     gathered = {name: row for part in together(team, mine) for name, row in part.items()}
