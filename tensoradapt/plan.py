@@ -194,7 +194,7 @@ class Plan(Tabular):
 
         Within 80 columns; `wide` gives every column: shapes, the ranks of every bond, the lowering and its FLOP.
         """
-        head = ("group", "sites", "tensor", "ranks", "trainable", "frozen", "lowering", "FLOP/token", "dense")
+        head = tuple("group sites tensor ranks trainable frozen lowering FLOP/token dense".split())
         rows = [row_of(name, members, self.factors, wide=wide) for name, members in alike(self.groups).items()]
         empty = ("frozen",) if not self.num_frozen else ()
         shown = [k for k, name in enumerate(head) if wide or name not in ("dense", "lowering", *empty)]

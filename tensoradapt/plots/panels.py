@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 PAGE = 170.0  # two printed columns with the space between them, in millimetres
 ACROSS, HEIGHT, HEAD = 3, 44.0, 8.0
@@ -103,27 +104,28 @@ def key(page: Sheet, panels: Sequence[Axes], handles: Sequence[Any]) -> None:
 def _key_within(axes: Axes, handles: Sequence[Any], look: Mapping[str, Any]) -> None:
     """A key in the first corner where it covers nothing; where there is none, a logarithmic axis makes room below."""
     for corner in CORNERS:
-        _place(axes, handles, corner, look)
-        if not _covers(axes):
+        if not _covers(axes, _placed(axes, handles, corner, look)):
             return
-    _place(axes, handles, CORNERS[0], look)
+    below = _placed(axes, handles, CORNERS[0], look)
     low, high = axes.get_ylim()
     for longer in ROOM if axes.get_yscale() == "log" else ():
         axes.set_ylim(low * (low / high) ** longer, high)
-        if not _covers(axes):
+        if not _covers(axes, below):
             return
     axes.set_ylim(low, high)
-    _place(axes, handles, "best", look)
+    _placed(axes, handles, "best", look)
 
 
-def _place(axes: Axes, handles: Sequence[Any], where: str, look: Mapping[str, Any]) -> None:
-    axes.legend(handles=list(handles), loc=where, **look).set_in_layout(False)  # a wide key would make the axes narrow
+def _placed(axes: Axes, handles: Sequence[Any], where: Any, look: Mapping[str, Any]) -> Legend:
+    made = axes.legend(handles=list(handles), loc=where, **look)
+    made.set_in_layout(False)  # a wide key would make the axes narrow
+    return made
 
 
-def _covers(axes: Axes) -> bool:
+def _covers(axes: Axes, made: Legend) -> bool:
     """Whether the key of some axes lies over a line or a text."""
     root(axes).draw_without_rendering()
-    box = axes.get_legend().get_window_extent()
+    box = made.get_window_extent()
     lines = (line.get_path().transformed(line.get_transform()) for line in axes.lines)
     return any(path.intersects_bbox(box, filled=False) for path in lines) or any(
         text.get_window_extent().overlaps(box) for text in axes.texts
