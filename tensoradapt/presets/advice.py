@@ -2,7 +2,7 @@
 
 Rates are AdamW's, with warm-up, for the preset's defaults. Those of lora, lotr, lotr_by_role, lorta, tt_lora and
 metatt_4d are the best on held-out rows of MRPC and CoLA (docs/data/frontier.csv), the others the lowest within a
-standard error of the best on SST-2 (docs/data/preset-rates.csv); None where none was measured.
+standard error of the best on SST-2 (docs/data/preset-rates.csv); None for locon, which needs convolutions.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ ADVICE: dict[str, Advice] = {
     "metatt_5d": Advice("as metatt_4d, with the heads as an axis of their own", 8e-3),
     **{
         f"tenslora_{name}": Advice(_TENSLORA, 8e-3)
-        for name in ("att", "qkv", "depth", "att_qkv", "att_depth", "qkv_depth", "att_qkv_depth")
+        for name in ("att", "qkv", "depth", "att_qkv", "att_depth", "att_qkv_depth")
     },
-    "cara": Advice("vision transformers, as published"),
+    "tenslora_qkv_depth": Advice(_TENSLORA, 3e-2),
+    "cara": Advice("vision transformers, as published; also a good default for text", 8e-3),
     "lokr": Advice("full-rank deltas at few parameters; image generators use it", 8e-3),
-    "krona": Advice("full-rank deltas at few parameters, one Kronecker product"),
+    "krona": Advice("full-rank deltas at few parameters, one Kronecker product", 8e-3),
     "loha": Advice("deltas of a higher rank than LoRA's at the same count; image generators use it", 8e-3),
     "vera": Advice("a few numbers for each weight; costs time, since its frozen matrices are large", 3e-2),
     "lora_xs": Advice("the fewest numbers for each weight: rank squared, between the weight's singular vectors", 8e-3),
     "polar": Advice("as LoRA, with orthonormal factors and a rank that is used to the full", 2e-3),
-    "quanta": Advice("full-rank deltas for wide models, as a circuit of small gates"),
-    "dota": Advice("to start from the weight's own tensor train instead of zero"),
-    "mpo_shared": Advice("experts and layers that share a central core"),
+    "quanta": Advice("full-rank deltas for wide models, as a circuit of small gates", 2e-3),
+    "dota": Advice("to start from the weight's own tensor train instead of zero", 8e-3),
+    "mpo_shared": Advice("experts and layers that share a central core", 8e-3),
     "locon": Advice("convolutions: the bottleneck of LoRA with a small kernel"),
 }
