@@ -139,10 +139,11 @@ def verify(
     saved = filled(as_saved(adapter), "verify")
     with open_source(base, tuned, **options) as deltas:
         run = _Run(saved, deltas, _places(saved, deltas))
-        total = len(run.deltas) + len(saved.plan.extras)
+        total, tell = len(run.deltas) + len(saved.plan.extras), progress or (lambda *_: None)
+        name = ""
         for done, name in enumerate(run.steps()):
-            if progress is not None:
-                progress(name, done, total)
+            tell(name, done, total)
+        tell(name, total, total)
         return run.result(tolerance, within_targets=within_targets)
 
 
