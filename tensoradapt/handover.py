@@ -39,32 +39,57 @@ class SavePretrained:
         model = self._model[0]
         return getattr(type(model), SAVE).__get__(model)
 
-    def __call__(
-        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **options: Any
-    ) -> Any:
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
         """Write the model, or the adapter alone."""
-        host = host_of(self._model[0])
-        unmerged = [name for name, adapter in host._modules.items() if not adapter.merged]  # type: ignore[union-attr]
         if self.only is None or self.only.merged:
-            if unmerged:
-                warnings.warn(_says(unmerged), stacklevel=2)
-            return self.__wrapped__(save_directory, is_main_process, *args, **options)
-        if is_main_process:
+            _warn(self._model[0], SAVE)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="save writes the base")  # by which some models do it
+                return self.__wrapped__(save_directory, *args, **options)
+        if args[0] if args else options.get("is_main_process", True):
             write_checkpoint(self.only, Path(save_directory), options.get("state_dict"))
         return None
 
 
+class Save:
+    """A model's `save` while adapters are attached, where it has one beside `save_pretrained`: with the same warning."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = [model]
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The model's own method, whose signature this one has."""
+        model = self._model[0]
+        return type(model).save.__get__(model)  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Write the model."""
+        _warn(self._model[0], "save")
+        return self.__wrapped__(*args, **options)
+
+
 def stand_in(model: nn.Module, host: Host) -> SavePretrained | None:
-    """Put a method in the place of the model's own, once; None where it has none of the name."""
+    """Put methods in the place of the model's own, once; None where it has none of the name."""
     if hasattr(type(model), SAVE) and SAVE not in host.shadowed:
         host.shadow(model, SAVE, SavePretrained(model))
+        if callable(getattr(type(model), "save", None)):  # a SentenceTransformer
+            host.shadow(model, "save", Save(model))
     return model.__dict__.get(SAVE)
 
 
-def _says(names: list[str]) -> str:
+def _warn(model: nn.Module, method: str) -> None:
+    """Warn where an adapter is not merged into what is about to be written."""
+    adapters = host_of(model)._modules.items()  # type: ignore[union-attr]
+    unmerged = [name for name, adapter in adapters if not adapter.merged]  # type: ignore[union-attr]
+    if unmerged:
+        warnings.warn(_says(method, unmerged), stacklevel=3)
+
+
+def _says(method: str, names: list[str]) -> str:
     return (
-        f"save_pretrained writes the base: {', '.join(map(repr, names))} is not merged, and from_pretrained will not "
-        "read it. Call adapter.merge_and_detach() first for a model of its own, adapter.save(path) for the adapter; "
+        f"{method} writes the base: {', '.join(map(repr, names))} is not merged, and loading the folder will not "
+        "bring it back. Call adapter.merge_and_detach() first for a model of its own, adapter.save(path) for the adapter; "
         "with the Trainer, pass callbacks=[tensoradapt.trainer.AdapterCallback(adapter)]"
     )
 

@@ -55,6 +55,21 @@ def test_it_is_trained_and_stays_what_it_was_around_it(trained):
     assert adapter.plan.num_trainable == 2 * (2 * 4 * 384 + 6 * 16)  # shared by the encoder's six layers
 
 
+@pytest.mark.parametrize("method", ["save", "save_pretrained"])
+def test_the_base_is_not_saved_without_a_word(trained, method, tmp_path):
+    model, adapter, before, _ = trained
+    with pytest.warns(UserWarning, match="writes the base: 'default' is not merged") as said:
+        getattr(model, method)(str(tmp_path))
+    assert sum("writes the base" in str(one.message) for one in said) == 1
+    assert "# True" not in (tmp_path / "README.md").read_text()  # no flag of another `save_pretrained` is its name
+    assert torch.equal(encoded(SentenceTransformer(str(tmp_path), device="cpu")), before)
+    adapter.merge()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        getattr(model, method)(str(tmp_path / "merged"))
+    adapter.unmerge()
+
+
 def test_a_merged_adapter_is_saved_with_it(trained, tmp_path):
     model, adapter, before, after = trained
     adapter.merge()
