@@ -52,7 +52,7 @@ class SavePretrained:
 
 
 class Save:
-    """A model's `save` while adapters are attached, where it has one beside `save_pretrained`: with the same warning."""
+    """A model's `save` while adapters are attached, where it has one beside `save_pretrained`: which warns too."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = [model]
@@ -89,8 +89,8 @@ def _warn(model: nn.Module, method: str) -> None:
 def _says(method: str, names: list[str]) -> str:
     return (
         f"{method} writes the base: {', '.join(map(repr, names))} is not merged, and loading the folder will not "
-        "bring it back. Call adapter.merge_and_detach() first for a model of its own, adapter.save(path) for the adapter; "
-        "with the Trainer, pass callbacks=[tensoradapt.trainer.AdapterCallback(adapter)]"
+        "bring it back. Call adapter.merge_and_detach() first for a model of its own, adapter.save(path) for the "
+        "adapter; with the Trainer, pass callbacks=[tensoradapt.trainer.AdapterCallback(adapter)]"
     )
 
 

@@ -93,8 +93,8 @@ def group_name(rule: Rule, sites: Sequence[Site], axes: tuple[str, ...], multipl
     common = {c: value for c, value in common.items() if value is not None}
     pieces = [rule.name] if rule.name else []
     pieces += [str(common["stack"])] if "stack" in common and "site" not in axes else []
-    numbered = str(common["layer"]) if common.get("stack") else f"layer{common.get('layer')}"  # decoder.layers.3
-    pieces += [numbered] if "layer" in common and "site" not in axes else []
+    before = "" if common.get("stack") else "layer"  # decoder_block_3, and layer3 in the only stack
+    pieces += [f"{before}{common['layer']}"] if "layer" in common and "site" not in axes else []
     roles = list(dict.fromkeys(str(s.coordinates.get("role", "")) for s in sites))
     pieces += (
         ["_".join(roles) if len(roles) <= 4 else f"{len(roles)}_roles"] if not rule.name or "role" in common else []

@@ -246,7 +246,7 @@ def resolved(spec: Spec, model: SiteMap) -> tuple[Spec, list[str]]:
     """The spec with presets expanded and sets of weights replaced by a model's own names, and notes that say which."""
     spec = expand(spec)
     if not spec.rules:
-        raise SiteError("the spec has no rules", hint="write ta.preset('lotr', targets=['query', 'value'])")
+        raise SiteError("the spec has no rules", hint="write ta.preset('lotr_by_role')")
     rows = [resolve(rule, model) for rule in spec.rules]
     return Spec(rules=tuple(rule for rule, _ in rows)), [note for _, notes in rows for note in notes]
 

@@ -241,7 +241,7 @@ class Spec(_Value):
             raise SpecError(
                 "a spec is a mapping with a list of rules",
                 got=type(data).__name__,
-                hint="write 'rules:' and under it '- preset: lotr'",
+                hint="write 'rules:' and under it '- preset: lotr_by_role'",
             )
         unknown = sorted(set(data) - {"rules", "defaults"}, key=str)
         if unknown:
@@ -272,6 +272,6 @@ def _mapping(row: Any, what: str) -> dict[str, Any]:
         raise SpecError(
             f"{what} a mapping from field to value",
             got=repr(row)[:80],
-            hint="write '- preset: lotr' and its fields below",
+            hint="write '- preset: lotr_by_role' and its fields below",
         )
     return dict(row)

@@ -28,6 +28,7 @@ def test_groups_have_the_names_of_their_layers_and_roles():
         "decoder_block_0..1_SelfAttention_q",
         "decoder_block_0..1_EncDecAttention_q",
     ]
+    assert names(tiny.t5(), "lotr_by_role", targets=["wi"]) == ["encoder_block_wi", "decoder_block_wi"]
     assert names(tiny.bert(), "lotr_by_role") == ["query", "value"]
 
 

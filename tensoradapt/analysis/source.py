@@ -10,6 +10,8 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
+from torch import nn
+
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
 from tensoradapt.io.pairs import Deltas, open_deltas
@@ -36,12 +38,23 @@ def open_source(
     `options` are those of `open_deltas`: `rows`, `nonfinite`, `prefix`, and `model`, a SiteMap in the config's place.
     Raises FileError.
     """
-    sides = open_checkpoint(base, base_revision), open_checkpoint(tuned, tuned_revision)
+    sides = (
+        _named(open_checkpoint(base, base_revision), "the base"),
+        _named(open_checkpoint(tuned, tuned_revision), "the tuned side"),
+    )
+    modules = [scan(side) for side in (tuned, base) if isinstance(side, nn.Module)]
+    if modules and options.get("model") is None:  # a module tells more of its weights than their names do
+        options["model"] = replace(modules[0], name=sides[0].label)
     if options.get("model") is not None:
         return open_deltas(*sides, **options)
     model, note = described(*sides)
     found = open_deltas(*sides, **{**options, "model": model})
     return replace(found, match=replace(found.match, notes=(*found.match.notes, note))) if note else found
+
+
+def _named(side: Checkpoint, role: str) -> Checkpoint:
+    """A checkpoint that came without a name of its own, called by its part in the comparison."""
+    return side if side.label else replace(side, name=f"{role} ({side.name.removeprefix('the ')})")
 
 
 def described(base: Checkpoint, tuned: Checkpoint) -> tuple[SiteMap | None, str]:

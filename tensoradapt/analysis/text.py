@@ -150,7 +150,10 @@ def _narrow(sites: Mapping[str, Site]) -> list[str]:
         columns.remove(next(c for c in columns if c.optional))
     noise = "above the rounding noise, and " if has_noise({"sites": sites}) else ""
     shares = " and ".join(c.head for c in columns if c.head.endswith("%"))
-    return [*lines, *_wrapped(f"ranks: {noise}for {shares} of the energy; more in wide form (--wide)")]
+    return [
+        *lines,
+        *_wrapped(f"ranks: {noise}for {shares} of the energy (the squared norm); more in wide form (--wide)"),
+    ]
 
 
 def _blocks(sites: Mapping[str, Site]) -> Iterator[tuple[str, Mapping[str, Site]]]:
@@ -183,7 +186,10 @@ def _roles(sites: Mapping[str, Site]) -> list[str]:
             changes = [row["relative_change"] for row in of if row["relative_change"] is not None]
             change = percent(median(changes)) if changes else ""
             rows += [(f"  {role}" if stack else role, str(len(of)), change, *(_spread(of, rule) for _, rule in rules))]
-    said = "a row for every role: the median of its weights' ranks (lowest-highest); every weight in wide form (--wide)"
+    said = (
+        "a row for every role: the median of its weights' ranks (lowest-highest), for shares of the energy (the "
+        "squared norm); every weight in wide form (--wide)"
+    )
     return [*_table(head, rows), *_wrapped(said)]
 
 
@@ -217,7 +223,10 @@ def _stacks(groups: Mapping[str, Any], *, wide: bool) -> list[str]:
         rows += [(name, tensor, *["" for _ in range(2 - len(ranks))], *ranks, *shares)]
     axes = max((" x ".join(row["axes"]) for row in shown.values()), key=len)
     head = ("stack", "tensor", "ranks above noise", "ranks, 95%", "r=8: one", "each")
-    said = "one: the energy that one pair of bases of rank 8 holds for the stack; each: a pair for each weight"
+    said = (
+        "one: at least so much of the energy is held by one pair of bases of rank 8 for the stack (that of a "
+        "higher-order SVD; the best may hold a little more); each: by a pair for each weight"
+    )
     return [*_table(head, rows, left=2), *_wrapped(f"tensor: {axes}; {said}")]
 
 
@@ -246,7 +255,8 @@ def _candidates(report: Mapping[str, Any]) -> Iterator[list[str]]:
         )
         for c in sorted(shown, key=lambda c: (c["num_parameters"], -c["relative_error"]))
     ]
-    yield _table(head, rows)
+    said = "front: no format tried has both fewer parameters and a smaller error"
+    yield [*_table(head, rows), *_wrapped(said)]
     at_error, at_budget = (
         next((row for row in report["comparisons"][part] if matches(row)), None)
         for part, matches in (

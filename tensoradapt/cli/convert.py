@@ -53,7 +53,7 @@ def convert(
 
     Exactly where that can hold it; the error is stated where it cannot.
 
-    Example: tensoradapt convert lora/ --preset lotr --rank 32 --out lotr
+    Example: tensoradapt convert lora/ --preset lotr_by_role --rank 32 --out lotr
     """
     from tensoradapt.cli.run.convert import run
 

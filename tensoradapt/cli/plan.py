@@ -41,7 +41,7 @@ def plan(
     Groups of weights, trainable parameters, bytes and FLOP per token. Without --target the preset's own set of weights
     is adapted, told by the names of the model's modules, such as q_proj and v_proj of every layer.
 
-    Example: tensoradapt plan --model config.json --preset lotr --rank 8
+    Example: tensoradapt plan --model config.json --preset lotr_by_role --rank 8
     """
     from tensoradapt.cli.run.plan import run
 

@@ -18,7 +18,7 @@ def presets(
 ) -> None:
     """List the adapter families, or show one whole.
 
-    Example: tensoradapt presets lotr
+    Example: tensoradapt presets lotr_by_role
     """
     from tensoradapt.cli.run.presets import run
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 WIDTH = 80
 LITTLE = 0.9  # a relative error from which on a result holds next to nothing
 FEW = 3  # names that are written out
+HEAD = "; what the base lacks, a new head say, is in no adapter: take it from the tuned model"
 EQUAL = "the checkpoints are equal"
 
 
@@ -49,7 +50,7 @@ def unmatched(only_base: Sequence[str], only_tuned: Sequence[str]) -> Iterator[s
         if names
     ]
     if sides:
-        yield f"{', '.join(sides)}{few([*only_tuned, *only_base])}"
+        yield f"{', '.join(sides)}{few([*only_tuned, *only_base])}{HEAD if only_tuned else ''}"
 
 
 def apart(only_base: Sequence[str], only_tuned: Sequence[str], unmeasured: Mapping[str, str]) -> Iterator[str]:

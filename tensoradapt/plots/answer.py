@@ -24,6 +24,10 @@ KIND_WORDS = {
     "untargeted": "weights beside the targets",
 }
 QUESTION = "What rank is it?"
+BESIDE = (
+    "What is only in the tuned side, a new head say, is in no number here and in no extracted adapter: take it from "
+    "the tuned model, or train an adapter together with it (train=['classifier'])."
+)
 NONE = "no adapter."
 NOISE_SHOWN = 0.01  # the share of the change from which on rounding noise is spoken of
 
@@ -80,6 +84,12 @@ def answer_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [needed_words(needed) for needed in answer["needed"]]
     if noise is not None and noise >= NOISE_SHOWN:
         lines += [f"up to {percent(noise)} of the change's norm is rounding noise of the stored dtypes"]
+    beside = sum(bool(row["norm"]) for row in report["sites"].values()) - answer["weights"]
+    if beside > 0:
+        lines += [
+            f"these numbers are of the layers; an extraction without targets takes all {answer['weights'] + beside:,} "
+            "weights that differ, and its parameters and error are over these"
+        ]
     return lines
 
 
@@ -103,7 +113,8 @@ def sides_words(report: Mapping[str, Any]) -> str:
 def one_sided(match: Mapping[str, Any]) -> list[str]:
     """What only one side holds, in a sentence each."""
     sides = (("only_base", "only in the base"), ("only_tuned", "only in the tuned side"))
-    return [f"{words}: {some(len(match[key]), 'tensor')} ({listed(match[key])})" for key, words in sides if match[key]]
+    lines = [f"{words}: {some(len(match[key]), 'tensor')} ({listed(match[key])})" for key, words in sides if match[key]]
+    return [*lines, *(BESIDE for _ in match["only_tuned"][:1])]
 
 
 def proposal_words(choice: Mapping[str, Any]) -> list[str]:

@@ -131,8 +131,8 @@ def _sharing(group: Mapping[str, Any]) -> list[str]:
     shared, private = energy["shared"][k], energy["private"][k]
     if shared is None or private is None:
         return []
-    own = f"each weight's own {percent(private)}"
-    return [f"at rank {energy['rank'][k]} one pair of subspaces for all holds {percent(shared)} of the energy, {own}"]
+    held = f"at least {percent(shared)} of the energy, each weight's own {percent(private)}"
+    return [f"at rank {energy['rank'][k]} one pair of subspaces for all holds {held}"]
 
 
 def _map(page: Sheet, axes: Axes, found: Mapping[str, Any] | None, side: str, sites: Mapping[str, Any]) -> None:
