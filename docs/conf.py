@@ -190,10 +190,9 @@ def write_generated(app) -> None:
 
 
 def readable(app, what, name, obj, options, signature, returns):
-    """Signatures that tell a reader nothing are left out, and the rest is written as it stands in the code.
+    """Signatures that tell a reader nothing are left out, and empty mappings are written as such.
 
-    A rule's thirty fields stand in the table of the spec page; all errors are raised with the same words; and nobody
-    but the library makes its results, of which the attributes are what counts.
+    A rule's thirty fields stand in the table of the spec page, and all errors are raised with the same words.
     """
     if what == "class" and issubclass(obj, BaseModel):
         return "(**fields)", None
