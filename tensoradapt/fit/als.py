@@ -35,7 +35,7 @@ Factors = dict[str, Tensor]
 class Swept:
     """Where alternating least squares came to: the factors, the relative error after every sweep, and why it ended.
 
-    `agreed` says whether two random starts came to one error.
+    `agreed` says whether two random starts came to one error, or would: one node alone has one best value.
     """
 
     factors: Factors
@@ -75,7 +75,7 @@ def als(
             break
     best = problem.swept(min(trials, key=lambda trial: trial.history[-1]), sweeps)
     even = _balanced(best.factors, problem.free)
-    agreed = tries > 1 and _agreed([trial.history[-1] for trial in trials])
+    agreed = len(problem.free) <= 1 or (tries > 1 and _agreed([trial.history[-1] for trial in trials]))
     return Swept({n: t.to(tensor.dtype) for n, t in even.items()}, best.history, best.converged, agreed)
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tensoradapt.fit.frames import Frame, Seen, primed
+from tensoradapt.fit.frames import Frame, Seen, batch, cut, primed
 
 DIRECT = 2048  # the largest system of normal equations that is solved directly
 RIDGE = 1e-10
@@ -37,9 +37,9 @@ class Place:
         nodes, opened = self.frame.diagram.nodes, self.frame.diagram.open
         mine = nodes[self.node]
         elsewhere = {i for n, indices in nodes.items() if n != self.node for i in indices}
-        batch = [i for i in mine if i in opened and i in elsewhere]
+        shared = [i for i in mine if i in opened and i in elsewhere]
         rows = [i for i in mine if i in opened and i not in elsewhere]
-        return batch, [i for i in mine if i not in opened], rows
+        return shared, [i for i in mine if i not in opened], rows
 
     @cached_property
     def order(self) -> list[str]:
@@ -50,8 +50,8 @@ class Place:
     def sizes(self) -> tuple[int, int, int]:
         """The products of the sizes of batch, cols and rows."""
         sizes = self.frame.diagram.sizes
-        batch, cols, rows = (math.prod(sizes[i] for i in part) for part in self.parts)
-        return batch, cols, rows
+        first, cols, rows = (math.prod(sizes[i] for i in part) for part in self.parts)
+        return first, cols, rows
 
     def solved(self, seen: Seen, factors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """The node that is best for the others, and what the network then explains of |T|^2: 2 <T, N> - |N|^2."""
@@ -60,7 +60,10 @@ class Place:
         right = self.right(seen.image, *[t.to(seen.image.dtype) for t in others]).reshape(self.sizes).double()
         before = factors[self.node].permute([mine.index(i) for i in self.order]).reshape(self.sizes)
         twice = [*(t for t in others for _ in range(2)), *seen.grams]
-        if self.sizes[1] <= DIRECT:
+        if self.separate:
+            found = before + self._apart(right - self.normal(before, twice), seen.grams)
+            image = self.normal(found, twice)
+        elif self.sizes[1] <= DIRECT:
             gram = self.gram(*twice).reshape(*self.sizes[:2], self.sizes[1])
             found = before + _least_squares(gram, right - gram @ before)
             image = gram @ found
@@ -71,6 +74,24 @@ class Place:
         return shaped.permute([self.order.index(i) for i in mine]), float((found * (2 * right - image)).sum())
 
     @cached_property
+    def separate(self) -> bool:
+        """Whether the normal equations are a Kronecker product, one factor for every held part."""
+        bonds = [bond for part in self.frame.parts for bond in cut(self.frame.diagram, part)]
+        shared = [axis for part in self.frame.parts for axis in batch(self.frame.diagram, part)]
+        return not self.others and not shared and sorted(bonds) == sorted(self.parts[1])
+
+    def _apart(self, right: Tensor, grams: tuple[Tensor, ...]) -> Tensor:
+        """The solution, one part's bonds after the other's."""
+        shaped = right.reshape([self.frame.diagram.sizes[i] for i in self.order])
+        for part, gram in zip(self.frame.parts, grams, strict=True):
+            dims = [self.order.index(bond) for bond in cut(self.frame.diagram, part)]
+            front = shaped.movedim(dims, tuple(range(len(dims))))
+            size = math.prod(front.shape[: len(dims)])
+            solved = _least_squares(gram.reshape(size, size), front.reshape(size, -1))
+            shaped = solved.reshape(front.shape).movedim(tuple(range(len(dims))), dims)
+        return shaped.reshape(right.shape)
+
+    @cached_property
     def right(self) -> Callable[..., Tensor]:
         """What is seen of the tensor contracted with the other nodes."""
         nodes = self.frame.diagram.nodes
@@ -79,8 +100,8 @@ class Place:
     @cached_property
     def gram(self) -> Callable[..., Tensor]:
         """The other nodes contracted with themselves over all open axes but the batch: bonds once and once primed."""
-        batch, cols, _ = self.parts
-        return self.frame.expression(self._doubled, [*batch, *cols, *map(primed, cols)])
+        shared, cols, _ = self.parts
+        return self.frame.expression(self._doubled, [*shared, *cols, *map(primed, cols)])
 
     def normal(self, x: Tensor, twice: list[Tensor]) -> Tensor:
         """The normal equations' matrix times x, without the matrix."""
