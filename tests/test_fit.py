@@ -520,12 +520,13 @@ def test_large_systems_are_solved_without_their_matrix(monkeypatch):
     assert als(tensor, diagram, sweeps=12, restarts=1).history[-1] == pytest.approx(direct.history[-1], rel=1e-3)
 
 
-def test_fixed_bases_are_kept_and_the_rest_is_the_least_squares_solution():
-    """LoRA-XS: delta = B C A with B and A given, C = B^+ T A^+."""
+@pytest.mark.parametrize("rank", [4, 50])
+def test_fixed_bases_are_kept_and_the_rest_is_the_least_squares_solution(rank):
+    """LoRA-XS: delta = B C A with B and A given, C = B^+ T A^+; no system of rank squared unknowns is solved."""
     random = np.random.default_rng(2)
-    b, a, tensor = (random.standard_normal(s) for s in ((20, 4), (4, 16), (20, 16)))
+    b, a, tensor = (random.standard_normal(s) for s in ((5 * rank, rank), (rank, 4 * rank), (5 * rank, 4 * rank)))
     fixed = {"B": torch.from_numpy(b), "A": torch.from_numpy(a)}
-    fit = ta.fit(tensor, "B: out r, C: r s, A: s in -> out in", axes=("out", "in"), rank=4, fixed=fixed)
+    fit = ta.fit(tensor, "B: out r, C: r s, A: s in -> out in", axes=("out", "in"), rank=rank, fixed=fixed)
     np.testing.assert_allclose(fit.factors["C"], np.linalg.pinv(b) @ tensor @ np.linalg.pinv(a), atol=1e-7)
     assert torch.equal(fit.factors["B"], fixed["B"]) and torch.equal(fit.factors["A"], fixed["A"])
     assert fit.converged and len(fit.history) == 1
