@@ -2,7 +2,7 @@
 
 Rates are AdamW's, with warm-up, for the preset's defaults. Those of lora, lotr, lotr_by_role, lorta, tt_lora and
 metatt_4d are the best on held-out rows of MRPC and CoLA (docs/data/frontier.csv), the others the lowest within a
-standard error of the best on SST-2 (docs/data/preset-rates.csv); None for locon, which needs convolutions.
+standard error of the best on SST-2, that of locon on digits (docs/data/preset-rates.csv).
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ ADVICE: dict[str, Advice] = {
     "quanta": Advice("full-rank deltas for wide models, as a circuit of small gates", 2e-3),
     "dota": Advice("to start from the weight's own tensor train instead of zero", 8e-3),
     "mpo_shared": Advice("experts and layers that share a central core", 8e-3),
-    "locon": Advice("convolutions: the bottleneck of LoRA with a small kernel"),
+    "locon": Advice("convolutions: the bottleneck of LoRA with a small kernel", 8e-3),
 }

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import preset_rates_digits
 import torch
 import transformers
 from frontier_methods import HELD_OUT, QV, Entry, Run, perform
@@ -31,7 +32,7 @@ CLOSE = 0.011  # scores this close are the same: a standard error of 2,000 sente
 COLUMNS = ("preset", "rate", "parameters", "score", "seconds", "versions")
 # What a preset cannot do without, or what it is for, where query and value alone are not it.
 OPTIONS: dict[str, dict[str, Any]] = {}
-LEFT_OUT = ("locon",)  # convolutions alone
+CONVOLUTIONS = ("locon",)  # measured on images
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -55,6 +56,8 @@ def add(row: dict[str, Any]) -> None:
 
 
 def measure(name: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    if name in CONVOLUTIONS:
+        return {"preset": name, "rate": rate, **preset_rates_digits.measure(name, rate)}
     entry = Entry(name, name, name, options_of(name), (rate,))
     made = perform(Run(entry, "sst2", rate, 0, HELD_OUT), args)
     found = {key: made[key] for key in ("parameters", "seconds", "versions")}
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    for name in [name for name in args.only or ta.PRESETS if name not in LEFT_OUT]:
+    for name in args.only or ta.PRESETS:
         for rate in RATES:
             find(name, rate, args)
         if max(RATES, key=lambda rate: find(name, rate, args)) == max(RATES):
