@@ -195,7 +195,8 @@ class Plan(Tabular):
         Within 80 columns; `wide` gives every column: shapes, the ranks of every bond, the lowering and its FLOP.
         """
         head = tuple("group sites tensor ranks trainable frozen lowering FLOP/token dense".split())
-        rows = [row_of(name, members, self.factors, wide=wide) for name, members in alike(self.groups).items()]
+        found = alike(self.groups, ranks=wide)
+        rows = [row_of(name, members, self.factors, wide=wide) for name, members in found.items()]
         empty = ("frozen",) if not self.num_frozen else ()
         shown = [k for k, name in enumerate(head) if wide or name not in ("dense", "lowering", *empty)]
         head, rows = tuple(head[k] for k in shown), [tuple(row[k] for k in shown) for row in rows]

@@ -17,6 +17,7 @@ from tensoradapt.placing import Placement
 from tensoradapt.sites import Site
 from tensoradapt.spec import Rule
 
+SURPLUS = 0.01  # the share of an adapter from which on entries that a weight would not need are spoken of
 RUNS = 3  # so many runs of layers are named
 
 
@@ -135,13 +136,15 @@ def group_from(row: Mapping[str, Any], rule: Rule) -> Group:
     )
 
 
-def alike(groups: tuple[Group, ...]) -> dict[str, list[Group]]:
-    """Groups in rows: those with one diagram, differing in nothing but the sites, are one row."""
+def alike(groups: tuple[Group, ...], *, ranks: bool = True) -> dict[str, list[Group]]:
+    """Groups in rows: those that differ in their sites alone are one; without `ranks`, also those of other ranks."""
     found: dict[Any, list[Group]] = {}
     for group in groups:
         places = [p.site.coordinates for p in group.placements]
         role = tuple(dict.fromkeys((place.get("stack"), place.get("role", "")) for place in places))
-        found.setdefault((hash(group.diagram), role, group.rule.start, group.scale), []).append(group)
+        shape = [(axis, group.diagram.sizes[axis]) for axis in group.diagram.open]
+        kind = (hash(group.diagram), group.scale) if ranks else (*group.diagram.nodes, *shape)
+        found.setdefault((kind, role, group.rule.start), []).append(group)
     return {_spanned([group.name for group in members]): members for members in found.values()}
 
 
@@ -176,9 +179,10 @@ def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor], *
     frozen = sum(factors[k].numel * (factors[k].copied + (not factors[k].trainable)) for k in owned)
     kinds = dict.fromkeys(m.lowering(p) for m in members for p in m.placements)
     tensor = " ".join(f"{a}={group.diagram.sizes[a]}" for a in group.diagram.open)
-    sizes = set(group.rank.values())
+    sizes = sorted({size for m in members for size in m.rank.values()})
     rank = " ".join(f"{bond}={size}" for bond, size in group.rank.items())
-    rank = str(*sizes) if len(sizes) == 1 and not wide else rank
+    if not wide and (len(sizes) == 1 or any(m.rank != group.rank for m in members)):
+        rank = "-".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))) if sizes else ""
     flops = (sum(m.flops_per_token for m in members), sum(m.dense_flops_per_token for m in members))
     sites = str(sum(len(m.placements) for m in members))
     return (name, sites, tensor, rank, f"{trained:,}", f"{frozen:,}", "/".join(kinds), f"{flops[0]:,}", f"{flops[1]:,}")
@@ -200,9 +204,9 @@ def rank_notes(groups: Sequence[Group]) -> list[str]:
 def size_notes(groups: Sequence[Group], trainable: int) -> list[str]:
     """What to say of factors, `trainable` entries in all, that have more than the weights that they change."""
     dense = sum(group.num_dense for group in groups)
+    over = {group.name: more for group in groups if (more := group_trainable(group) - group.num_dense) > 0}
+    text = enumerated(list(over)) if sum(over.values()) > SURPLUS * trainable else ""
     if trainable > dense:
         text = f"{trainable:,} for {dense:,} entries"
-    else:
-        text = enumerated([group.name for group in groups if group_trainable(group) > group.num_dense])
     hint = "take a smaller rank, or train the weights themselves"
     return [f"more parameters than the weights that they adapt: {text}; {hint}"] if text else []

@@ -51,6 +51,15 @@ def test_an_adapter_larger_than_the_weights_is_named_in_the_plan():
     assert "more parameters" not in str(ta.plan(ta.preset("lora", rank=8, targets=["query"]), tiny.bert()))
 
 
+def test_groups_of_unequal_ranks_are_one_row():
+    """As an extraction by error makes them; every rank stands in the wide form."""
+    ranks = {"layer0_query": 2, "layer1_query": 5}
+    plan = ta.plan(ta.preset("lora", targets=["query"], ranks=ranks), tiny.bert())
+    assert str(plan).splitlines()[1].split()[:4] == ["layer0..1_query", "2", "out=16", "in=16"]
+    assert " 2-5 " in str(plan).splitlines()[1] and f" {7 * 32} " in str(plan).splitlines()[1]
+    assert "layer0_query" in plan.text(wide=True) and "r_out=5" in plan.text(wide=True)
+
+
 def test_single_groups_that_are_too_large_are_named():
     plan = ta.plan(ta.preset("lora", rank=3, targets=["0", "1"]), {"0": (64, 64), "1": (4, 5)})
     (note,) = [note for note in plan.notes if "more parameters" in note]

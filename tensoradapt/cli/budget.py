@@ -38,9 +38,9 @@ def budget(
 
     A line for a rank, a column for a preset; --json and a table that is written hold bytes and FLOP per token too.
 
-    Example: tensoradapt budget --model config.json --preset lora --preset lotr_by_role
+    Example: tensoradapt budget --model bert --preset lora --preset lotr_by_role
 
-    Example: tensoradapt budget --model bert --preset lotr_by_role --max-parameters 30k
+    Example: tensoradapt budget --model bert --preset lora --max-parameters 30k
     """
     from tensoradapt.cli.run.budget import run
 
