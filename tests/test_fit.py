@@ -520,6 +520,18 @@ def test_large_systems_are_solved_without_their_matrix(monkeypatch):
     assert als(tensor, diagram, sweeps=12, restarts=1).history[-1] == pytest.approx(direct.history[-1], rel=1e-3)
 
 
+def test_sweeps_of_a_long_axis_form_no_matrix_of_its_square(monkeypatch):
+    """An embedding in folds: 3,000 rows beside factors of few columns."""
+    seen = []
+    module = import_module("tensoradapt.fit.tucker")
+    gram = module.gram_matrix
+    monkeypatch.setattr(module, "gram_matrix", lambda a: seen.append(len(a)) or gram(a))
+    tensor = decaying((800, 6, 5, 4))
+    fit = ta.fit(tensor, "tucker", axes=("in", "head", "head_dim", "layer"), rank=3, sweeps=0)
+    _, lost = module.hooi(torch.from_numpy(tensor), fit.diagram, module.tucker_core(fit.diagram), fit.factors)
+    assert lost <= fit.relative_error**2 * fit.total and seen and max(seen) <= 6
+
+
 @pytest.mark.parametrize("rank", [4, 50])
 def test_fixed_bases_are_kept_and_the_rest_is_the_least_squares_solution(rank):
     """LoRA-XS: delta = B C A with B and A given, C = B^+ T A^+; no system of rank squared unknowns is solved."""

@@ -16,6 +16,7 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.fit.policy import Policy
 from tensoradapt.linalg import LowRank, singular_values, truncated_svd
 
+SIDE, MANY = 4096, 8  # up to this side the whole spectrum is computed from a rank of 1/MANY of the side on
 WHOLE = 1024  # up to this side a matrix shows its whole spectrum, by its Gram matrix
 FIRST = 16  # the rank that is tried first where the tensor decides: it is doubled until the policy is content
 LINK = "__link"  # bonds of size one that join the pieces of a Kronecker product
@@ -143,13 +144,18 @@ def _decompose(matrix: Tensor, bond: str, policy: Policy, seed: int) -> tuple[Lo
 
 
 def _explored(matrix: Tensor, bond: str, policy: Policy, seed: int) -> int:
-    """How many terms the policy keeps of a large matrix: twice as many are looked at until it is content."""
+    """How many terms the policy keeps of a large matrix: twice as many are looked at until it is content.
+
+    Where they become many, the whole spectrum costs less than further looks.
+    """
     limit, tried = min(matrix.shape[-2:]), FIRST
     while True:
         found = truncated_svd(matrix, tried, seed=seed, tolerance=1e-2)
         rank = max(1, policy.keep(bond, found.s, found.residual.double().square()))
         if rank < tried or tried == limit:
             return rank
+        if MANY * tried >= limit and limit <= SIDE:
+            return min(limit, max(1, policy.keep(bond, singular_values(matrix), 0.0)))
         tried = min(limit, 2 * tried)
 
 

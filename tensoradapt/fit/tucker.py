@@ -60,8 +60,9 @@ def hooi(
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
-    """An orthonormal basis of the leading left singular vectors: of few by block Krylov iteration, else by A A^T."""
-    if choose((matrix.shape[0], matrix.shape[1]), rank) == "krylov":
+    """An orthonormal basis of the leading left singular vectors: of many of a wide matrix by A A^T."""
+    height, width = matrix.shape
+    if height > width or choose((height, width), rank) == "krylov":
         u = truncated_svd(matrix, rank).u
     else:
         u = eigh(gram_matrix(matrix))[1].flip(-1)[:, :rank]
