@@ -34,7 +34,12 @@ PAGES = [*GUIDES, *sorted((ROOT / "docs/tutorials").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 FENCE = re.compile(r"^```(\w*)")
 
-RUN = "import sys; page, code = sys.argv[1:]; exec(compile(code, page, 'exec'), {'__name__': '__main__'})"
+RUN = """
+import sys
+page, code, times = sys.argv[1:]
+for _ in range(int(times)):
+    exec(compile(code, page, "exec"), {"__name__": "__main__"})
+"""
 
 
 def lines_of(text: str, wanted: str) -> list[str]:
@@ -67,16 +72,15 @@ def commands(page: Path) -> list[str]:
     return [line for line in whole.splitlines() if line.startswith("tensoradapt ")]
 
 
-def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", RUN, str(page), code_of(page)]
+def run_page(page: Path, folder: Path, times: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RUN, str(page), code_of(page), str(times)]
     return subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs_and_runs_again_in_the_same_folder(page, tmp_path):
-    for _ in range(2):
-        ran = run_page(page, tmp_path)
-        assert ran.returncode == 0, ran.stderr
+    ran = run_page(page, tmp_path, times=2)
+    assert ran.returncode == 0, ran.stderr
     for command in commands(page) if page.suffix == ".md" else ():
         arguments = [sys.executable, "-m", *shlex.split(command)]
         ran = subprocess.run(arguments, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
