@@ -232,7 +232,7 @@ def make_plan(spec: Spec, model: SiteMap, progress: Progress | None = None) -> P
         for site in mine:
             taken.setdefault(site.tensor, []).append(site)
         notes += [
-            f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True, or tied=True (--tied) in a folder"
+            f"{s.path} is tied to {', '.join(s.aliases)}: merging needs untie=True"
             for s in mine
             if set(s.aliases) - set(s.joined)
         ]

@@ -276,7 +276,7 @@ def test_two_processes_with_one_output(made, tmp_path):
             return fit(self, name)
 
         Work.fit = waiting
-        run_module.each = lambda names, task, begun: (task(n) or n for n in names)
+        run_module.each = lambda names, task, begun: (begun(n) or task(n) or n for n in names)
         ta.extract(*made, SPEC, tmp_path / "out")
 
     child = os.fork()

@@ -15,9 +15,7 @@ from tensoradapt.convert import convert
 
 def run(adapter: str, out: Path, choice: Choice, *, options: Mapping[str, Any], as_json: bool) -> None:
     """Convert, and print what was converted."""
-    said = rank_note(choice, {"error": options["error"], "max_parameters": options["max_parameters"]})
-    if said:
-        note(f"note: {said}")
+    note(rank_note(choice, {"error": options["error"], "max_parameters": options["max_parameters"]}))
     with progress("convert") as tell:
         result = convert(adapter, make_spec(choice), out, progress=tell, **options)
     show(result, as_json=as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.cli.options import Choice
-from tensoradapt.cli.run.printing import emit, emit_json, note, show
+from tensoradapt.cli.run.printing import note, show
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.cli.run.specs import make_spec, rank_note
 from tensoradapt.distributed import team_of
@@ -30,15 +30,12 @@ def run(
     """Extract and print what was extracted, or print the plan of it."""
     spec, goal = make_spec(choice), error
     said = rank_note(choice, {"error": goal, "max_parameters": options["max_parameters"]})
-    if said:
-        note(f"note: {said}")
     if dry_run:
+        note(said)
         return show(preview(base, tuned, spec, out, error=goal, device=device, **options), as_json=as_json)
     with team_of(device) as (team, where), progress("extract", quiet=team.rank > 0) as tell:
+        note(said if team.rank == 0 else "")
         shared: dict[str, Any] = {"device": where, "team": team, "progress": tell}
         result = extract(base, tuned, spec, out, error=goal, **options, **shared)
         if team.rank == 0:
-            if as_json:
-                emit_json(result.to_dict())
-            else:
-                emit(result.text(wide=wide))
+            show(result, as_json=as_json, text=result.text(wide=wide))

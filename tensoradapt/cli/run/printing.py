@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from tensoradapt.cli.run.words import in_options
+from tensoradapt.tables import wrapped
 
 
 class Result(Protocol):
@@ -36,13 +37,22 @@ def show(result: Result, *, as_json: bool, text: str | None = None) -> None:
     if as_json:
         emit_json(result.to_dict())
     else:
-        emit(
-            "\n".join(
-                in_options(line) if line.startswith("note: ") else line for line in (text or str(result)).splitlines()
-            )
-        )
+        emit(_notes_in_options(text or str(result)))
+
+
+def _notes_in_options(text: str) -> str:
+    """A text whose notes, each with its indented lines, speak of options."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("  ") and lines and lines[-1].startswith("note: "):
+            lines[-1] += line[1:]
+        else:
+            lines.append(line)
+    told = (wrapped(in_options(line)) if line.startswith("note: ") else [line] for line in lines)
+    return "\n".join(line for part in told for line in part)
 
 
 def note(text: str) -> None:
-    """Print a line beside the result, on stderr."""
-    sys.stderr.write(in_options(text).rstrip("\n") + "\n")
+    """Print a line beside the result, on stderr; nothing for no text."""
+    if text:
+        sys.stderr.write(in_options(text).rstrip("\n") + "\n")
