@@ -23,21 +23,34 @@ SAVE = "save_pretrained"
 WEIGHTS = "model.safetensors"  # the name under which loaders look for a model's weights
 
 
-class SavePretrained:
-    """A model's `save_pretrained` while adapters are attached: its own, with a warning where one is not merged.
+class Save:
+    """A model's method that writes it, while adapters are attached: its own, with a warning where one is not merged."""
 
-    `only` is the adapter that is written in the model's place, as a `Trainer`'s checkpoints want it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, method: str) -> None:
         self._model = [model]  # in a list: no registered reference
-        self.only: Adapter | None = None
+        self._method = method
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The model's own method, whose signature this one has."""
         model = self._model[0]
-        return getattr(type(model), SAVE).__get__(model)
+        return getattr(type(model), self._method).__get__(model)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Write the model."""
+        _warn(self._model[0], self._method)
+        return self.__wrapped__(*args, **options)
+
+
+class SavePretrained(Save):
+    """A model's `save_pretrained` while adapters are attached.
+
+    `only` is the adapter that is written in the model's place, as a `Trainer`'s checkpoints want it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, SAVE)
+        self.only: Adapter | None = None
 
     def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
         """Write the model, or the adapter alone."""
@@ -51,30 +64,12 @@ class SavePretrained:
         return None
 
 
-class Save:
-    """A model's `save` while adapters are attached, where it has one beside `save_pretrained`: which warns too."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = [model]
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The model's own method, whose signature this one has."""
-        model = self._model[0]
-        return type(model).save.__get__(model)  # type: ignore[attr-defined]
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Write the model."""
-        _warn(self._model[0], "save")
-        return self.__wrapped__(*args, **options)
-
-
 def stand_in(model: nn.Module, host: Host) -> SavePretrained | None:
     """Put methods in the place of the model's own, once; None where it has none of the name."""
     if hasattr(type(model), SAVE) and SAVE not in host.shadowed:
         host.shadow(model, SAVE, SavePretrained(model))
         if callable(getattr(type(model), "save", None)):  # a SentenceTransformer
-            host.shadow(model, "save", Save(model))
+            host.shadow(model, "save", Save(model, "save"))
     return model.__dict__.get(SAVE)
 
 

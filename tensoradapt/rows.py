@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -190,14 +191,14 @@ def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor], *
 
 def rank_notes(groups: Sequence[Group]) -> list[str]:
     """One note for each rank that was capped."""
-    capped: dict[str, int] = {}
+    capped: Counter[str] = Counter()
     for group in groups:
         asked = group.rule.ranks.get(group.name, group.rule.rank)
-        for bond, size in group.rank.items():
-            if isinstance(asked, int) and size < asked:
-                capped[f"rank {asked} of bond {bond} is capped at {size}, its limit"] = (
-                    capped.get(f"rank {asked} of bond {bond} is capped at {size}, its limit", 0) + 1
-                )
+        capped.update(
+            f"rank {asked} of bond {bond} is capped at {size}, its limit"
+            for bond, size in group.rank.items()
+            if isinstance(asked, int) and size < asked
+        )
     return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
 
 

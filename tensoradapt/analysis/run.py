@@ -34,7 +34,7 @@ from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import BLOCK, SOLO, Dense, Slice, Strips, Team, each, empty, mapped
+from tensoradapt.linalg import BLOCK, LARGE, SOLO, Dense, Slice, Strips, Team, each, empty, mapped
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
@@ -42,7 +42,6 @@ from tensoradapt.targets import select
 
 MEMORY = 1 << 28  # bytes of a stack that is kept whole instead of in shared bases
 WIDE = 4096  # directions up to which a stack that is kept whole shows the spectra of its modes
-LARGE = 1 << 26  # entries from which on a delta is read in strips
 OPTIONS = ("names", "values", "targets", "candidates", "seed", "team", "progress", "memory")
 
 

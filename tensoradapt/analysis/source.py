@@ -42,9 +42,9 @@ def open_source(
         _named(open_checkpoint(base, base_revision), "the base"),
         _named(open_checkpoint(tuned, tuned_revision), "the tuned side"),
     )
-    modules = [scan(side) for side in (tuned, base) if isinstance(side, nn.Module)]
-    if modules and options.get("model") is None:  # a module tells more of its weights than their names do
-        options["model"] = replace(modules[0], name=sides[0].label)
+    module = next((side for side in (tuned, base) if isinstance(side, nn.Module)), None)
+    if module is not None and options.get("model") is None:  # it tells more of its weights than their names do
+        options["model"] = replace(scan(module), name=sides[0].label)
     if options.get("model") is not None:
         return open_deltas(*sides, **options)
     model, note = described(*sides)

@@ -5,7 +5,6 @@ Invariant: one row of a table is one line, names are whole, and a column without
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,8 +20,8 @@ from tensoradapt.plots.answer import (
     sides_words,
 )
 from tensoradapt.plots.words import figures, has_noise, percent, some
+from tensoradapt.tables import WIDTH, wrapped
 
-COLUMNS = 80
 MANY = 48  # weights from which on a role has a row, not a weight
 ALWAYS = ("lora", "lotr", "tt")  # formats that are listed though they are not on the front
 Cells = Sequence[str]
@@ -40,23 +39,19 @@ class Column(NamedTuple):
 def render_text(report: Mapping[str, Any], *, wide: bool = False) -> str:
     """The report in words and tables; `wide` gives every weight with all of its numbers, whatever the width."""
     parts = [
-        [*_wrapped(f"{QUESTION} {answer_words(report)}"), *_indented(answer_lines(report))],
+        [*wrapped(f"{QUESTION} {answer_words(report)}"), *_indented(answer_lines(report))],
         _compared(report),
         _weights(report, wide=wide),
         _stacks(report["groups"], wide=wide),
         *_candidates(report),
         _proposal(report["choice"]),
-        [line for note in report["match"]["notes"] for line in _wrapped(f"note: {note}")],
+        [line for note in report["match"]["notes"] for line in wrapped(f"note: {note}")],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _wrapped(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(text, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
 def _indented(lines: Iterable[str]) -> list[str]:
-    return [part for line in lines for part in _wrapped(f"  {line}", "    ")]
+    return [part for line in lines for part in wrapped(f"  {line}", "    ")]
 
 
 def _table(head: Cells, rows: Sequence[Cells], left: int = 1) -> list[str]:
@@ -73,13 +68,13 @@ def _table(head: Cells, rows: Sequence[Cells], left: int = 1) -> list[str]:
 
 def _compared(report: Mapping[str, Any]) -> list[str]:
     """The two sides, how much the weights changed, and every tensor by kind."""
-    lines = _wrapped(f"{sides_words(report)}{_changed(report['sites'])}")
+    lines = wrapped(f"{sides_words(report)}{_changed(report['sites'])}")
     change = report.get("change")
     if change:
         rows = list(kind_rows(change))
         every = ("in both", f"{change['tensors']:,}", f"{change['differing']:,}", "")
         lines += ["", *_table(("tensors", "number", "differ", "of the squared change"), [*rows, every])]
-    return lines + [line for said in one_sided(report["match"]) for line in _wrapped(said)]
+    return lines + [line for said in one_sided(report["match"]) for line in wrapped(said)]
 
 
 def _changed(sites: Mapping[str, Site]) -> str:
@@ -146,13 +141,13 @@ def _narrow(sites: Mapping[str, Site]) -> list[str]:
     """A row for every weight, in as many columns as fit."""
     rows = [row for block in _blocks(sites) for row in _block(*block)]
     columns = list(NARROW)
-    while max(map(len, lines := _numbers(rows, columns))) > COLUMNS and any(c.optional for c in columns):
+    while max(map(len, lines := _numbers(rows, columns))) > WIDTH and any(c.optional for c in columns):
         columns.remove(next(c for c in columns if c.optional))
     noise = "above the rounding noise, and " if has_noise({"sites": sites}) else ""
     shares = " and ".join(c.head for c in columns if c.head.endswith("%"))
     return [
         *lines,
-        *_wrapped(f"ranks: {noise}for {shares} of the energy (the squared norm); more in wide form (--wide)"),
+        *wrapped(f"ranks: {noise}for {shares} of the energy (the squared norm); more in wide form (--wide)"),
     ]
 
 
@@ -190,7 +185,7 @@ def _roles(sites: Mapping[str, Site]) -> list[str]:
         "a row for every role: the median of its weights' ranks (lowest-highest), for shares of the energy (the "
         "squared norm); every weight in wide form (--wide)"
     )
-    return [*_table(head, rows), *_wrapped(said)]
+    return [*_table(head, rows), *wrapped(said)]
 
 
 def _spread(rows: Sequence[Site], rule: str) -> str:
@@ -227,7 +222,7 @@ def _stacks(groups: Mapping[str, Any], *, wide: bool) -> list[str]:
         "one: at least so much of the energy is held by one pair of bases of rank 8 for the stack (that of a "
         "higher-order SVD; the best may hold a little more); each: by a pair for each weight"
     )
-    return [*_table(head, rows, left=2), *_wrapped(f"tensor: {axes}; {said}")]
+    return [*_table(head, rows, left=2), *wrapped(f"tensor: {axes}; {said}")]
 
 
 def _mode(row: Mapping[str, Any], rule: str, axis: str) -> str:
@@ -256,7 +251,7 @@ def _candidates(report: Mapping[str, Any]) -> Iterator[list[str]]:
         for c in sorted(shown, key=lambda c: (c["num_parameters"], -c["relative_error"]))
     ]
     said = "front: no format tried has both fewer parameters and a smaller error"
-    yield [*_table(head, rows), *_wrapped(said)]
+    yield [*_table(head, rows), *wrapped(said)]
     at_error, at_budget = (
         next((row for row in report["comparisons"][part] if matches(row)), None)
         for part, matches in (
@@ -291,4 +286,4 @@ def _proposal(choice: Mapping[str, Any] | None) -> list[str]:
     if not choice:
         return []
     first, *rest = proposal_words(choice)
-    return [line for said in (f"Proposal: {first}", *rest) for line in _wrapped(said)]
+    return [line for said in (f"Proposal: {first}", *rest) for line in wrapped(said)]

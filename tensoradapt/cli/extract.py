@@ -79,8 +79,8 @@ def extract(
         "prefix": prefix,
         "nonfinite": nonfinite,
         "seed": seed,
+        "overwrite": overwrite,
     }
-    options |= {"seed": seed, "overwrite": overwrite}
     choice = Choice(preset, rank, target, spec, set_)
     shown = {"dry_run": dry_run, "wide": wide, "as_json": as_json}
     run(base, tuned, out, choice, error=share_or_noise(error), device=device, options=options, **shown)

@@ -51,6 +51,6 @@ def verify(
         "within_targets": within_targets,
         "rows": rows,
         "prefix": prefix,
+        "nonfinite": nonfinite,
     }
-    options |= {"rows": rows, "prefix": prefix, "nonfinite": nonfinite}
     run(adapter, base, tuned, options=options, as_json=as_json)

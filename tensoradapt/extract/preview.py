@@ -82,7 +82,7 @@ def memory_of(group: Group) -> int:
     """The bytes of one group's fit: a delta or all of them, the bases, the core, and a block that is compared."""
     diagram = group.diagram
     out, inp = diagram.extent("out"), diagram.extent("in") * max(1, diagram.extent("kernel"))
-    slab = sum(p.site.numel for p in group.placements)
+    slab = group.num_dense
     delta = max(p.site.numel for p in group.placements)
     held = slab if slab * SINGLE <= CACHE else delta
     count = math.prod(diagram.sizes[axis] for axis in diagram.coordinates)

@@ -28,13 +28,12 @@ from tensoradapt.extract.words import EQUAL
 from tensoradapt.extract.work import Done, Work
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
-from tensoradapt.linalg import SOLO, Team, each
+from tensoradapt.linalg import LARGE, SOLO, Team, each
 from tensoradapt.plan import START, Plan
 from tensoradapt.presets import SpecLike, as_spec
 
 Progress = Callable[[str, int, int], None]  # a group's name, how many are done, how many there are
 OPTIONS = ("seed", "overwrite", "team", "progress")
-LARGE = 1 << 26  # entries from which on a delta is fitted alone
 SLACK = 1e-4  # of a fitted error, for rounding
 
 

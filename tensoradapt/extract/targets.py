@@ -136,22 +136,18 @@ def _refusal(rule: Rule, sites: Sequence[Site], model: SiteMap) -> TensorAdaptEr
     paths = tuple(site.path for site in sites)
     try:
         taken = select(sites, rule.model_copy(update={"targets": paths, "exclude": (), "parts": {}}))
-        wasteful = next((group for group in group_sites(rule, taken, model) if _waste(group) > WASTE), None)
+        groups = group_sites(rule, taken, model)
     except TensorAdaptError as error:
         return error
-    if wasteful is None:
+    return next(filter(None, map(_waste, groups)), None)
+
+
+def _waste(group: Group) -> SpecError | None:
+    """What to say of a group with far more trained parameters than entries: a side of its weights has no even folds."""
+    trained = sum(map(group.diagram.numel, group.trainable))
+    if trained <= WASTE * group.num_dense:
         return None
-    entries = sum(placement.site.numel for placement in wasteful.placements)
-    return SpecError(f"{_trained(wasteful):,} parameters for {entries:,} entries")
-
-
-def _trained(group: Group) -> int:
-    return sum(group.diagram.numel(node) for node in group.trainable)
-
-
-def _waste(group: Group) -> float:
-    """A group's trained parameters over the entries of its weights: large where a side has no even folds."""
-    return _trained(group) / sum(placement.site.numel for placement in group.placements)
+    return SpecError(f"{trained:,} parameters for {group.num_dense:,} entries")
 
 
 def _add(found: Taken, rule: Rule, sites: Sequence[Site], model: SiteMap) -> None:

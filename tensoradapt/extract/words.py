@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-WIDTH = 80
+from tensoradapt import tables
+
 LITTLE = 0.9  # a relative error from which on a result holds next to nothing
 FEW = 3  # names that are written out
 HEAD = "; what the base lacks, a new head say, is in no adapter: take it from the tuned model"
@@ -62,4 +62,4 @@ def apart(only_base: Sequence[str], only_tuned: Sequence[str], unmeasured: Mappi
 def wrapped(lines: Iterable[str]) -> Iterator[str]:
     """The lines in the width of a terminal, names and paths whole."""
     for line in lines:
-        yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        yield from tables.wrapped(line)

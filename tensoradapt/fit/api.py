@@ -25,6 +25,7 @@ from tensoradapt.formats.build import Ranks, Shape
 from tensoradapt.formats.network import network as network_diagram
 from tensoradapt.linalg import Dense, Stack
 
+Folds = Mapping[str, str | list[int | str]]  # by axis: sizes and names, or `auto:3`
 RANK = 8  # where neither rank, error nor budget is given
 OPTIONS = ("fixed", "compress", "sweeps", "restarts", "seed", "device")
 
@@ -92,7 +93,7 @@ def fit(
     rank: Ranks | None = None,
     error: float | None = None,
     max_parameters: int | None = None,
-    folds: Mapping[str, str | list[int | str]] | None = None,
+    folds: Folds | None = None,
     **options: Any,
 ) -> Fit:
     """Fit the factors of a format to a tensor T: min |T - network(factors)|, by rank, error or parameter budget.
@@ -173,7 +174,7 @@ def _format(
     format: str | Diagram,
     given: str | Sequence[str],
     shape: tuple[int, ...],
-    folds: Mapping[str, str | list[int | str]],
+    folds: Folds,
     compress: tuple[str, ...],
 ) -> _Format:
     if isinstance(format, Diagram):
@@ -196,9 +197,7 @@ def _format(
     )
 
 
-def _check_folds(
-    format: str, axes: Sequence[str], folds: Mapping[str, str | list[int | str]], compress: Sequence[str]
-) -> None:
+def _check_folds(format: str, axes: Sequence[str], folds: Folds, compress: Sequence[str]) -> None:
     """Refuse folds of other axes, and a TT-matrix that is not folded: it would be the whole matrix."""
     for what, names in (("folds", folds), ("compress", compress)):
         for name in (name for name in names if name not in axes):

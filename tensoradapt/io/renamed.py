@@ -5,7 +5,7 @@ Invariant: groups keep their names, their order and their tensors; only paths of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from tensoradapt.errors import FileError
@@ -29,6 +29,11 @@ def renamed(saved: Saved, by: Names, trained: Names) -> Saved:
     return replace(saved, plan=replace(plan, groups=groups, extras=extras), tensors=tensors)
 
 
+def where_known(by: Names, parameters: Collection[str]) -> Names:
+    """The same names for what then is one of a model's parameters; what is not, a head beside it, keeps its own."""
+    return lambda name: other if (other := by(name)) in parameters else name
+
+
 def _group(group: Group, by: Names) -> Group:
     return replace(group, placements=tuple(replace(p, site=_site(p.site, by)) for p in group.placements))
 
@@ -47,7 +52,7 @@ def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
     sites = [placement.site for group in saved.plan.groups for placement in group.placements]
     by = sole({name for site in sites for name in (site.owner, *site.joined)}, {site.owner for site in model.sites})
     if by is not None and by.prefix:
-        saved = renamed(saved, by, lambda name: other if (other := by(name)) in model.parameters else name)
+        saved = renamed(saved, by, where_known(by, model.parameters))
     _check_sites(saved, model, kind)
     _check_trained(saved, model, kind)
     return saved

@@ -1,7 +1,7 @@
 """Truncated SVDs of matrices and of streams of them, each with the norm of what it leaves out."""
 
 from tensoradapt.linalg.krylov import krylov
-from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, as_tensor, empty, orthonormal, square
+from tensoradapt.linalg.parts import BLOCK, LARGE, LowRank, Seed, as_tensor, empty, orthonormal, square
 from tensoradapt.linalg.pool import each, mapped, pooled
 from tensoradapt.linalg.ranges import Range, Ranges, Stack, find_ranges, range_of
 from tensoradapt.linalg.slices import Dense, Product, Slice, Strips
@@ -10,6 +10,7 @@ from tensoradapt.linalg.team import SOLO, Team
 
 __all__ = [
     "BLOCK",
+    "LARGE",
     "METHODS",
     "SOLO",
     "Dense",

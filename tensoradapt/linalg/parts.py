@@ -17,6 +17,7 @@ from tensoradapt.errors import ShapeError, SpecError
 
 DEVICES = ("cpu", "cuda", "mps")
 MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "metal": "mps", "apple": "mps"}
+LARGE = 1 << 26  # entries from which on a matrix is read in strips, or is worked on alone
 BLOCK = 1 << 22  # entries that are looked at at a time where a full-size copy would cost too much memory
 
 

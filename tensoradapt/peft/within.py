@@ -9,7 +9,7 @@ from torch import nn
 
 from tensoradapt.errors import AdapterError
 from tensoradapt.io.names import shift, sole
-from tensoradapt.io.renamed import renamed
+from tensoradapt.io.renamed import renamed, where_known
 from tensoradapt.io.saved import Saved
 from tensoradapt.scan import Model, scan
 
@@ -32,7 +32,7 @@ def seen_from_within(saved: Saved, model: Model | None) -> tuple[Saved, Model | 
     by = sole(owners, live) or shift(owners, live)
     if by.strip:
         return _without(saved, by.prefix), model
-    return renamed(saved, by, lambda name: by(name) if by(name) in known.parameters else name), model
+    return renamed(saved, by, where_known(by, known.parameters)), model
 
 
 def _without(saved: Saved, prefix: str) -> Saved:

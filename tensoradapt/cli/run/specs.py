@@ -51,11 +51,10 @@ def rank_note(choice: Choice, goals: Mapping[str, Any]) -> str:
     given = [f"--{name.replace('_', '-')}" for name, value in goals.items() if value is not None]
     if given and choice.rank is not None:
         return f"note: --rank {choice.rank} is not used: {given[0]} chooses the ranks"
-    if given or choice.rank is not None or "rank" not in getattr(PRESETS.get(str(choice.preset)), "parameters", ()):
+    name, pairs = str(choice.preset), parameters(choice.rank, None, choice.pairs)
+    if given or "rank" in pairs or name not in PRESETS or "rank" not in PRESETS[name].parameters:
         return ""
-    own = next(rule.rank for rule in preset(str(choice.preset), **parameters(None, None, choice.pairs)).rules)
-    if any(pair.partition("=")[0].strip() == "rank" for pair in choice.pairs or ()):
-        return ""
+    own = preset(name, **pairs).rules[0].rank
     return f"note: rank {own}, the preset's own: --rank, --error or --max-parameters choose another"
 
 
