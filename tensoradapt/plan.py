@@ -13,6 +13,7 @@ from typing import Any
 
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Group, Progress, group_sites
+from tensoradapt.layouts import STATED
 from tensoradapt.presets import expand
 from tensoradapt.records import Tabular
 from tensoradapt.rows import (
@@ -35,8 +36,6 @@ from tensoradapt.tables import columns, dropped, wrapped
 from tensoradapt.targets import refuse, select
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
 START = "__start"  # the suffix of the frozen copy that a `difference` start subtracts
 
 
@@ -161,14 +160,14 @@ class Plan(Tabular):
             "dense_flops_per_token",
             "num_sites",
         )
-        rules = list(self.spec.rules)
         return {
             "model": self.model,
+            "layouts": STATED,
             **{name: getattr(self, name) for name in counts},
             "notes": list(self.notes),
             "spec": self.spec.to_dict(),
             "extras": {path: list(shape) for path, shape in self.extras.items()},
-            "groups": [group_dict(group, rules.index(group.rule)) for group in self.groups],
+            "groups": [group_dict(group, self.spec.rules.index(group.rule)) for group in self.groups],
         }
 
     @classmethod
@@ -176,7 +175,8 @@ class Plan(Tabular):
         """The inverse of `to_dict`. Raises FileError on damaged data."""
         try:
             spec = Spec.from_dict(data["spec"])
-            groups = tuple(group_from(row, spec.rules[row["rule"]]) for row in data["groups"])
+            rules, stated = spec.rules, data.get("layouts") == STATED
+            groups = tuple(group_from(row, rules[row["rule"]], stated=stated) for row in data["groups"])
             extras = {path: tuple(shape) for path, shape in data["extras"].items()}
             return cls(spec, groups, data["model"], extras, tuple(data["notes"]), data.get("num_model", 0))
         except (KeyError, TypeError, IndexError, AttributeError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.grouping import Group
+from tensoradapt.layouts import formerly
 from tensoradapt.placing import Placement
 from tensoradapt.sites import Site
 from tensoradapt.spec import Rule
@@ -116,14 +117,15 @@ def group_dict(group: Group, rule: int) -> dict[str, Any]:
     }
 
 
-def group_from(row: Mapping[str, Any], rule: Rule) -> Group:
-    """The inverse of `group_dict`. Raises KeyError or TypeError on damaged data."""
+def group_from(row: Mapping[str, Any], rule: Rule, *, stated: bool = True) -> Group:
+    """The inverse of `group_dict`; not `stated`: layouts may be guesses. Raises KeyError, TypeError on damaged data."""
     placements = []
     for entry in row["sites"]:
         fields: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k not in ("place", "slots")
         }
-        placements.append(Placement(Site(**fields), entry["place"], tuple(entry["slots"])))
+        site = Site(**fields) if stated else formerly(Site(**fields))
+        placements.append(Placement(site, entry["place"], tuple(entry["slots"])))
     labels = {axis: tuple(values) for axis, values in row["labels"].items()}
     return Group(
         row["name"],

@@ -33,9 +33,11 @@ LISTED = 12  # subfolders in an error
 class Site:
     """One adaptable weight.
 
-    `path` is the module's path (or the parameter's, where no module stands for it); `shape` is the delta's,
-    `(out, in)` or `(out, in, kh, kw)`, whatever the stored `layout`; `index` picks an expert of a 3-D parameter and
-    `rows` a range of `out`; `delivery` says how the delta reaches the output.
+    `path` is the module's path (or the parameter's, where no module stands for it); `shape` is the delta's. Where the
+    `layout` says how the weight is stored, `out in` or `in out`, it is `(out, in)` or `(out, in, kh, kw)`; `as stored`
+    has the sides of the stored tensor, as nobody knows which is `out`; `either` has `(out, in)`, and how the weight is
+    stored is not known. `index` picks an expert of a 3-D parameter and `rows` a range of `out`; `delivery` says how the
+    delta reaches the output.
     """
 
     path: str
