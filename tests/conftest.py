@@ -14,3 +14,7 @@ from hypothesis import settings
 # A deadline per example would fail on a busy machine; in CI the examples are the same in every run.
 settings.register_profile("tensoradapt", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("tensoradapt")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--zoo", default="part", choices=("part", "all"), help="cells of tests/zoo: a fixed third, or all")
