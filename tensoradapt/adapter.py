@@ -25,10 +25,10 @@ from tensoradapt.interchange import to_tensorly, values_for
 from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
-from tensoradapt.merging import Merged, Rows, Target, Untied, laid_out, merge, restore_all, rows_of
+from tensoradapt.merging import Merged, Rows, Target, Untied, laid_out, merge, restore_all, rows_of, targets_of
 from tensoradapt.plan import START, Plan
 from tensoradapt.quantised import gathered
-from tensoradapt.scan import owner_of, parameter_of
+from tensoradapt.scan import owner_of
 from tensoradapt.sites import Site
 
 
@@ -223,16 +223,10 @@ class Adapter(nn.Module):
     def _targets(self) -> list[Target]:
         """The parameters that a merge changes, each with all of its sites."""
         model, sites = self._model[0], {path: site for path, (_, site, _) in self._lines.items()}
-        found: dict[str, list[Site]] = {}
-        for path in (path for group in self.plan.groups for path in group.paths):
-            found.setdefault(parameter_of(model, sites[path]), []).append(sites[path])
-        targets = []
-        for name, mine in found.items():
-            twins = [parameter_of(model, sites[twin]) for site in mine for twin in site.joined]
-            places = tuple(dict.fromkeys(owner_of(model, n) for n in (name, *twins)))
-            targets.append(Target(name, places, tuple((site, partial(self._rows, site.path)) for site in mine)))
+        planned = [sites[path] for group in self.plan.groups for path in group.paths]
         extras = {path: self.extra[slashed(path)] for path in self.plan.extras}
-        return targets + [Target(path, (owner_of(model, path),), trained=copy) for path, copy in extras.items()]
+        found = targets_of(model, planned, sites, lambda path: partial(self._rows, path))
+        return found + [Target(path, (owner_of(model, path),), trained=copy) for path, copy in extras.items()]
 
     def _rows(self, path: str) -> Rows:
         """Blocks of rows of a site's delta, computed in float32 at least."""

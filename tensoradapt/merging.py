@@ -40,6 +40,32 @@ class Target:
         return owner._parameters.get(leaf)
 
 
+def targets_of(
+    model: nn.Module, sites: Sequence[Site], live: Mapping[str, Site], rows: Callable[[str], Callable[[], Rows]]
+) -> list[Target]:
+    """The parameters that sites change, each with all of its deltas; `live` has sites by path, tied modules too.
+
+    Modules that are tied have one parameter; where a model holds them apart each of them has the delta.
+    """
+    parts: dict[str, list[Site]] = {}
+    places: dict[str, list[Place]] = {}
+    for site in sites:
+        name = parameter_of(model, site)
+        owner, leaf = owner_of(model, name)
+        for one in (site, *(live[twin] for twin in site.joined)):
+            other = parameter_of(model, one)
+            place = owner_of(model, other)
+            if one is site or place[0]._parameters[place[1]] is not owner._parameters[leaf]:
+                parts.setdefault(other, []).append(one)
+                places.setdefault(other, []).append(place)
+            else:
+                places[name].append(place)
+    return [
+        Target(name, tuple(dict.fromkeys(places[name])), tuple((one, rows(one.path)) for one in mine))
+        for name, mine in parts.items()
+    ]
+
+
 @dataclass
 class Merged:
     """One parameter that a merge changed: where it stands, and what stood there."""

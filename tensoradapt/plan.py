@@ -262,12 +262,12 @@ def overlap(one: Site, two: Site) -> bool:
 def _joined(sites: list[Site]) -> list[Site]:
     """Tied modules that a rule takes together, as one site."""
     kept: list[Site] = []
-    places: dict[str, int] = {}  # by the name of a tied module, the place of the first site that shares its tensor
+    places: dict[tuple[str, str], int] = {}  # by the names of a tied module and of its tensor, the first that shares it
     for site in sites:
-        twin = places.get(site.owner)
+        twin = places.get((site.owner, site.tensor))
         if twin is None:
             for alias in site.aliases:
-                places.setdefault(alias, len(kept))
+                places.setdefault((alias, site.tensor), len(kept))
             kept.append(site)
         else:
             one = kept[twin]

@@ -142,7 +142,15 @@ def scan_module(model: nn.Module) -> SiteMap:
     sites = placed([site for site in found if site.path not in refused])
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     made = SiteMap(tuple(_tied(sites, parameters)), **_heads(model), parameters=shapes, refused=refused)
-    return replace(made, num_parameters=_total(found, parameters))
+    return replace(made, ties=_ties(model), num_parameters=_total(found, parameters))
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """The first name of every parameter that has several, by the others: of modules that stand in two places too."""
+    named = model.named_parameters(remove_duplicate=False)
+    names = [(name, id(parameter)) for name, parameter in named if HOST not in name.split(".")]
+    first = {held: name for name, held in reversed(names)}
+    return {name: first[held] for name, held in names if name != first[held]}
 
 
 def _total(sites: Sequence[Site], parameters: Mapping[str, nn.Parameter]) -> int:

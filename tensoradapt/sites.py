@@ -86,6 +86,7 @@ class SiteMap:
     name: str = ""
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # every parameter's shape, by path
     refused: Mapping[str, str] = field(default_factory=dict)  # path -> why this module cannot be adapted
+    ties: Mapping[str, str] = field(default_factory=dict)  # further names of tied parameters -> their first one
     num_parameters: int = 0  # entries of the model's parameters, tied ones once; 0 where they are not known
 
 

@@ -20,7 +20,8 @@ from tensoradapt.spec import SETS, Rule
 def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
     """The sites that a rule's targets match and its excludes do not, with the rule's pattern and parts applied.
 
-    Raises SiteError where a target matches nothing: it names the nearest roles.
+    A name that no site has is that of a module tied to one. Raises SiteError where a target matches nothing: it names
+    the nearest roles.
     """
     if not rule.targets:
         raise SiteError(
@@ -29,7 +30,8 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
     sites = [part for site in sites for part in split_rows(site, rule.parts)]
     for target in rule.targets:
         _check_match("target", target, sites)
-    chosen = [s for s in sites if _any(rule.targets, s.path) and not _any(rule.exclude, s.path)]
+    wanted, left = _meant(rule.targets, sites), _meant(rule.exclude, sites)
+    chosen = [s for s in sites if s.path in wanted and s.path not in left]
     if not chosen:
         raise SiteError(
             "exclude leaves none of the targets", got=list(rule.exclude), hint="remove an exclude, or the rule"
@@ -76,6 +78,17 @@ def _relocate(site: Site, pattern: str) -> Site:
     return replace(site, coordinates=found)
 
 
+def _meant(names: Sequence[str], sites: Sequence[Site]) -> set[str]:
+    """The paths of the sites that names match; a name of none is that of a module that is tied to one."""
+    direct = {name: {site.path for site in sites if matches(name, site.path)} for name in names}
+    tied = {name: {s.path for s in sites if _any_of(name, s.aliases)} for name, found in direct.items() if not found}
+    return set().union(*direct.values(), *tied.values())
+
+
+def _any_of(name: str, paths: Sequence[str]) -> bool:
+    return any(matches(name, path) for path in paths)
+
+
 def _any(patterns: Sequence[str], path: str) -> bool:
     return any(matches(pattern, path) for pattern in patterns)
 
@@ -101,7 +114,7 @@ def matches(target: str, path: str) -> bool:
 
 def _check_match(field: str, name: str, sites: Sequence[Site]) -> None:
     """Raise SiteError where a name of a rule's field matches no site: with the nearest roles."""
-    if any(matches(name, site.path) for site in sites):
+    if any(matches(name, site.path) or _any_of(name, site.aliases) for site in sites):
         return
     names = sorted(
         {str(site.coordinates.get("role", site.path)) for site in sites} | {s.path.rpartition(".")[2] for s in sites}

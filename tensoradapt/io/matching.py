@@ -8,8 +8,9 @@ names.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ def match(
     kept = _once(base, tuned, found)
     known = model or SiteMap(())
     judged = Judged(rows, known, shift(tuned.entries, known.parameters), (base.name, tuned.name))
+    twins = _Twins(base, tuned, found)
     for name, other in kept.items():
-        judged.take(tuned.entries[name], base.entries[other], _twins(tuned, name, kept))
+        judged.take(tuned.entries[name], base.entries[other], *twins.of(name))
     judged.check()
     sites = placed([pair.site for pair in judged.pairs])
     return Match(
@@ -102,10 +104,36 @@ def _once(base: Checkpoint, tuned: Checkpoint, found: Mapping[str, str]) -> dict
     return {name: found[name] for name in firsts.values()}
 
 
-def _twins(tuned: Checkpoint, name: str, kept: Container[str]) -> tuple[str, ...]:
-    """The other names of a tensor that no pair of their own has."""
-    same = [other for other in tuned.aliases if tuned.first(other) == tuned.first(name)]
-    return tuple(other for other in (tuned.first(name), *same) if other != name and other not in kept)
+@dataclass(frozen=True)
+class _Twins:
+    """The further names of the tensors of both sides, in the tuned side's names."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    found: Mapping[str, str]
+
+    @cached_property
+    def _shared(self) -> dict[str, list[str]]:
+        """Names by the base's tensor."""
+        rows: dict[str, list[str]] = {}
+        for name, other in self.found.items():
+            rows.setdefault(self.base.first(other), []).append(name)
+        return rows
+
+    @cached_property
+    def _unknown(self) -> dict[str, list[str]]:
+        """Tied names of the tuned side that the base lacks, by their first name."""
+        rows: dict[str, list[str]] = {}
+        for name in dict.fromkeys((*self.tuned.aliases.values(), *self.tuned.aliases)):
+            if name not in self.found:
+                rows.setdefault(self.tuned.first(name), []).append(name)
+        return rows
+
+    def of(self, name: str) -> tuple[list[str], list[str]]:
+        """The other names of the base's tensor, and those of them that are the tuned side's tensor too."""
+        first = self.tuned.first(name)
+        tied = [n for n in self._shared[self.base.first(self.found[name])] if n != name]
+        return [*tied, *self._unknown.get(first, ())], [n for n in tied if self.tuned.first(n) == first]
 
 
 def _left(side: Checkpoint, found: Iterable[str]) -> tuple[str, ...]:

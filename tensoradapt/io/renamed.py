@@ -20,7 +20,7 @@ Names = Callable[[str], str]
 def renamed(saved: Saved, by: Names, trained: Names) -> Saved:
     """The adapter with every site under the name that `by` gives it, and every parameter trained whole by `trained`."""
     plan = saved.plan
-    groups = tuple(_group(group, by) for group in plan.groups)
+    groups = tuple(_changed(group, lambda site: _site(site, by, trained)) for group in plan.groups)
     extras = {trained(name): shape for name, shape in plan.extras.items()}
     tensors = {
         f"extra.{trained(key.removeprefix('extra.'))}" if key.startswith("extra.") else key: tensor
@@ -34,13 +34,14 @@ def where_known(by: Names, parameters: Collection[str]) -> Names:
     return lambda name: other if (other := by(name)) in parameters else name
 
 
-def _group(group: Group, by: Names) -> Group:
-    return replace(group, placements=tuple(replace(p, site=_site(p.site, by)) for p in group.placements))
+def _changed(group: Group, by: Callable[[Site], Site]) -> Group:
+    return replace(group, placements=tuple(replace(p, site=by(p.site)) for p in group.placements))
 
 
-def _site(site: Site, by: Names) -> Site:
+def _site(site: Site, by: Names, trained: Names) -> Site:
     names = {field: by(getattr(site, field)) for field in ("path", "owner", "tensor")}
-    lists = {field: tuple(map(by, getattr(site, field))) for field in ("aliases", "joined")}
+    twin = lambda name: trained(f"{name}.weight").removesuffix(".weight")  # noqa: E731  # a head has no prefix, say
+    lists = {field: tuple(map(twin, getattr(site, field))) for field in ("aliases", "joined")}
     return replace(site, **names, **lists)  # type: ignore[arg-type]
 
 
@@ -50,12 +51,26 @@ def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
     Raises FileError where a site or a trained module is not in the model, with its shape; `kind` names its class.
     """
     sites = [placement.site for group in saved.plan.groups for placement in group.placements]
-    by = sole({name for site in sites for name in (site.owner, *site.joined)}, {site.owner for site in model.sites})
+    by = sole({site.owner for site in sites}, {site.owner for site in model.sites})
     if by is not None and by.prefix:
         saved = renamed(saved, by, where_known(by, model.parameters))
+    saved = _with_its_twins(saved, model)
     _check_sites(saved, model, kind)
     _check_trained(saved, model, kind)
     return saved
+
+
+def _with_its_twins(saved: Saved, model: SiteMap) -> Saved:
+    """The adapter without the tied modules that a model does not have at all: a head that a bare encoder lacks."""
+    there = {*model.parameters, *model.refused}
+    has = lambda twin: any(f"{name}.".startswith(f"{twin}.") for name in there)  # noqa: E731
+
+    def kept(site: Site) -> Site:
+        rows = [row for row in zip(site.joined, site.joined_kinds, strict=False) if has(row[0])]
+        names, kinds = tuple(name for name, _ in rows), tuple(kind for _, kind in rows)
+        return site if len(names) == len(site.joined) else replace(site, joined=names, joined_kinds=kinds)
+
+    return replace(saved, plan=replace(saved.plan, groups=tuple(_changed(g, kept) for g in saved.plan.groups)))
 
 
 def _check_sites(saved: Saved, model: SiteMap, kind: str) -> None:

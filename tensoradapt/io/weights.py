@@ -56,8 +56,11 @@ class Judged:
     refused: dict[str, str] = field(default_factory=dict)
     mismatched: list[Reshaped] = field(default_factory=list)
 
-    def take(self, tuned: Entry, base: Entry, twins: Sequence[str] = ()) -> None:
-        """Judge one tensor; `twins` are other names of it. Raises FileError where it is a quantised weight."""
+    def take(self, tuned: Entry, base: Entry, twins: Sequence[str] = (), joined: Sequence[str] = ()) -> None:
+        """Judge one tensor; `twins` are the base's other names of it, `joined` those that are the tuned side's too.
+
+        Raises FileError where it is a quantised weight.
+        """
         shape = self._shape(tuned, base)
         sites, reason = self._sites(tuned.name, shape)
         reason = reason or _no_number(tuned, base, self.sides)
@@ -67,11 +70,25 @@ class Judged:
             return
         if base.shape != tuned.shape:
             self._reshape(tuned, base)
-        names = tuple(twin.removesuffix(".weight") for twin in twins)
-        self.pairs += [
-            Pair(replace(s, aliases=_distinct(*s.aliases, *names)), base.name, tuned.name, base.dtype, tuned.dtype)
-            for s in sites
-        ]
+        tied = self._tied(twins, joined, shape)
+        self.pairs += [Pair(replace(site, **tied), base.name, tuned.name, base.dtype, tuned.dtype) for site in sites]
+
+    def _tied(self, twins: Sequence[str], joined: Sequence[str], shape: Shape) -> dict[str, tuple[str, ...]]:
+        """The modules that share a tensor of the base, and those of them that share the delta: those that are sites.
+
+        Where the model is known a module that stands in two places is one, and its second name is no site.
+        """
+        sites = {name: self._sites(name, shape)[0] for name in twins}
+        if self.known.sites:
+            sites = {name: found for name, found in sites.items() if self._model_path(name) in self._owners}
+        paths = {name: found[0].owner for name, found in sites.items() if len(found) == 1 and found[0].index is None}
+        both = [name for name in joined if name in paths]
+        kinds = tuple(sites[name][0].kind for name in both)
+        return {
+            "aliases": tuple(paths.values()),
+            "joined": tuple(paths[name] for name in both),
+            "joined_kinds": kinds,
+        }
 
     def _shape(self, tuned: Entry, base: Entry) -> Shape:
         """The stored shape of the delta: that of both, or with the rows that are asked for."""
