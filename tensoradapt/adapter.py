@@ -21,7 +21,7 @@ from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError, SiteError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.host import HOST, Bank, Host, copied, home_of, host_of, slashed, sources
-from tensoradapt.interchange import to_tensorly, values_for
+from tensoradapt.interchange import subtracted, to_tensorly, values_for
 from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
@@ -113,21 +113,25 @@ class Adapter(nn.Module):
             found[node] = tensor[tuple(slice(0, n) for n in shape)] if banked else tensor  # type: ignore[index]
         return found  # type: ignore[return-value]
 
-    def factors(self, group: str) -> dict[str, Tensor]:
-        """A group's factors: node -> tensor, shapes as its diagram says; shared memory, not copies."""
-        self._group(group)
-        return self._tensors(group)
+    def factors(self, group: str, *, start: bool = False) -> dict[str, Tensor]:
+        """A group's factors: node -> tensor, shapes as its diagram says; shared memory, not copies.
 
-    def set_factors(self, group: str, tensors: Mapping[str, Tensor]) -> None:
+        With `start` the frozen copies theta0 that a difference subtracts. Raises SpecError where there are none.
+        """
+        nodes = subtracted(self._group(group)) if start else tuple(self._group(group).diagram.nodes)
+        return {node: tensor for node, tensor in self._tensors(group, START if start else "").items() if node in nodes}
+
+    @torch.no_grad()
+    def set_factors(self, group: str, tensors: Mapping[str, Any], *, start: bool = False) -> None:
         """Copy values (tensors, or numpy arrays) into a group's factors; the others stay as they are.
 
-        Raises SpecError on unknown nodes, ShapeError on other shapes and on what is no tensor.
+        With `start` into the frozen copies theta0: delta = scale * (N(theta) - N(theta0)). Warns where the factors'
+        dtype rounds the values. Raises SpecError on unknown nodes and where there is no frozen start, ShapeError on
+        other shapes, on what is no tensor and on numbers that the dtype cannot hold.
         """
-        held = self.factors(group)
-        given = values_for(group, held, tensors)
-        with torch.no_grad():
-            for node, tensor in given.items():
-                held[node].copy_(tensor)
+        held = self.factors(group, start=start)
+        for node, tensor in values_for(group, held, tensors).items():
+            held[node].copy_(tensor)
 
     def _group(self, name: str) -> Group:
         if name not in self.groups:

@@ -20,12 +20,13 @@ from tensoradapt.errors import SpecError
 WEIGHT_AXES = ("out", "in", "kernel")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagram:
     """A tensor network T[open] = sum over bonds of prod_n node_n[indices_n].
 
     `nodes` maps a node's name to its indices in the order of its tensor's dimensions; `open` lists the axes of the
-    tensor in order; `folds` maps `out`, `in` and `kernel` to the axes they are cut into (big-endian).
+    tensor in order; `folds` maps `out`, `in` and `kernel` to the axes they are cut into (big-endian). Two diagrams are
+    equal where all four are: nodes in one order, which is that of an equation's operands; sizes and folds in any.
     """
 
     sizes: Mapping[str, int]
@@ -42,8 +43,17 @@ class Diagram:
             if axis not in carried:
                 raise SpecError(f"axis {axis!r} sits on no node", got=dict(self.nodes), hint="add it to a node")
 
+    @cached_property
+    def _key(self) -> tuple[Any, ...]:
+        """What makes two diagrams equal."""
+        nodes, folds = ({name: tuple(i) for name, i in of.items()} for of in (self.nodes, self.folds))
+        return frozenset(self.sizes.items()), tuple(nodes.items()), tuple(self.open), frozenset(folds.items())
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Diagram) else NotImplemented
+
     def __hash__(self) -> int:
-        return hash((tuple(self.sizes.items()), tuple(self.nodes.items()), self.open))
+        return hash(self._key)
 
     def shape(self, node: str) -> tuple[int, ...]:
         """The shape of a node's tensor."""

@@ -203,6 +203,15 @@ def _diagram(rule: Rule, shape: Shape, name: str) -> Diagram:
         raise RankError(f"group {name!r}: {error}") from None
 
 
+def asked(group: Group) -> Mapping[str, int]:
+    """The rank that the rule asks for at every bond, whatever its limit."""
+    rank = group.rule.ranks.get(group.name, group.rule.rank)
+    if isinstance(rank, int):
+        return dict.fromkeys(group.diagram.bonds, rank)
+    shape = Shape(group.diagram.open, group.diagram.sizes, group.diagram.folds, group.rule.compress)
+    return _diagram(group.rule.model_copy(update={"excess": "keep"}), shape, group.name).sizes
+
+
 def resized(group: Group, rank: int | list[int] | dict[str, int | str]) -> Diagram:
     """The diagram of a group with another rank."""
     diagram = group.diagram

@@ -5,6 +5,7 @@ Invariant: the dense tensor of what is returned equals the group's own, without 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -179,8 +180,22 @@ _READERS: dict[type, _Reader] = {
 }
 
 
+def subtracted(group: Group) -> tuple[str, ...]:
+    """The nodes of which a group has a frozen copy that is subtracted. Raises SpecError where it has none."""
+    if group.rule.start != "difference":
+        raise SpecError(
+            f"group {group.name!r} has no frozen start",
+            got=f"start: {group.rule.start}",
+            hint="write start: difference in its rule, or begin with ta.initialize(adapter, 'pissa')",
+        )
+    return group.trainable
+
+
 def values_for(group: str, held: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors or arrays given for nodes of a group, as tensors. Raises SpecError, ShapeError where one does not fit."""
+    """Tensors or arrays given for nodes of a group, in the dtypes of those held; warns where that rounds them.
+
+    Raises SpecError, ShapeError where one does not fit.
+    """
     if not isinstance(given, Mapping):
         raise SpecError("factors come as a mapping from node to tensor", got=type(given).__name__)
     values = {node: as_tensor(tensor, f"node {node!r}") for node, tensor in given.items()}
@@ -193,4 +208,38 @@ def values_for(group: str, held: Mapping[str, Tensor], given: Mapping[str, Any])
                 got=tuple(tensor.shape),
                 expected=tuple(held[node].shape),
             )
-    return values
+    made = {node: _fitted(f"node {node!r} of group {group!r}", t.detach(), held[node]) for node, t in values.items()}
+    lost = {node: loss for node, t in values.items() if (loss := _rounding(t.detach(), made[node]))}
+    if lost:
+        worst = max(lost, key=lambda node: lost[node])
+        dtypes = f"{values[worst].dtype} to {made[worst].dtype}".replace("torch.", "")
+        warnings.warn(
+            f"values for {', '.join(lost)} of group {group!r} are rounded from {dtypes}, by up to {lost[worst]:.1g} of "
+            "the largest: attach a rule with dtype=... to keep more digits, or round them first",
+            stacklevel=4,
+        )
+    return made
+
+
+def _fitted(what: str, tensor: Tensor, held: Tensor) -> Tensor:
+    """A tensor in the dtype and on the device of another. Raises ShapeError where that cannot hold its numbers."""
+    if tensor.is_complex():
+        raise ShapeError(f"{what} is a real tensor", got=str(tensor.dtype), hint="give its real part: x.real")
+    made = tensor.to(held.device, held.dtype)
+    if bool((tensor.isfinite() & ~made.isfinite().to(tensor.device)).any()):
+        raise ShapeError(
+            f"{what} is {str(held.dtype).removeprefix('torch.')}, which cannot hold these numbers",
+            got=f"entries up to {float(tensor.double().abs().max()):.3g}",
+            expected=f"at most {torch.finfo(held.dtype).max:.3g}",
+            hint="give the group's scale a part of them, or attach a rule with a wider dtype",
+        )
+    return made
+
+
+def _rounding(given: Tensor, made: Tensor) -> float:
+    """How much a change of dtype took from the values, as a share of the largest; 0 where it took nothing."""
+    if given.dtype == made.dtype or not given.numel():
+        return 0.0
+    exact = given.double()
+    largest = float(exact.abs().max())
+    return float((made.to(exact.device).double() - exact).abs().max()) / largest if largest > 0 else 0.0

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.grouping import Group
+from tensoradapt.grouping import Group, asked
 from tensoradapt.layouts import formerly
 from tensoradapt.placing import Placement
 from tensoradapt.sites import Site
@@ -146,7 +146,7 @@ def alike(groups: tuple[Group, ...], *, ranks: bool = True) -> dict[str, list[Gr
         places = [p.site.coordinates for p in group.placements]
         role = tuple(dict.fromkeys((place.get("stack"), place.get("role", "")) for place in places))
         shape = [(axis, group.diagram.sizes[axis]) for axis in group.diagram.open]
-        kind = (hash(group.diagram), group.scale) if ranks else (*group.diagram.nodes, *shape)
+        kind = (group.diagram, group.scale) if ranks else (*group.diagram.nodes, *shape)
         found.setdefault((kind, role, group.rule.start), []).append(group)
     return {_spanned([group.name for group in members]): members for members in found.values()}
 
@@ -195,11 +195,11 @@ def rank_notes(groups: Sequence[Group]) -> list[str]:
     """One note for each rank that was capped."""
     capped: Counter[str] = Counter()
     for group in groups:
-        asked = group.rule.ranks.get(group.name, group.rule.rank)
+        wanted = asked(group)
         capped.update(
-            f"rank {asked} of bond {bond} is capped at {size}, its limit"
+            f"rank {wanted[bond]} of bond {bond} is capped at {size}, its limit"
             for bond, size in group.rank.items()
-            if isinstance(asked, int) and size < asked
+            if size < wanted[bond]
         )
     return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
 

@@ -5,6 +5,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -1032,3 +1033,71 @@ def test_a_moving_average_of_the_adapter_is_an_adapter(decay, tmp_path):
     averaged.module.save(tmp_path / "average")
     again = ta.load(tmp_path / "average", tiny.bert())
     assert all(torch.allclose(tensor, hand[key], atol=1e-6) for key, tensor in again.tensors().items())
+
+
+FLIPPED = np.arange(24.0).reshape(2, 12)[::-1]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(24.0).reshape(2, 12),
+        np.arange(24.0).reshape(12, 2).T,
+        FLIPPED,
+        np.arange(24).reshape(2, 12).astype(">i4"),
+        np.arange(24).reshape(2, 12).astype(np.float16),
+        np.arange(24).reshape(2, 12).astype(np.longdouble),
+        torch.arange(24.0, dtype=torch.bfloat16).reshape(2, 12),
+    ],
+    ids=["float64", "turned", "backwards", "big-endian", "float16", "long", "bfloat16"],
+)
+def test_set_factors_takes_arrays_of_every_make_without_a_word_where_it_keeps_their_values(values):
+    adapter = ta.attach(nn.ModuleList([nn.Linear(12, 8) for _ in range(2)]), ta.preset("lora", rank=2, targets="*"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.set_factors("layer0", {"core_in": values})
+    held = adapter.factors("layer0")["core_in"].detach().double().numpy()
+    assert np.array_equal(held, values.double().numpy() if isinstance(values, torch.Tensor) else values.astype(float))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_values_that_a_factor_cannot_hold_are_told_of_or_refused(dtype):
+    spec = ta.preset("lora", rank=2, targets="*", dtype=dtype)
+    adapter = ta.attach(nn.ModuleList([nn.Linear(12, 8) for _ in range(2)]), spec)
+    fine = np.linspace(0.1, 1.0, 24).reshape(2, 12)
+    with pytest.warns(UserWarning, match=f"core_in of group 'layer0' are rounded from float64 to {dtype}(?s:.*)dtype="):
+        adapter.set_factors("layer0", {"core_in": fine})
+    held = adapter.factors("layer0")["core_in"].detach()
+    assert np.allclose(held.double().numpy(), fine, rtol=1e-2) and held.dtype == getattr(torch, dtype)
+    for bad, says in ((fine * 1e300, r"1e\+300"), (fine + 1j, "real")):
+        with pytest.raises(ta.ShapeError, match=f"core_in(?s:.*){says}"):
+            adapter.set_factors("layer0", {"core_out": np.ones((8, 2)), "core_in": bad})
+        assert torch.equal(adapter.factors("layer0")["core_in"].detach(), held)
+        assert not adapter.factors("layer0")["core_out"].detach().any()
+
+
+@pytest.mark.parametrize("name", ["dota", "quanta"])
+def test_a_frozen_start_is_read_and_set(name, tmp_path):
+    """D = s (N(theta) - N(theta0)): with both set, the delta is the difference of the two networks."""
+    model = nn.ModuleList([nn.Linear(12, 8)])
+    adapter = ta.attach(model, ta.preset(name, targets="*"))
+    (group,) = adapter.groups
+    factors = {node: t.detach().clone() for node, t in adapter.factors(group).items()}
+    assert all(torch.equal(t, factors[node]) for node, t in adapter.factors(group, start=True).items())
+    doubled = {node: 2 * t for node, t in factors.items()}
+    adapter.set_factors(group, doubled)
+    double = adapter.delta("0").detach()
+    adapter.set_factors(group, {node: torch.zeros_like(t) for node, t in factors.items()}, start=True)
+    whole = adapter.delta("0").detach()
+    one = whole / 2 ** len(factors)
+    assert torch.allclose(double, whole - one, atol=1e-5 * float(whole.abs().max())) and float(whole.abs().max()) > 0
+    adapter.save(tmp_path)
+    again = ta.load(tmp_path, nn.ModuleList([nn.Linear(12, 8)]))
+    assert torch.equal(again.delta("0"), adapter.delta("0"))
+
+
+def test_a_frozen_start_that_there_is_not_is_said():
+    adapter = ta.attach(nn.ModuleList([nn.Linear(12, 8) for _ in range(2)]), ta.preset("lora", rank=2, targets="*"))
+    for act in (lambda: adapter.factors("layer0", start=True), lambda: adapter.set_factors("layer0", {}, start=True)):
+        with pytest.raises(ta.SpecError, match="no frozen start(?s:.*)zero(?s:.*)difference"):
+            act()

@@ -13,6 +13,8 @@ from torch import nn
 
 import tensoradapt as ta
 from tensoradapt import spec as specs
+from tensoradapt.diagram import Diagram
+from tensoradapt.rows import alike
 
 SHAPES = {f"encoder.layer.{k}.self.{role}": (16, 16) for k in range(2) for role in ("query", "key", "value")}
 LORA = {"targets": ["query"], "init": {"core_out": "zero"}}
@@ -577,3 +579,123 @@ def test_narrow_sites_are_adapted_like_any(name, shape):
     assert not any(torch.allclose(y, base, atol=1e-5) for y, base in zip(attached, bases, strict=True))
     adapter.merge()
     assert all(torch.allclose(model[k](x), y, atol=1e-4) for k, y in enumerate(attached))
+
+
+FIELDS = {
+    "name": "mine",
+    "targets": ["*query"],
+    "exclude": ["*layer.0.*"],
+    "default": "all-linear",
+    "pattern": "layer.{layer}.self.{role}",
+    "parts": {"query": ["a", "b"]},
+    "layout": {"query": "out in"},
+    "ranks": {},
+    "excess": "cap",
+    "shapes": "separate",
+    "slot": [8, 8],
+    "scale": 0.5,
+    "alpha": 3.0,
+    "dropout": 0.25,
+    "dropout_at": "in",
+    "start": "difference",
+    "init": {"*": "normal(0.5)"},
+    "frozen": [],
+    "train": ["pooler"],
+    "dtype": "float64",
+}
+
+
+@pytest.mark.parametrize("name", ta.PRESETS)
+def test_every_preset_takes_every_field_of_a_rule(name):
+    """By itself where it has an effect there; beside the field that gives it one where it has none."""
+    plain = ta.PRESETS[name].rules
+    trained = [r.zero or next((n for n, law in r.init.items() if law == "zero"), "") for r in plain]
+    for field, value in {**FIELDS, "zero": trained[0]}.items():
+        beside: dict = {}
+        if field == "slot" and all(r.shapes != "slots" for r in plain):
+            beside = {"shapes": "slots"}
+            if "site" not in {a for r in plain for a in r.tensor_axes}:
+                with fault(ta.SpecError, "need an axis"):
+                    ta.preset(name, slot=value, **beside)
+                continue
+        if field == "alpha" and not any(str(r.scale).startswith("alpha") for r in plain):
+            beside = {"scale": "alpha"}
+        if field == "zero" and not value:
+            continue
+        made = ta.preset(name, **{field: value}, **beside).rules
+        kept = [getattr(rule, field) for rule in made]
+        whole = {"shapes": "slots", "axes": ["site", "out", "in"], "scale": "alpha", field: value}
+        wanted = getattr(ta.Rule(**whole), field)
+        if field in ("init", "exclude"):
+            assert any(set(wanted) <= set(one) for one in kept), (field, kept)
+        else:
+            assert wanted in kept, (field, kept)
+
+
+def test_fields_of_one_of_several_rules_go_to_it():
+    shapes = {f"layer.{k}.self.{role}": (16, 16) for k in range(2) for role in ("query", "key", "value")}
+    shapes |= {f"layer.{k}.mlp.{role}": size for k in range(2) for role, size in (("up", (64, 16)), ("down", (16, 64)))}
+    more = {"heads": 4, "projections": ["up", "down"]}
+    rest = {"slot": (8, 16), "init": {"factor_head": "normal(1)", "factor_out": "normal(2)"}, "frozen": "factor_head"}
+    attention, blocks = ta.plan(ta.preset("cara", rank=2, **more, **rest), shapes).groups
+    assert (blocks.diagram.sizes["out"], blocks.diagram.sizes["in"]) == (8, 16)
+    assert attention.diagram.sizes["in"] == 16 and blocks.diagram.sizes["site"] == 2 * (8 + 8)
+    assert (attention.laws["factor_head"], blocks.laws["factor_out"]) == ("normal(1)", "normal(2)")
+    assert "factor_head" not in attention.trainable and set(blocks.trainable) == set(blocks.diagram.nodes)
+    with fault(ta.SpecError, "init names the node 'factor_tail'"):
+        ta.plan(ta.preset("cara", rank=2, **more, init={"factor_tail": "normal(1)"}), shapes)
+
+
+def test_a_field_that_makes_another_network_points_to_rules():
+    with fault(ta.SpecError, "preset 'lora' has no parameter 'axes'", "write a ta.Rule"):
+        ta.preset("lora", axes=["layer", "out", "in"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "notes"),
+    [
+        (
+            {"preset": "loretta", "options": {"tt_rank": 50, "folds": "auto:2"}},
+            ["rank 50 of bond a_0 is capped at 4", "b_1"],
+        ),
+        (
+            {"axes": ["out", "in"], "folds": {"in": [4, 4]}, "rank": [4, 90], "excess": "cap"},
+            ["rank 90 of bond r_in_0"],
+        ),
+        ({"format": "tucker", "rank": {"out": 99, "in": 2}, "excess": "cap"}, ["rank 99 of bond r_out is capped at 2"]),
+        ({"format": "network", "network": "out a, a in -> out in", "rank": {"a": 17}, "excess": "cap"}, ["at 16"]),
+    ],
+)
+def test_ranks_given_by_bond_are_capped_aloud(rule, notes):
+    first = {} if "preset" in rule else {"init": {"*": "normal(1)"}, "start": "nonzero"}
+    made = ta.plan({"targets": ["query"], **first, **rule}, SHAPES)
+    said = " ".join(made.notes)
+    assert all(note in said for note in notes), made.notes
+
+
+DIAGRAM = {"sizes": {"out": 4, "in": 6, "r": 2}, "nodes": {"B": ("out", "r"), "A": ("r", "in")}, "open": ("out", "in")}
+
+
+def test_equal_diagrams_hash_alike_and_other_orders_of_nodes_are_others():
+    """Nodes are the operands of an equation, in order; sizes and folds are looked up by name."""
+    folds = {"out": ("a", "b"), "in": ("c",)}
+    made = Diagram(**DIAGRAM, folds=folds)
+    sizes = dict(reversed(DIAGRAM["sizes"].items()))
+    turned = Diagram(**{**DIAGRAM, "sizes": sizes}, folds=dict(reversed(folds.items())))
+    assert made == turned and hash(made) == hash(turned) and len({made, turned}) == 1
+    others = [
+        {"nodes": dict(reversed(DIAGRAM["nodes"].items()))},
+        {"sizes": {**DIAGRAM["sizes"], "r": 3}},
+        {"open": ("in", "out")},
+    ]
+    for other in [*others, {"folds": {}}]:
+        assert Diagram(**{**DIAGRAM, "folds": folds, **other}) != made
+    assert made != "B[out r]"
+
+
+def test_rows_of_a_plan_tell_diagrams_apart_whose_hashes_are_equal(monkeypatch):
+    """A hash says that two may be equal, not that they are."""
+    spec = [{**LORA, "targets": [f"layer.{k}.self.query"], "rank": k + 1} for k in range(2)]
+    made = ta.plan(ta.Spec.from_dict({"rules": spec}), SHAPES)
+    monkeypatch.setattr(Diagram, "__hash__", lambda self: 1)
+    assert len(alike(made.groups)) == 2

@@ -18,6 +18,7 @@ from tensoradapt.errors import ShapeError, SpecError
 DEVICES = ("cpu", "cuda", "mps")
 MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "metal": "mps", "apple": "mps"}
 LARGE = 1 << 26  # entries from which on a matrix is read in strips, or is worked on alone
+KEPT = {"longdouble": "float64", "float128": "float64", "bfloat16": "float32"}  # dtypes of arrays alone
 BLOCK = 1 << 22  # entries that are looked at at a time where a full-size copy would cost too much memory
 
 
@@ -134,12 +135,18 @@ def _meant(device: str) -> str | None:
     return f"did you mean {found}?" if found else None
 
 
+def _plain(array: Any) -> Any:
+    """An array as torch takes it: a dtype that it has, bytes in this machine's order, no strides backwards."""
+    array = array.astype(KEPT.get(array.dtype.name) or array.dtype.newbyteorder("="), copy=False)
+    return array.copy() if any(stride < 0 for stride in array.strides) else array
+
+
 def as_tensor(value: Any, what: str = "this") -> Tensor:
     """A tensor, or an array or nested list as one; memory is shared where it can be. Raises ShapeError on all else."""
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.as_tensor(np.asarray(value))
+        return torch.as_tensor(_plain(np.asarray(value)))
     except (TypeError, ValueError, RuntimeError):
         raise ShapeError(
             f"{what} is no tensor", got=type(value).__name__, expected="a torch tensor or a numpy array"

@@ -78,7 +78,8 @@ class Stiefel(Wrapper):
         if self.adapter.merged:
             raise AdapterError(f"adapter {self.adapter.name!r} is merged into the weights", hint="unmerge() first")
         for group, tensors in orthonormal(self.adapter, self.frames, seed).items():
-            self.adapter.set_factors(group, tensors)
+            held = self.adapter.factors(group)
+            self.adapter.set_factors(group, {node: tensor.to(held[node].dtype) for node, tensor in tensors.items()})
 
     def _factor(self, frame: Frame) -> Tensor:
         return self.adapter.factors(frame.group)[frame.edge.child]

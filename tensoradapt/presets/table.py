@@ -6,11 +6,12 @@ Invariant: a preset says nothing that the user could not write as a rule, and ta
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from tensoradapt.axes import parse
 from tensoradapt.errors import SpecError
 from tensoradapt.foreign import PEFT_WORDS, peft_word
 from tensoradapt.presets.advice import ADVICE
@@ -47,7 +48,7 @@ COMMON = (
         "scale",
         "alpha",
     ),
-    *("dropout", "dropout_at", "start", "init", "frozen", "train", "dtype"),
+    *("dropout", "dropout_at", "start", "zero", "init", "frozen", "train", "dtype"),
 )
 
 
@@ -221,11 +222,14 @@ def preset(name: str | Preset, /, **parameters: Any) -> Spec:
             f"preset {family!r} has no parameter {unknown[0]!r}",
             got=f"{unknown[0]}={parameters[unknown[0]]!r}",
             expected=f"its own: {', '.join(row.parameters) or 'none'}; of every rule: {', '.join(COMMON)}",
+            hint="it would be another network: write a ta.Rule" if unknown[0] in Rule.model_fields else None,
         )
     own = {key: value for key, value in parameters.items() if key in row.parameters}
     extra = {key: value for key, value in parameters.items() if key not in row.parameters}
     rules = _rules(row.build(**own))
-    return Spec(rules=tuple(_override(rule, extra, family, first=k == 0) for k, rule in enumerate(rules)))
+    shared = [_fitting(rule, rules, extra) for rule in rules]
+    made = (_override(*each, family, first=k == 0) for k, each in enumerate(zip(rules, shared, strict=True)))
+    return Spec(rules=tuple(made))
 
 
 def _named(name: object) -> Preset:
@@ -237,6 +241,26 @@ def _named(name: object) -> Preset:
         expected=", ".join(PRESETS),
         hint=f"did you mean {' or '.join(close)}?" if close else "name one of these, or give a ta.Preset of your own",
     )
+
+
+def _fitting(rule: Rule, rules: Sequence[Rule], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a user's fields those that one of several rules has a use for: slots, and nodes by name.
+
+    What no rule has a use for stays, and is refused as in any rule.
+    """
+    found = dict(extra)
+    slotted = [r for r in rules if extra.get("shapes", r.shapes) == "slots"]
+    if slotted and rule not in slotted:
+        found.pop("slot", None)
+    nodes = [set(parse(r.network)[0]) if r.network else set() for r in rules]
+    others = set().union(*nodes) - nodes[rules.index(rule)]
+    if isinstance(extra.get("init"), Mapping):
+        found["init"] = {node: law for node, law in extra["init"].items() if node not in others}
+    if isinstance(extra.get("frozen"), list | tuple):
+        found["frozen"] = tuple(node for node in extra["frozen"] if node not in others)
+    for name in (name for name in ("frozen", "zero") if isinstance(extra.get(name), str) and extra[name] in others):
+        del found[name]
+    return found
 
 
 def _override(rule: Rule, extra: Mapping[str, Any], family: str, *, first: bool) -> Rule:

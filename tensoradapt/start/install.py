@@ -39,7 +39,8 @@ def install(adapter: Adapter, begun: Begun) -> None:
     for group in plan.groups:
         _check(group, begun.factors[group.name])
     for name, factors in begun.factors.items():
-        adapter.set_factors(name, factors)
+        held = adapter.factors(name)
+        adapter.set_factors(name, {node: tensor.to(held[node].dtype) for node, tensor in factors.items()})
     for key, factor in plan.factors.items():
         _copy(adapter, key, copied=factor.copied)
     adapter.replan(plan, lines)
