@@ -101,8 +101,30 @@ def config_in(path: Path) -> Path | None:
     return None if foreign else config
 
 
+def module_of(model: Model) -> nn.Module | None:
+    """The module that a model means: itself, or the class that its config describes, built on the meta device.
+
+    None where shapes alone are known: a mapping, or files without a config. Raises FileError.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, SiteMap | Mapping):
+        return None
+    path = expand(model)
+    config = config_in(path)
+    if config is not None:
+        return _built(config)
+    return None if path.exists() else module_of(cached(str(model), None, "model", SOURCES)[0])
+
+
 def _scan_config(path: Path) -> SiteMap:
-    """The sites of the model that a Hugging Face config describes, built on the meta device."""
+    """The sites of the model that a Hugging Face config describes."""
+    made: Any = _built(path)
+    return replace(scan_module(made), name=made.config._name_or_path or path.parent.name)
+
+
+def _built(path: Path) -> nn.Module:
+    """The model that a Hugging Face config describes, on the meta device. Raises FileError."""
     try:
         import transformers
     except ImportError:
@@ -120,7 +142,7 @@ def _scan_config(path: Path) -> SiteMap:
             got=next(iter(str(error).splitlines()), type(error).__name__),
             hint="give the model's own config.json, or its safetensors files",
         ) from None
-    return replace(scan_module(made), name=config._name_or_path or path.parent.name)
+    return made  # type: ignore[no-any-return]
 
 
 def scan_module(model: nn.Module) -> SiteMap:

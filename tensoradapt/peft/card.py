@@ -43,7 +43,8 @@ class Exported:
         lines = [f"not in the folder: {', '.join(self.dropped)}"] if self.dropped else []
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"{counted(len(self.modules), 'module')}, rank {self.rank}, {self.layout}, {self.dtype}"]
-        lines += [f"re-opened with {self.reader}: relative error at most {self.max_error:.1e}"]
+        how = "re-opened with" if self.reader.startswith("PEFT") else "only the file was checked, on"
+        lines += [f"{how} {self.reader}: relative error at most {self.max_error:.1e}"]
         return "\n".join([*wrapped(lines), f"written to {self.path}"])
 
 

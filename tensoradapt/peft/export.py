@@ -34,8 +34,9 @@ from tensoradapt.peft.modules import Module, modules_of
 from tensoradapt.peft.opening import open_adapter
 from tensoradapt.peft.patterns import keyed, target_modules
 from tensoradapt.peft.reopen import errors_of
+from tensoradapt.peft.taken import taken_for_experts
 from tensoradapt.peft.within import seen_from_within
-from tensoradapt.scan import Model, module_at, scan
+from tensoradapt.scan import Model, module_at, module_of, scan
 from tensoradapt.sites import SiteMap
 
 LAYOUTS = ("portable", "compact")
@@ -111,16 +112,17 @@ def export_peft(  # noqa: PLR0913
     check_free(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite)
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
     saved, model = seen_from_within(_exact(filled(open_adapter(source), "export")), model)
-    known = None if model is None else scan(model)
+    whole = None if model is None else module_of(model)
+    known = None if model is None else scan(model if whole is None else whole)
     modules = modules_of(saved, known)
-    made, zero = _make(saved, modules, known, options)
+    made, zero = _make(saved, modules, whole, known, options)
     check(consumer, made.folder)
     if made.folder.patterns:
         warnings.warn("the compact layout is read right by PEFT and newer vLLM alone", stacklevel=2)
     with atomic_folder(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
-        result = replace(_write(temporary, saved, made, options), path=expand(out))
+        result = replace(_write(temporary, saved, made, whole, options), path=expand(out))
         dropped = () if extras else tuple(saved.plan.extras)
-        notes = (*_notes(made, zero, dropped, known=known is not None), *_dilated(made, model))
+        notes = (*_notes(made, zero, dropped, known=known is not None), *_dilated(made, whole))
         result = replace(result, dropped=dropped, notes=notes)
         (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")
     return result
@@ -152,9 +154,9 @@ def _names(made: _Made) -> str:
     )
 
 
-def _dilated(made: _Made, model: Model | None) -> tuple[str, ...]:
+def _dilated(made: _Made, model: nn.Module | None) -> tuple[str, ...]:
     """A note of convolutions whose dilation PEFT's own convolution does not have (as of 0.21)."""
-    if not isinstance(model, nn.Module):
+    if model is None:
         return ()
     convolutions = {m.path: module_at(model, m.path) for m in made.factored if m.kind == "conv"}
     wide = [path for path, module in convolutions.items() if set(module.dilation) != {1}]  # type: ignore[arg-type]
@@ -174,7 +176,7 @@ def _exact(saved: Saved) -> Saved:
 
 
 def _make(
-    saved: Saved, modules: Sequence[Module], known: SiteMap | None, options: _Options
+    saved: Saved, modules: Sequence[Module], whole: nn.Module | None, known: SiteMap | None, options: _Options
 ) -> tuple[_Made, tuple[str, ...]]:
     """Factors, config and patterns; and the modules left out since their delta is zero."""
     found: dict[Module, Factored] = {}
@@ -185,25 +187,31 @@ def _make(
     found = {module: factored for module, factored in found.items() if factored.rank}
     if not found:
         raise AdapterError("every delta is zero: there is nothing to export", got=saved.where)
-    rank = max(factored.rank for factored in found.values())
-    uneven = {module.path: f.rank for module, f in found.items() if f.rank != rank}
-    patterns = keyed({m.path: f.rank for m, f in found.items()}) if uneven and options.layout == "compact" else {}
-    patterns = {key: own for key, own in patterns.items() if own != rank}
+    ranks = {module.path: factored.rank for module, factored in found.items()}
+    rank = max(ranks.values())
+    taken = taken_for_experts(ranks, whole)
+    patterns = _patterns(ranks, taken) if options.layout == "compact" else {}
     held = {path: saved.tensors[f"extra.{path}"] for path in saved.plan.extras} if options.extras else {}
     owners = sorted({path.rpartition(".")[0] for path in held})
     _check_head(owners, options)
     base = base_of(saved.plan.model, options.base_name)
     config = config_of(
         rank,
-        target_modules([module.path for module in found], None if known is None else _paths(known)),
+        target_modules([path for path in ranks if path not in taken], None if known is None else _paths(known)),
         patterns=patterns,
         base=base,
         revision=str(saved.base.get("revision") or "") or None,
         task=options.task_type,
         turned=all(module.kind == "linear" and module.layout == "in out" for module in found),
         saved=owners,
-    )
+    ) | ({"target_parameters": [f"{path}.weight" for path in taken]} if taken else {})
     return _Made(found, config, Folder(list(found), rank, patterns, owners, base), held), zero
+
+
+def _patterns(ranks: Mapping[str, int], taken: Sequence[str]) -> dict[str, int]:
+    """The ranks that are not the largest one, by what PEFT compares patterns with: a module, or its weight."""
+    found = keyed({f"{path}.weight" if path in taken else path: rank for path, rank in ranks.items()})
+    return {key: rank for key, rank in found.items() if rank != max(ranks.values())}
 
 
 def _factored(saved: Saved, module: Module, rank: int | None) -> Factored:
@@ -258,13 +266,13 @@ def _tensors(made: _Made, dtype: torch.dtype, *, pad: bool) -> dict[str, Tensor]
     return found | {f"{PREFIX}{path}": tensor.contiguous() for path, tensor in made.extras.items()}
 
 
-def _write(folder: Path, saved: Saved, made: _Made, options: _Options) -> Exported:
+def _write(folder: Path, saved: Saved, made: _Made, model: nn.Module | None, options: _Options) -> Exported:
     """Weights, then the config; read back and compared. Raises FileError where a delta is not what it was."""
     tensors = _tensors(made, getattr(torch, options.dtype), pad=not made.folder.patterns)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     flush(folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(made.config, indent=2) + "\n", encoding="utf-8")
-    reader, errors = errors_of(folder, list(made.factored), saved, made.extras, options.tell)
+    reader, errors = errors_of(folder, list(made.factored), saved, made.extras, model, options.tell)
     rows = {m.path: {"rank": f.rank, "error": errors[m.path]} for m, f in made.factored.items()}
     for module, factored in made.factored.items():
         if not errors[module.path] <= DTYPES[options.dtype] + factored.left * 1.01:

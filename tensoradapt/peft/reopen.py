@@ -1,12 +1,13 @@
-"""The written folder, re-opened as its reader would: by PEFT where it is installed, else by its own rules.
+"""The written folder, re-opened as its reader would: by PEFT on the model's own class, or by its rules on stand-ins.
 
-Invariant: what is reported of a folder was measured on its files.
+Invariant: what is reported of a folder was measured on its files, and who measured it is said.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tensoradapt.errors import FileError
+from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.io.saved import Saved
 from tensoradapt.peft.config import WEIGHTS, read_config
+from tensoradapt.peft.emptied import emptied
 from tensoradapt.peft.keys import PREFIX
 from tensoradapt.peft.modules import Module
 
 Deltas = Callable[[Module], Tensor]
+BY_FILE = "safetensors, by PEFT's rules"
+STAND_INS = "stand-in modules"
+LEFT_OUT = "leave it out of the adapter, or merge the adapter and serve the whole model"
 
 
 def errors_of(
@@ -29,11 +34,15 @@ def errors_of(
     modules: Sequence[Module],
     saved: Saved,
     extras: Mapping[str, Tensor],
+    model: nn.Module | None,
     tell: Callable[[str, int, int], None],
 ) -> tuple[str, dict[str, float]]:
-    """Who re-opened a folder, and every module's relative error ||theirs - ours|| / ||ours||, one at a time."""
+    """Who re-opened a folder, and every module's relative error ||theirs - ours|| / ||ours||, one at a time.
+
+    Raises AdapterError on what PEFT does not load onto the model, FileError on a file that is not what was written.
+    """
     tell("the folder, read back", 0, len(modules))
-    reader, theirs = reopened(folder, modules, extras)
+    reader, theirs = reopened(folder, modules, extras, model)
     held = load_file(folder / WEIGHTS)
     found: dict[str, float] = {}
     for module in modules:
@@ -46,31 +55,89 @@ def errors_of(
     return reader, found
 
 
-def reopened(folder: Path, modules: Sequence[Module], extras: Mapping[str, Tensor]) -> tuple[str, Deltas]:
+def reopened(
+    folder: Path, modules: Sequence[Module], extras: Mapping[str, Tensor], model: nn.Module | None
+) -> tuple[str, Deltas]:
     """Who re-opened a folder, and the deltas that it found there, (out, in) whatever the layout."""
     try:
         import peft
     except ImportError:
-        return "safetensors", _by_file(folder)
+        return BY_FILE, _by_file(folder)
+    if model is not None:
+        loaded = _opened(folder, emptied(model, extras))
+        _check_received(loaded, modules)
+        return f"PEFT {version('peft')} on {type(model).__name__}", _by_layers(loaded)
     clash = nn.Module()
     if any(hasattr(clash, part) for module in modules for part in module.path.split(".")):
-        return "safetensors", _by_file(folder)  # PEFT finds no module with the name of a method
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
+        return BY_FILE, _by_file(folder)  # PEFT finds no module with the name of a method
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.task_type = None  # a task wants methods that a skeleton does not have
+    loaded = _opened(folder, _skeleton(modules, extras), config=config)
+    return f"{STAND_INS}, by PEFT {version('peft')}", _by_layers(loaded)
+
+
+def _opened(folder: Path, model: nn.Module, **options: Any) -> nn.Module:
+    """The folder as PEFT loads it onto a model. Raises AdapterError where PEFT cannot, or says that factors lack."""
+    import peft
+
+    with _watched() as said:
         try:
-            config = peft.PeftConfig.from_pretrained(str(folder))
-            config.task_type = None  # a task wants methods that a skeleton does not have
-            skeleton = _skeleton(modules, extras)
-            loaded = peft.PeftModel.from_pretrained(skeleton, str(folder), config=config, torch_device="cpu")
+            loaded = peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu", **options)
         except Exception as error:  # whatever PEFT raises of a folder that it cannot load
-            raise FileError("PEFT cannot load what was written", got=f"{type(error).__name__}: {error}") from error
-    return f"PEFT {version('peft')}", lambda module: _delta(loaded.base_model.model, module)
+            got = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+            raise AdapterError(
+                f"PEFT cannot load what was written onto a {type(model).__name__}: nothing was written",
+                got=got,
+                hint=LEFT_OUT,
+            ) from error
+    lacking = next((" ".join(str(w.message).split()) for w in said if "missing adapter keys" in str(w.message)), None)
+    if lacking is not None:
+        raise AdapterError(
+            f"PEFT finds only a part of what was written on a {type(model).__name__}: nothing was written",
+            got=lacking[:400],
+            hint=LEFT_OUT,
+        )
+    return loaded.base_model.model  # type: ignore[no-any-return]
 
 
-def _delta(model: nn.Module, module: Module) -> Tensor:
-    layer: Any = model.get_submodule(module.path)
-    found: Tensor = layer.get_delta_weight("default").detach()
-    return found.mT if module.layout == "in out" else found.flatten(1)
+@contextmanager
+def _watched() -> Iterator[list[warnings.WarningMessage]]:
+    """Warnings kept, and the random state left as it is."""
+    with warnings.catch_warnings(record=True) as said, torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("always")
+        yield said
+
+
+def _check_received(loaded: nn.Module, modules: Sequence[Module]) -> None:
+    """Every module of ours has its factors in PEFT's model, and no other one has any."""
+    adapted = {path.replace(".base_layer", "") for path, layer in loaded.named_modules() if _holds(layer)}
+    ours = {module.path for module in modules}
+    for wrong, says in (
+        (sorted(ours - adapted), "PEFT drops the factors of"),
+        (sorted(adapted - ours), "PEFT adapts, beside what was written,"),
+    ):
+        if wrong:
+            raise AdapterError(
+                f"{says} {wrong[0]} on this model: nothing was written",
+                got=f"{len(wrong)} modules: {', '.join(wrong[:4])}",
+                hint=LEFT_OUT,
+            )
+
+
+def _holds(layer: Any) -> bool:
+    """Whether a module is a layer of PEFT's with factors of its own."""
+    return any("default" in getattr(layer, name, ()) for name in ("lora_A", "lora_embedding_A"))
+
+
+def _by_layers(loaded: nn.Module) -> Deltas:
+    """Deltas as PEFT's own layers compute them."""
+
+    def delta(module: Module) -> Tensor:
+        layer: Any = loaded.get_submodule(module.path)
+        found: Tensor = layer.get_delta_weight("default").detach()
+        return found.mT if module.layout == "in out" else found.flatten(1)
+
+    return delta
 
 
 def _by_file(folder: Path) -> Deltas:

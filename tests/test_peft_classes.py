@@ -1,0 +1,114 @@
+"""PEFT folders out, onto the class that reads them: what PEFT does by model type happens before the folder is there."""
+
+import copy
+import warnings
+
+import pytest
+import tiny
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+import tensoradapt as ta
+from tensoradapt.peft import export_peft
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": tiny.WORDS, "head_dim": 4}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MIXED = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1, "n_routed_experts": 4}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+LATENT |= {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1}
+STEPS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4}
+STEPS |= {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 8}
+MIXTURES = {
+    "DeepseekV2": MIXED | LATENT | {"head_dim": 4},
+    "DeepseekV3": MIXED | LATENT,
+    "Glm4Moe": MIXED | {"n_group": 1, "topk_group": 1},
+    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
+    "HunYuanMoEV1": {"num_experts": 4, "moe_topk": 2},
+    "Qwen3Next": STEPS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+}
+
+
+def causal(name: str, **sizes) -> nn.Module:
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**(SIZES | sizes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model
+
+
+def shaken(model: nn.Module, targets: list[str]) -> ta.Adapter:
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=targets))
+    tiny.shake(adapter, 0.1)
+    return adapter
+
+
+def linears(model: nn.Module) -> list[str]:
+    paths = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+    return [f"re:{path.replace('.', '[.]')}" for path in paths]
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=tiny.tokens()).logits
+
+
+def by_peft(model: nn.Module, out) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys.*")
+        return PeftModel.from_pretrained(model, out).eval()
+
+
+@pytest.mark.parametrize("layout", ["portable", "compact"])
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.filterwarnings("ignore:the compact layout")
+def test_peft_gives_mixtures_the_outputs_that_the_attached_adapter_does(name, layout, tmp_path):
+    base = causal(name, **MIXTURES[name])
+    plain, model = logits(base), copy.deepcopy(base)
+    adapter = shaken(model, linears(base))
+    if layout == "compact":
+        adapter = ta.truncate(adapter, error=0.4)
+    attached = logits(ta.load(adapter, copy.deepcopy(base))._model[0] if layout == "compact" else model)
+    assert (attached - plain).norm() > 0.05 * plain.norm()
+    result = export_peft(adapter, tmp_path / "out", layout=layout, model=base)
+    assert result.reader.endswith(f"{name}ForCausalLM") and "re-opened with PEFT" in str(result)
+    torch.testing.assert_close(logits(by_peft(base, tmp_path / "out")), attached, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Mamba", "FalconMamba"])
+def test_what_peft_refuses_of_a_model_type_is_refused_by_name(name, tmp_path):
+    base = causal(name, state_size=4)
+    adapter = shaken(copy.deepcopy(base), ["out_proj", "in_proj"])
+    for model in (None, base):
+        with pytest.raises(ta.AdapterError, match=rf"(?s){name}ForCausalLM.*'out_proj' is incompatible.*merge"):
+            export_peft(adapter, tmp_path / "out", model=model)
+    assert list(tmp_path.iterdir()) == []
+    base.config.architectures = [type(base).__name__]
+    base.save_pretrained(tmp_path / "base")
+    adapter.save(tmp_path / "saved")
+    with pytest.raises(ta.AdapterError, match="'out_proj' is incompatible"):
+        export_peft(tmp_path / "saved", tmp_path / "out", model=tmp_path / "base")
+    alone = shaken(copy.deepcopy(base), ["in_proj"])
+    assert export_peft(alone, tmp_path / "out").max_error < 1e-6
+
+
+def test_without_a_model_the_export_says_that_only_the_file_was_checked(tmp_path):
+    shaken(tiny.llama(), ["q_proj"]).save(tmp_path / "saved")
+    result = export_peft(tmp_path / "saved", tmp_path / "out")
+    assert "only the file was checked" in str(result) and "re-opened" not in str(result)
+    assert "re-opened with PEFT" in str(export_peft(tmp_path / "saved", tmp_path / "with", model=tiny.llama()))
+
+
+def test_the_model_stays_as_it_is(tmp_path):
+    model = tiny.bert_classifier()
+    before, flags = tiny.base_of(model), [p.requires_grad for p in model.parameters()]
+    adapter = ta.attach(tiny.bert_classifier(), ta.preset("lora", targets=["query"], train=["classifier"]))
+    tiny.shake(adapter)
+    export_peft(adapter, tmp_path / "out", model=model, extras=True, task_type="SEQ_CLS")
+    assert tiny.same(before, tiny.base_of(model)) and flags == [p.requires_grad for p in model.parameters()]
+    assert not any(name.endswith("base_layer.weight") for name, _ in model.named_parameters())
