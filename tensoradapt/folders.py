@@ -11,7 +11,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
 from tensoradapt.io.folder import atomic_folder, check_free
 from tensoradapt.io.held import as_bytes
 from tensoradapt.io.names import shift
+from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved
 from tensoradapt.io.shards import Shard, open_shard, read_index
+from tensoradapt.io.views import Piece, View
 from tensoradapt.io.weights import FLOATS, quantised
 from tensoradapt.merging import Rows, add_rows, rows_of, view
 from tensoradapt.paths import expand
@@ -34,6 +37,7 @@ from tensoradapt.sites import PICKLES, Site
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
 INDEX = ".safetensors.index.json"
 SHOWN = 5  # names in an error or a note
+KEPT = 4  # tensors that were made before it is their turn to be written
 Progress = Callable[[str, int, int], None]  # a tensor's name, how many are merged, how many there are
 
 
@@ -61,21 +65,30 @@ class MergeResult:
 
 @dataclass
 class Change:
-    """What becomes of one stored tensor: the deltas of its sites are added, or a trained copy takes its place."""
+    """What becomes of one tensor: the deltas of its sites are added, or a trained copy takes its place."""
 
     entry: Entry
     sites: list[Site] = field(default_factory=list)
     trained: Tensor | None = None
 
-    def apply(self, tensor: Tensor, saved: Saved) -> Tensor:
-        """The tensor that is stored instead, rounded once to its dtype. Raises AdapterError where it is not finite."""
+    def apply(self, tensor: Tensor, index: int | None, saved: Saved) -> Tensor:
+        """What is stored instead of a tensor, or of its entry `index`, rounded once to its dtype.
+
+        Raises AdapterError where it is not finite.
+        """
         if self.trained is not None:
-            tensor = self.trained.to(tensor.dtype)
+            tensor = (self.trained if index is None else self.trained[index]).to(tensor.dtype)
             if not bool(tensor.isfinite().all()):
                 raise AdapterError(f"{self.entry.name} would not be finite", got=f"a trained copy in {tensor.dtype}")
         for site in self.sites:
-            add_rows(view(tensor, site), delta_rows(saved, site.path), site.path)
+            if index in (None, site.index):
+                mine = site if index is None else replace(site, index=None)
+                add_rows(view(tensor, mine), delta_rows(saved, site.path), site.path)
         return tensor
+
+    def touches(self, index: int | None) -> bool:
+        """Whether anything becomes of an entry."""
+        return self.trained is not None or index is None or any(site.index == index for site in self.sites)
 
 
 def delta_rows(saved: Saved, path: str, factor: float = 1.0) -> Rows:
@@ -112,12 +125,13 @@ def merge_folder(
         others, left = _others(source)
         ours = {file.name for file in source.files} | {other.parts[0] for other in others}
         check_free(target, ours, overwrite=overwrite)
-        saved = as_saved(adapter)
+        saved = plainly(as_saved(adapter))
         changes, added = _changes(saved, source, tied=tied)
+        added = {f"{_before(source)}{name}": tensor for name, tensor in added.items()}
         shards = [open_shard(file) for file in source.files]
         with atomic_folder(target, ours, overwrite=overwrite) as folder:
             _check_room(folder, shards)
-            merged = _Merged(saved, changes, progress)
+            merged = _Merged(saved, changes, source.view, progress)
             for shard in shards:
                 merged.write(shard, folder / shard.file.name, added if shard is shards[-1] else {})
             for other in others:
@@ -132,7 +146,7 @@ def merge_folder(
     notes = [f"not copied, as the merged weights are not in them: {_listed(left)}"] if left else []
     notes += [appended(added)] if added else []
     sites = sum(len(change.sites) for change in changes.values())
-    tensors = len(changes) + len(added)
+    tensors = len(merged.pieces) + len(added)
     return MergeResult(target, sites, tensors, sum(files.values()), tuple(sorted(files)), tuple(notes))
 
 
@@ -229,28 +243,63 @@ class _Merged:
 
     saved: Saved
     changes: Mapping[str, Change]
+    view: View
     progress: Progress | None
     done: int = 0
+    ready: dict[str, Tensor] = field(default_factory=dict)  # what was made with a tensor that is written
+
+    @cached_property
+    def pieces(self) -> dict[str, Piece]:
+        """The pieces that change, by the name of every tensor stored for them."""
+        changed = [
+            piece
+            for piece in self.view.pieces
+            if any(name in self.changes and self.changes[name].touches(index) for name, index in piece.here)
+        ]
+        return {stored: piece for piece in changed for stored in piece.stored}
 
     def write(self, shard: Shard, target: Path, added: Mapping[str, Tensor]) -> None:
         """Write a shard under the same header, what is not changed as bytes, tensor by tensor; `added` behind them."""
         with target.open("wb") as out:
             out.write(longer_head(shard, added) if added else shard.head())
             for name in shard.header:
-                change = self.changes.get(name)
-                if change is None or change.entry.file != shard.file:
+                if name not in self.pieces or self.view.file_of[name] != shard.file:
                     out.write(shard.stored(name).numpy().data)
                 else:
                     self._tell(name)
-                    out.write(as_bytes(change.apply(shard.read(name), self.saved)).numpy().data)
+                    out.write(as_bytes(self._made(name)).numpy().data)
             for tensor in added.values():
                 out.write(as_bytes(tensor).numpy().data)
         shard.stamp.check(shard.file)
 
+    def _made(self, stored: str) -> Tensor:
+        """The tensor that is written instead of a stored one; those made with it are kept until they are written."""
+        if stored not in self.ready:
+            piece = self.pieces[stored]
+            self.ready = dict(list(self.ready.items())[-KEPT:])
+            self.ready |= zip(piece.stored, self._changed(piece), strict=True)
+        return self.ready.pop(stored)
+
+    def _changed(self, piece: Piece) -> Sequence[Tensor]:
+        made = piece.forth([self.view.store.read(stored) for stored in piece.stored])
+        changed = [
+            self.changes[name].apply(tensor, index, self.saved) if name in self.changes else tensor
+            for tensor, (name, index) in zip(made, piece.here, strict=True)
+        ]
+        return piece.back(changed)
+
     def _tell(self, name: str) -> None:
         if self.progress is not None:
-            self.progress(name, self.done, len(self.changes))
+            self.progress(name, self.done, len(self.pieces))
         self.done += 1
+
+
+def _before(source: Checkpoint) -> str:
+    """What stands before every stored name: the `module.` of a wrapper, say."""
+    stored = source.view.by_stored
+    found = (n.removesuffix(piece.here[0][0]) for n, piece in stored.items() if n.endswith(f".{piece.here[0][0]}"))
+    before = min(found, key=len, default="")
+    return before if all(name.startswith(before) for name in stored) else ""
 
 
 def _folder(source: Checkpoint) -> Path:
@@ -308,8 +357,8 @@ def _check_room(folder: Path, shards: Sequence[Shard]) -> None:
 def _check_written(folder: Path, source: Checkpoint, added: Mapping[str, Tensor]) -> None:
     """Raise FileError where the folder that was written does not open with the base's names, shapes and dtypes."""
     with open_checkpoint(folder) as found:
-        both = [{e.name: (e.shape, e.dtype) for e in side.entries.values()} for side in (found, source)]
-    if both[0] != both[1] | {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in added.items()}:
+        both = [{name: kind for name, *kind, _ in side.view.store} for side in (found, source)]
+    if both[0] != both[1] | {name: [tuple(tensor.shape), tensor.dtype] for name, tensor in added.items()}:
         raise FileError(f"{folder} was not written as it should be", hint="look at the disk")
 
 

@@ -20,6 +20,8 @@ from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Progress
 from tensoradapt.host import HOST
 from tensoradapt.io.hub import cached
+from tensoradapt.io.names import plain_names
+from tensoradapt.io.wrapped import inside, own_modules
 from tensoradapt.paths import expand
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec, as_specs
@@ -51,7 +53,7 @@ def scan(model: Model) -> SiteMap:
     if config is not None:
         return _scan_config(config)
     if path.exists():
-        return from_headers(path)
+        return from_headers(path, plain_names)
     folder, name, _ = cached(str(model), None, "model", SOURCES)
     return replace(scan(folder), name=name)
 
@@ -146,8 +148,12 @@ def _built(path: Path) -> nn.Module:
 
 
 def scan_module(model: nn.Module) -> SiteMap:
-    """The sites of a live module: every adaptable weight, its layout, its delivery, and what it is tied to."""
-    modules = {path: module for path, module in model.named_modules() if HOST not in path.split(".")}
+    """The sites of a live module: every adaptable weight, its layout, its delivery, and what it is tied to.
+
+    Names are those inside wrappers (DataParallel, FSDP, torch.compile).
+    """
+    model = inside(model)
+    modules = {path: module for path, module in own_modules(model) if HOST not in path.split(".")}
     parameters = {
         f"{path}.{name}" if path else name: parameter
         for path, module in modules.items()
@@ -269,12 +275,13 @@ def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, also where a part of it has the name of a method (`train`, `type`)."""
+    """The module at a path, inside wrappers, also where a part of it has the name of a method (`train`, `type`)."""
+    model = inside(model)
     for name in path.split(".") if path else ():
         found = model._modules.get(name)
         if found is None:
             raise SiteError(f"the model has no module {path!r}", got=name, expected=", ".join(model._modules))
-        model = found
+        model = inside(found)
     return model
 
 

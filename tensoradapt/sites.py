@@ -11,7 +11,7 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,11 @@ def _mapped(path: str, shape: Any) -> Site:
     return Site(path, sizes, owner=path, tensor=path, kind="conv" if len(sizes) == 4 else "linear")
 
 
-def from_headers(path: Path) -> SiteMap:
-    """Sites of a safetensors file or a folder of shards: headers only, no tensor is read. Raises FileError."""
+def from_headers(path: Path, names: Callable[[Iterable[str]], Mapping[str, str]] | None = None) -> SiteMap:
+    """Sites of a safetensors file or a folder of shards: headers only, no tensor is read. Raises FileError.
+
+    `names` says what the stored names are called.
+    """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise no_weights(path, "a safetensors file, a folder of shards, or a config.json")
@@ -217,6 +220,8 @@ def from_headers(path: Path) -> SiteMap:
         if doubled:
             raise FileError(f"{doubled[0]} is in two files of {path}", hint="remove the file that does not belong")
         shapes |= found
+    if names is not None:
+        shapes = {name: shapes[stored] for stored, name in names(shapes).items()}
     total = sum(map(math.prod, shapes.values()))
     return SiteMap(placed(_weights(shapes)), name=str(path.name), parameters=shapes, num_parameters=total)
 

@@ -23,6 +23,7 @@ from tensoradapt.extract.whole import change_of
 from tensoradapt.extract.words import EQUAL, apart, counted, little, percent, wrapped
 from tensoradapt.folders import delta_rows, finder
 from tensoradapt.io.pairs import Deltas
+from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled
 from tensoradapt.merging import add_rows
 from tensoradapt.sites import Site
@@ -136,7 +137,7 @@ def verify(
     """
     if tolerance is not None and not (type(tolerance) in (int, float) and 0 <= tolerance < math.inf):
         raise SpecError("a tolerance is a number of at least 0", got=tolerance, hint="write 0.1 for 10 %")
-    saved = filled(as_saved(adapter), "verify")
+    saved = plainly(filled(as_saved(adapter), "verify"))
     with open_source(base, tuned, **options) as deltas:
         run = _Run(saved, deltas, _places(saved, deltas))
         total, tell = len(run.deltas) + len(saved.plan.extras), progress or (lambda *_: None)

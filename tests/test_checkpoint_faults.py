@@ -370,8 +370,8 @@ def test_f17_a_file_that_changes_while_it_is_read(file, monkeypatch):
     deltas = open_deltas(state(), file)
     read = type(deltas.tuned).read
 
-    def late(checkpoint, name):
-        found = read(checkpoint, name)
+    def late(checkpoint, name, index=None):
+        found = read(checkpoint, name, index)
         if checkpoint is deltas.tuned:
             rewritten(file)
         return found

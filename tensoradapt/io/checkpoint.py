@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -22,42 +22,19 @@ from torch import Tensor, nn
 from tensoradapt.errors import FileError
 from tensoradapt.io.held import held, spooled
 from tensoradapt.io.hub import cached
+from tensoradapt.io.names import distinct, plain_names
 from tensoradapt.io.shards import Shards, open_file, open_folder, open_index
+from tensoradapt.io.views import Store, View, under
+from tensoradapt.io.wrapped import own_names
 from tensoradapt.paths import expand
 from tensoradapt.spec import Rule, Spec
 
 SOURCES = "a safetensors file, a folder of them, a cached hub id, a mapping, a module, or pairs of a name and a tensor"
 
 
-class Store(Protocol):
-    """Where the tensors of a checkpoint lie."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that it reads."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a report should say of them."""
-
-    def __iter__(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Path | None]]: ...
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in its stored dtype."""
-
-    def check(self, name: str) -> None:
-        """Raise FileError where the tensor's file changed since it was opened."""
-
-    def fingerprint(self) -> list[Any]:
-        """What differs once any value does."""
-
-    def close(self) -> None:
-        """Give up what is held."""
-
-
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint; `file` is None where it does not lie in one of the user's."""
+    """One tensor of a checkpoint; `file` is None where it does not lie in one of the user's, or in several of them."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The tensors of one model.
+    """The tensors of one model, under the names of its modules: without the parts of wrappers.
 
     `name` is what messages call it, as the user wrote it; `entries` every tensor in stored order; `aliases` names of
     tensors that are the same as an earlier one; `folder` is where a config.json may lie; `label` is a path, a hub id or
@@ -82,20 +59,20 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     revision: str | None = None
     label: str = ""
-    store: Store = field(repr=False, kw_only=True)
+    view: View = field(repr=False, kw_only=True)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU; one of a file is mapped, not copied.
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """One tensor in its stored dtype, on the CPU, or one of its entries; one of a file is mapped, not copied.
 
         Raises FileError where there is none of that name, or its file was changed since it was opened.
         """
         if name not in self.entries:
             raise FileError(f"{self.name} has no tensor {name!r}", expected=", ".join(list(self.entries)[:5]))
-        return self.store.read(name)
+        return self.view.read(name, index)
 
     def check(self, name: str) -> None:
         """Raise FileError where the tensor's file was changed since it was opened."""
-        self.store.check(name)
+        self.view.check(name)
 
     def first(self, name: str) -> str:
         """The first name of a tensor: another one only where it is tied."""
@@ -104,11 +81,11 @@ class Checkpoint:
     def identity(self) -> str:
         """A hash of names, shapes and dtypes, and of the files: size, time, header, samples; or of values in memory."""
         named = [[e.name, list(e.shape), str(e.dtype)] for e in self.entries.values()]
-        return hashlib.sha256(json.dumps([named, self.store.fingerprint()]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([named, self.view.store.fingerprint()]).encode()).hexdigest()
 
     def close(self) -> None:
         """Give up temporary files; tensors that were read stay."""
-        self.store.close()
+        self.view.store.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -148,7 +125,9 @@ def _(source: Checkpoint, revision: str | None) -> Checkpoint:
 def _(source: nn.Module, revision: str | None) -> Checkpoint:
     state = source.state_dict().items()
     kind = type(source).__name__
-    return _in_memory([(name, tensor) for name, tensor in state if torch.is_tensor(tensor)], kind, label=kind)
+    tensors = [(name, tensor) for name, tensor in state if torch.is_tensor(tensor)]
+    by = own_names(source)
+    return _in_memory(tensors, kind, names=distinct({name: by(name) for name, _ in tensors}), label=kind)
 
 
 @_opened.register
@@ -181,9 +160,9 @@ def _(source: str, revision: str | None) -> Checkpoint:
     return _from_path(path, source)
 
 
-def _in_memory(pairs: Iterable[Any], name: str, label: str = "") -> Checkpoint:
+def _in_memory(pairs: Iterable[Any], name: str, **known: Any) -> Checkpoint:
     store = held(pairs)
-    return _made(name, store, aliases=store.same(), label=label)
+    return _made(name, store, same=store.same(), **known)
 
 
 def _from_path(path: Path, name: str, **known: Any) -> Checkpoint:
@@ -201,10 +180,23 @@ def _shards(path: Path) -> Shards:
     return open_index(path) if path.name.endswith(".safetensors.index.json") else open_file(path)
 
 
-def _made(name: str, store: Store, **known: Any) -> Checkpoint:
-    entries = {entry[0]: Entry(*entry) for entry in store}
+def _made(
+    name: str,
+    store: Store,
+    same: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
+    **known: Any,
+) -> Checkpoint:
+    """The checkpoint of a store, whose names are plain where `names` does not say what they become."""
+    names = names or plain_names(entry[0] for entry in store)
+    view = under(store, names)
+    aliases = {names[other]: names[first] for other, first in (same or {}).items()}
     known = {"folder": store.files[0].parent if store.files else None, "files": store.files, **known}
-    return Checkpoint(name, entries, notes=store.notes, store=store, **known)
+    return Checkpoint(name, _entries(view), aliases, notes=store.notes, view=view, **known)
+
+
+def _entries(view: View) -> dict[str, Entry]:
+    return {entry[0]: Entry(*entry) for entry in view}
 
 
 def _from_cache(source: str, revision: str | None) -> Checkpoint:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.checkpoint import Checkpoint
-from tensoradapt.io.names import shift
+from tensoradapt.io.names import not_merged, shift, unmerged
 from tensoradapt.io.weights import Judged, Pair, Reshaped, is_packed, quantised
 from tensoradapt.sites import Site, SiteMap, placed
 
@@ -64,6 +64,7 @@ def match(
     """
     if rows not in ROWS:
         raise FileError(f"rows={rows!r} is no choice", expected=", ".join(ROWS))
+    _check_merged(base, tuned)
     found, notes = _shared(base, tuned, prefix)
     _same_model(base, tuned, found)
     kept = _once(base, tuned, found)
@@ -84,6 +85,14 @@ def match(
         (*base.notes, *tuned.notes, *notes, *judged.notes),
         found,
     )
+
+
+def _check_merged(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise FileError where one side alone has the names of adapters that PEFT has not merged."""
+    inside = [(side, unmerged(side.entries)) for side in (base, tuned)]
+    for side, name in inside:
+        if name and not all(found for _, found in inside):
+            raise not_merged(side.name, name)
 
 
 def _shared(base: Checkpoint, tuned: Checkpoint, prefix: str) -> tuple[dict[str, str], list[str]]:

@@ -1,18 +1,79 @@
-"""Names of one model's tensors in two places, one of which has a prefix: `bert.encoder...` and `encoder...`.
+"""Names of one model's tensors: without the parts of wrappers, and in two places of which one has a prefix.
 
-Invariant: a prefix is only found where it brings most of the smaller side together, and more than the plain names do.
+Invariant: plain names are distinct; a prefix is only found where it brings most of the smaller side together, and more
+than the plain names do.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from tensoradapt.errors import FileError
 
 ENOUGH = 0.8  # the share of the smaller side's names that a prefix must bring together
 SAMPLES = 64  # names that prefixes are looked for with
+# What torch.compile, FSDP, activation checkpointing and Lightning put between two names of a model.
+PARTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module"))
+# What PEFT's layers hold: the module that they stand around, and the factors of its families.
+PEFT_PARTS = frozenset(
+    ("base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "lora_E")
+    + ("hada_w1_a", "hada_w1_b", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a", "vera_lambda_b", "vera_lambda_d")
+    + ("ia3_l", "oft_R", "oft_r", "boft_R", "fourierft_spectrum", "bone_block", "miss_block", "hra_u")
+)
+AROUND = "module."  # what DataParallel and averaged models put before every name
+COUNTER = "n_averaged"  # what an averaged model has beside the model
+
+
+def plain(name: str) -> str:
+    """A name without the parts of wrappers, wherever they stand."""
+    return ".".join(part for part in name.split(".") if part not in PARTS)
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Names as they are written -> the model's own: without wrappers, and without `module.` where all names have it.
+
+    Raises FileError where two names become one.
+    """
+    return distinct(without_around({name: plain(name) for name in names}))
+
+
+def without_around(found: dict[str, str]) -> dict[str, str]:
+    """The names without `module.` in front, as often as every one of them has it."""
+    inside = [name for name in found.values() if name != COUNTER]
+    while inside and all(name.startswith(AROUND) for name in inside):
+        found = {name: own.removeprefix(AROUND) for name, own in found.items()}
+        inside = [name for name in found.values() if name != COUNTER]
+    return found
+
+
+def distinct(found: dict[str, str]) -> dict[str, str]:
+    """The same names. Raises FileError where two of them mean one."""
+    seen: dict[str, str] = {}
+    for name, own in found.items():
+        if seen.setdefault(own, name) != name:
+            raise FileError(
+                f"{seen[own]} and {name} are both {own} without the names of wrappers",
+                expected="one tensor of each name",
+                hint="save the state of one model: the wrapped one, or the plain one",
+            )
+    return found
+
+
+def unmerged(names: Iterable[str]) -> str | None:
+    """The first name of a tensor that PEFT holds beside the model's own, or of a weight that it has put aside."""
+    return next((name for name in names if set(name.split(".")) & PEFT_PARTS), None)
+
+
+def not_merged(where: str, name: str) -> FileError:
+    """The error on a model whose adapters PEFT has not merged."""
+    return FileError(
+        f"{where} holds a PEFT adapter that is not merged",
+        got=name,
+        expected="the weights of one model, under their own names",
+        hint="merge it first, model.merge_and_unload(), and save that; or give the adapter's folder as an adapter",
+    )
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ class Deltas:
     def _stored(self, path: str) -> tuple[Tensor, Tensor]:
         """Both tensors as they lie in the files: one expert of them, and the rows in use."""
         pair = self.pair(path)
-        parts = self.base.read(pair.base_name), self.tuned.read(pair.tuned_name)
-        base, tuned = parts if pair.site.index is None else (part[pair.site.index] for part in parts)
+        base = self.base.read(pair.base_name, pair.site.index)
+        tuned = self.tuned.read(pair.tuned_name, pair.site.index)
         rows = pair.site.shape[1 if pair.site.layout == "in out" else 0]
         return base[:rows], tuned[:rows]
 

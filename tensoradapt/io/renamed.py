@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from tensoradapt.errors import FileError
 from tensoradapt.grouping import Group
-from tensoradapt.io.names import sole
+from tensoradapt.io.names import plain, sole
 from tensoradapt.io.saved import Saved
 from tensoradapt.sites import Site, SiteMap
 
@@ -27,6 +27,12 @@ def renamed(saved: Saved, by: Names, trained: Names) -> Saved:
         for key, tensor in saved.tensors.items()
     }
     return replace(saved, plan=replace(plan, groups=groups, extras=extras), tensors=tensors)
+
+
+def plainly(saved: Saved) -> Saved:
+    """The adapter without wrappers' parts in its names, as one made on a compiled or sharded model may have them."""
+    names = [*saved.sites, *saved.plan.extras]
+    return renamed(saved, plain, plain) if any(plain(name) != name for name in names) else saved
 
 
 def where_known(by: Names, parameters: Collection[str]) -> Names:
@@ -50,6 +56,7 @@ def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
 
     Raises FileError where a site or a trained module is not in the model, with its shape; `kind` names its class.
     """
+    saved = plainly(saved)
     sites = [placement.site for group in saved.plan.groups for placement in group.placements]
     by = sole({site.owner for site in sites}, {site.owner for site in model.sites})
     if by is not None and by.prefix:

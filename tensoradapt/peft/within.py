@@ -9,7 +9,7 @@ from torch import nn
 
 from tensoradapt.errors import AdapterError
 from tensoradapt.io.names import shift, sole
-from tensoradapt.io.renamed import renamed, where_known
+from tensoradapt.io.renamed import plainly, renamed, where_known
 from tensoradapt.io.saved import Saved
 from tensoradapt.scan import Model, scan
 
@@ -20,6 +20,7 @@ def seen_from_within(saved: Saved, model: Model | None) -> tuple[Saved, Model | 
     Where a part of the adapter's own model is given, or a model around it, the names are that model's.
     Raises AdapterError where sites lie outside it.
     """
+    saved = plainly(saved)
     if model is None:
         return saved, None
     inner = getattr(model, "transformers_model", None)
