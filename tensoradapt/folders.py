@@ -7,10 +7,8 @@ in memory at a time.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,21 +19,20 @@ from torch import Tensor
 
 from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.io.appended import appendable, appended, is_of_another_module, longer_head, longer_index
+from tensoradapt.io.beside import INDEX, check_apart, check_room, files_in, folder_of, others_of
 from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
 from tensoradapt.io.folder import atomic_folder, check_free
 from tensoradapt.io.held import as_bytes
 from tensoradapt.io.names import shift
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved
-from tensoradapt.io.shards import Shard, open_shard, read_index
+from tensoradapt.io.shards import Shard, open_shard
 from tensoradapt.io.views import Piece, View
 from tensoradapt.io.weights import FLOATS, quantised
 from tensoradapt.merging import Rows, add_rows, rows_of, view
 from tensoradapt.paths import expand
-from tensoradapt.sites import PICKLES, Site
+from tensoradapt.sites import Site
 
-WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite")
-INDEX = ".safetensors.index.json"
 SHOWN = 5  # names in an error or a note
 KEPT = 4  # tensors that were made before it is their turn to be written
 Progress = Callable[[str, int, int], None]  # a tensor's name, how many are merged, how many there are
@@ -121,8 +118,8 @@ def merge_folder(
     with open_checkpoint(base, revision) as source:
         if not source.files:
             raise FileError(f"{source.name} is no folder", expected="a folder, a file or a cached hub id")
-        _check_apart(source, target)
-        others, left = _others(source)
+        check_apart(source, target)
+        others, left = others_of(source)
         ours = {file.name for file in source.files} | {other.parts[0] for other in others}
         check_free(target, ours, overwrite=overwrite)
         saved = plainly(as_saved(adapter))
@@ -130,19 +127,19 @@ def merge_folder(
         added = {f"{_before(source)}{name}": tensor for name, tensor in added.items()}
         shards = [open_shard(file) for file in source.files]
         with atomic_folder(target, ours, overwrite=overwrite) as folder:
-            _check_room(folder, shards)
+            check_room(folder, shards)
             merged = _Merged(saved, changes, source.view, progress)
             for shard in shards:
                 merged.write(shard, folder / shard.file.name, added if shard is shards[-1] else {})
             for other in others:
                 (folder / other).parent.mkdir(parents=True, exist_ok=True)
                 if added and other.name.endswith(INDEX):
-                    index = longer_index(_folder(source) / other, shards[-1].file.name, added)
+                    index = longer_index(folder_of(source) / other, shards[-1].file.name, added)
                     (folder / other).write_bytes(index)
                 else:
-                    shutil.copyfile(_folder(source) / other, folder / other)
+                    shutil.copyfile(folder_of(source) / other, folder / other)
             _check_written(folder, source, added)
-            files = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
+            files = {str(file.relative_to(folder)): file.stat().st_size for file in files_in(folder)}
     notes = [f"not copied, as the merged weights are not in them: {_listed(left)}"] if left else []
     notes += [appended(added)] if added else []
     sites = sum(len(change.sites) for change in changes.values())
@@ -300,58 +297,6 @@ def _before(source: Checkpoint) -> str:
     found = (n.removesuffix(piece.here[0][0]) for n, piece in stored.items() if n.endswith(f".{piece.here[0][0]}"))
     before = min(found, key=len, default="")
     return before if all(name.startswith(before) for name in stored) else ""
-
-
-def _folder(source: Checkpoint) -> Path:
-    return source.files[0].parent
-
-
-def _is_file(source: Checkpoint) -> bool:
-    """Whether the base is a file by itself, whatever lies beside it."""
-    return Path(source.name).name == source.files[0].name
-
-
-def _check_apart(source: Checkpoint, out: Path) -> None:
-    """Raise FileError where one folder lies in the other, or they are the same."""
-    here, there = _folder(source).resolve(), out.resolve()
-    if here == there or there in here.parents or (here in there.parents and not _is_file(source)):
-        raise FileError(f"{out} and the base {source.name} lie in each other", hint="choose a folder beside it")
-
-
-def _others(source: Checkpoint) -> tuple[list[Path], list[str]]:
-    """The other files of a folder that belong to a model, and the weights among them that are left out."""
-    root = _folder(source)
-    if _is_file(source):
-        return [], []
-    written = {file.name for file in source.files}
-    found = [file for file in _files(root) if str(file.relative_to(root)) not in written]
-    taken = [file.relative_to(root) for file in found if _is_copied(file, written)]
-    return taken, sorted(str(file.relative_to(root)) for file in found if not _is_copied(file, written))
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """The regular files under a folder; none that is hidden, nor in a folder that is hidden or linked."""
-    for place, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            file = Path(place, name)
-            if not name.startswith(".") and file.is_file():
-                yield file
-
-
-def _is_copied(file: Path, written: set[str]) -> bool:
-    """Whether a file holds no weights, nor says where weights lie that are not written."""
-    if file.name.endswith(INDEX):
-        with suppress(FileError):
-            return set(read_index(file).values()) <= written
-    return file.suffix not in WEIGHTS and not file.name.endswith(".index.json")
-
-
-def _check_room(folder: Path, shards: Sequence[Shard]) -> None:
-    """Raise OSError before the work begins where the disk has no room for it."""
-    needed, free = sum(shard.stamp.size for shard in shards), shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(28, f"no room: {needed:,} bytes are needed, {free:,} are free")
 
 
 def _check_written(folder: Path, source: Checkpoint, added: Mapping[str, Tensor]) -> None:

@@ -205,23 +205,18 @@ def _mapped(path: str, shape: Any) -> Site:
     return Site(path, sizes, owner=path, tensor=path, kind="conv" if len(sizes) == 4 else "linear")
 
 
-def from_headers(path: Path, names: Callable[[Iterable[str]], Mapping[str, str]] | None = None) -> SiteMap:
-    """Sites of a safetensors file or a folder of shards: headers only, no tensor is read. Raises FileError.
-
-    `names` says what the stored names are called.
-    """
+def from_headers(path: Path, names: Callable[[Iterable[str]], Mapping[str, str]]) -> SiteMap:
+    """Sites of a safetensors file or a folder, by headers alone, under the `names` of the stored ones."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise no_weights(path, "a safetensors file, a folder of shards, or a config.json")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         found = read_shapes(file)
-        doubled = sorted(set(shapes) & set(found))
-        if doubled:
+        if doubled := sorted(set(shapes) & set(found)):
             raise FileError(f"{doubled[0]} is in two files of {path}", hint="remove the file that does not belong")
         shapes |= found
-    if names is not None:
-        shapes = {name: shapes[stored] for stored, name in names(shapes).items()}
+    shapes = {name: shapes[stored] for stored, name in names(shapes).items()}
     total = sum(map(math.prod, shapes.values()))
     return SiteMap(placed(_weights(shapes)), name=str(path.name), parameters=shapes, num_parameters=total)
 

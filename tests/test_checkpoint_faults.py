@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 import tensoradapt as ta
 from tensoradapt.errors import FileError, SpecError, TensorAdaptError
 from tensoradapt.io.checkpoint import open_checkpoint
+from tensoradapt.io.names import plain_names
 from tensoradapt.io.pairs import open_deltas
 from tensoradapt.sites import from_headers
 
@@ -148,7 +149,7 @@ def test_f4_headers_that_are_no_headers(text, file):
     file.write_bytes(raw(text, b"\0" * 16))
     refused(file, where=file)
     with pytest.raises(FileError):
-        from_headers(file)
+        from_headers(file, plain_names)
 
 
 def entry(dtype="F32", shape=(2, 2), begin=0, end=16) -> dict:
@@ -187,7 +188,7 @@ def test_f11_a_name_that_is_in_a_header_twice(file):
     file.write_bytes(raw(text[:-1] + b", " + text[1:], b"\0" * 16))
     refused(file, "'a' is there 2 times", where=file)
     with pytest.raises(FileError, match="'a' is there 2 times"):
-        from_headers(file)
+        from_headers(file, plain_names)
 
 
 def test_f11_a_name_that_is_in_an_index_twice(folder):
@@ -331,7 +332,7 @@ def test_f16_what_is_no_file_is_not_opened(kind, door, tmp_path, folder):
 def test_f16_a_plan_opens_no_device_either(tmp_path):
     device(tmp_path / "model.safetensors")
     with pytest.raises(FileError, match="is no file"):
-        from_headers(tmp_path)
+        from_headers(tmp_path, plain_names)
 
 
 # -- F17 to F20: time, pickles, secrets, names ----------------------------------------------------------------------
@@ -655,7 +656,7 @@ def test_f54_only_our_errors_leave_a_header(header, data, tmp_path_factory):
     path.write_bytes(raw(header, data))
     survives(path)
     try:
-        from_headers(path)
+        from_headers(path, plain_names)
     except TensorAdaptError:
         pass
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 import tensoradapt as ta
+from tensoradapt.io.names import plain_names
 from tensoradapt.sites import from_headers
 from tensoradapt.spec import SETS
 from tests import tiny
@@ -164,7 +165,7 @@ def test_headers_tell_what_the_model_tells(tmp_path):
     for model in (tiny.bert_classifier(), tiny.gpt2(), tiny.t5(), tiny.llama(), tiny.mixtral()):
         tensors = {n: p.detach().clone() for n, p in model.named_parameters()}
         save_file(tensors, tmp_path / "model.safetensors")
-        header = from_headers(tmp_path / "model.safetensors")
+        header = from_headers(tmp_path / "model.safetensors", plain_names)
         for word in ("query-value", "feed-forward", "all-linear"):
             live = {p for g in ta.plan(ta.preset("lora", targets=word), model).groups for p in g.paths}
             read = {p for g in ta.plan(ta.preset("lora", targets=word), header).groups for p in g.paths}
