@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tensoradapt.calls import computed
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError
 from tensoradapt.quantised import is_plain, kind_of
@@ -34,10 +35,9 @@ class Target:
     trained: Tensor | None = None
 
     @property
-    def parameter(self) -> nn.Parameter | None:
+    def parameter(self) -> Tensor | None:
         """The parameter as it is now; None where the module has none of that name."""
-        owner, leaf = self.places[0]
-        return owner._parameters.get(leaf)
+        return _held(*self.places[0])
 
 
 def targets_of(
@@ -80,7 +80,12 @@ class Merged:
             if self.tied is not None:
                 owner._parameters[leaf] = self.tied
             elif self.original is not None:
-                owner._parameters[leaf].copy_(self.original)  # type: ignore[union-attr]
+                _held(owner, leaf).copy_(self.original)  # type: ignore[union-attr]
+
+
+def _held(owner: nn.Module, leaf: str) -> Tensor | None:
+    """A weight that a module holds: a parameter, or the buffer that PyTorch makes of a frozen parametrised one."""
+    return owner._parameters[leaf] if leaf in owner._parameters else owner._buffers.get(leaf)
 
 
 def view(parameter: Tensor, site: Site) -> Tensor:
@@ -99,10 +104,13 @@ def plain_weight(model: nn.Module, site: Site) -> Tensor:
     held = owner._parameters.get(name)
     if held is not None and held.is_meta:
         raise AdapterError(f"{site.path} is on the meta device: it has no weight to start from", hint="load it first")
+    made = computed(owner, name)
+    if made is not None:
+        raise AdapterError(f"{site.path} has no parameter to start from: it is {made[0]}", hint=f"call {made[1]} first")
     found = view(held.detach(), site).flatten(1) if is_plain(held) else None  # type: ignore[union-attr]
     if found is None or tuple(found.shape) != (site.out, site.inp * site.kernel):
         raise AdapterError(
-            f"{site.path} has no plain weight to start from: it is quantised, sharded, or computed from others",
+            f"{site.path} has no plain weight to start from: it is quantised or sharded",
             got=kind_of(held),
             hint="start from the model in half precision, save the adapter, and load it onto the quantised one",
         )
@@ -162,7 +170,7 @@ def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, unti
     holders = _holders(model)
     apart = {target.name: _tied(target, holders, untie) for target in targets}
     parted = [id(target.parameter) for target in targets if apart[target.name]]
-    words = any(isinstance(module, nn.Embedding) for key in parted for _, (module, _) in holders[key])
+    words = any(isinstance(module, nn.Embedding) for key in parted for _, (module, _) in holders.get(key, ()))
     for target in targets if keep is None else ():
         _write(target, write=False)
     records: list[Merged | Untied] = []
@@ -197,10 +205,16 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[str, Place]]]:
 
 def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie: bool) -> bool:
     """Whether modules outside the target hold its parameter too. Raises AdapterError where it cannot be merged into."""
-    parameter: nn.Parameter = target.parameter  # type: ignore[assignment]
+    parameter: Tensor = target.parameter  # type: ignore[assignment]
+    made = computed(*target.places[0])
+    if made is not None:
+        raise AdapterError(
+            f"{target.name} is {made[0]}, so a merge has no parameter to write into",
+            hint=f"{made[1]} makes a parameter of it, then merge again; or serve the adapter unmerged",
+        )
     if not is_plain(parameter):
         raise AdapterError(
-            f"{target.name} is no plain weight to merge into: it is quantised, sharded, or computed from others",
+            f"{target.name} is no plain weight to merge into: it is quantised or sharded",
             got=f"{kind_of(parameter)}, in a {type(target.places[0][0]).__name__}",
             hint="dequantise the base first, or serve the adapter unmerged",
         )
@@ -208,7 +222,7 @@ def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie:
         raise AdapterError(
             f"{target.name} is on the meta device: there is nothing to merge into", hint="load the weights first"
         )
-    others = [path for path, place in holders[id(parameter)] if place not in target.places]
+    others = [path for path, place in holders.get(id(parameter), ()) if place not in target.places]
     if others and not untie:
         raise AdapterError(
             f"{target.name} is tied to {', '.join(others)}: merging would change both",
@@ -219,7 +233,7 @@ def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie:
 
 def _take(target: Target, keep: str | None, *, apart: bool) -> Merged:
     """Record a parameter before it is changed; a tied one is replaced by a copy of its own."""
-    parameter: nn.Parameter = target.parameter  # type: ignore[assignment]
+    parameter: Tensor = target.parameter  # type: ignore[assignment]
     if not apart:
         return Merged(target.places, keep_original(parameter, keep))
     own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
@@ -229,7 +243,7 @@ def _take(target: Target, keep: str | None, *, apart: bool) -> Merged:
 
 
 def _write(target: Target, *, write: bool = True) -> None:
-    parameter: nn.Parameter = target.parameter  # type: ignore[assignment]
+    parameter: Tensor = target.parameter  # type: ignore[assignment]
     for site, rows in target.parts:
         add_rows(view(parameter, site), rows(), site.path, write=write)
     if target.trained is not None:

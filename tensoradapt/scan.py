@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
+from tensoradapt.calls import computed, conv1d_class, holds_codes, is_plain_call
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Progress
 from tensoradapt.host import HOST
@@ -164,7 +165,7 @@ def scan_module(model: nn.Module) -> SiteMap:
     found = [s for path, m in modules.items() if path not in refused for s in _module_sites(path, m, modules)]
     for site in found:
         if site.delivery == "weight" and site.tensor not in parameters:
-            refused[site.path] = "its weight is computed from other parameters at every call"
+            refused[site.path] = _computed(modules[site.owner])
         elif site.delivery == "weight" and not is_plain(parameters[site.tensor]):
             refused[site.path] = f"its weight is quantised or sharded: {kind_of(parameters[site.tensor])}"
     sites = placed([site for site in found if site.path not in refused])
@@ -207,23 +208,40 @@ def _module_sites(path: str, module: Any, modules: Mapping[str, nn.Module]) -> I
     """The site of a module whose class is known, or those of the parameters of any other."""
     by_hook: dict[str, Any] = {"owner": path, "tensor": f"{path}.weight".removeprefix(".")}
     by_weight = {**by_hook, "delivery": "weight", "kind": "parameter"}
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        yield Site(path, tuple(module.weight.shape[::-1]), layout="in out", **by_hook)
+    turned = conv1d_class(module)
+    if turned is not None:
+        how = "output" if is_plain_call(module, turned) else "weight"
+        yield Site(path, tuple(module.weight.shape[::-1]), layout="in out", **{**by_hook, "delivery": how})
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        plain = type(module).forward is nn.Embedding.forward
+        plain = is_plain_call(module, nn.Embedding)
         shape: tuple[int, ...] = (module.embedding_dim, module.num_embeddings)
         yield Site(path, shape, layout="in out", **({**by_hook, "kind": "embedding"} if plain else by_weight))
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        plain = type(module).forward is nn.Conv2d.forward and module.groups == 1
+        plain = is_plain_call(module, nn.Conv2d) and module.groups == 1
         kernel = (1, *module.kernel_size)[-2:]
         shape = (module.out_channels, module.in_channels // module.groups, *kernel)
         yield Site(path, shape, **({**by_hook, "kind": "conv"} if plain else by_weight))
     elif all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features")):
+        shape = (module.out_features, module.in_features)
+        weight = module._parameters.get("weight")
         # nn.MultiheadAttention uses its out_proj's weight and never calls it
         called = not isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
-        yield Site(path, (module.out_features, module.in_features), **(by_hook if called else by_weight))
+        if (called and is_plain_call(module, nn.Linear)) or holds_codes(module):
+            yield Site(path, shape, **by_hook)
+        elif computed(module, "weight") or (is_plain(weight) and weight.shape in (shape, shape[::-1])):
+            kind = "linear" if isinstance(module, nn.Linear) and called else "parameter"
+            layout = "out in" if weight is None or weight.shape == shape else "in out"
+            yield Site(path, shape, layout=layout, **{**by_weight, "kind": kind})
+        else:
+            yield from _parameter_sites(path, module)
     else:
         yield from _parameter_sites(path, module)
+
+
+def _computed(module: nn.Module) -> str:
+    """Why a weight that is computed at every call is refused, and what makes a parameter of it."""
+    how, remove = computed(module, "weight") or ("computed from other parameters at every call", "")
+    return f"its weight is {how}" + (f"; {remove} makes a parameter of it" if remove else "")
 
 
 def _parameter_sites(path: str, module: nn.Module) -> Iterator[Site]:

@@ -15,8 +15,8 @@ TORCH_FREE = (
     *("placing", "laws", "grouping", "rows", "plan", "knapsack", "budget"),
 )
 WITH_TORCH = (
-    *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "quantised", "scan", "fit", "init", "hooks"),
-    *("merging", "adapter", "handover", "attach"),
+    *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "quantised", "calls", "scan", "fit", "init"),
+    *("hooks", "merging", "adapter", "handover", "attach"),
     *(
         "change",
         "optim",

@@ -92,11 +92,11 @@ def modules_of(saved: Saved, model: SiteMap | None) -> list[Module]:
 def _modules(group: Group, site: Site, live: Mapping[str, Site] | None) -> list[Module]:
     """A site's module, and the modules that are tied to it and adapted with it."""
     here = live.get(site.owner, site) if live else site
-    if site.index is not None or here.kind not in SERVED:
+    if site.index is not None or here.kind not in SERVED or here.delivery == "weight":
         raise AdapterError(
             f"PEFT's LoRA cannot hold the delta of {site.path}",
             got="an expert of a 3-D parameter" if site.index is not None else f"a {here.kind} delivered by weight",
-            expected="a Linear, Conv1D, Embedding or Conv2d module",
+            expected="a Linear, Conv1D, Embedding or Conv2d module with its class's own forward, which is called",
             hint="merge the adapter and serve the whole model, or leave the site out of the adapter",
         )
     if live is None and here.kind == "linear" and here.path.rpartition(".")[2] in EMBEDDINGS:
