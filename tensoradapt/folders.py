@@ -278,12 +278,13 @@ class _Merged:
         return self.ready.pop(stored)
 
     def _changed(self, piece: Piece) -> Sequence[Tensor]:
-        made = piece.forth([self.view.store.read(stored) for stored in piece.stored])
+        stored = [self.view.store.read(name) for name in piece.stored]
+        made = piece.forth(stored)
         changed = [
             self.changes[name].apply(tensor, index, self.saved) if name in self.changes else tensor
             for tensor, (name, index) in zip(made, piece.here, strict=True)
         ]
-        return piece.back(changed)
+        return piece.back(changed, stored)
 
     def _tell(self, name: str) -> None:
         if self.progress is not None:

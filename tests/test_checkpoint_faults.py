@@ -100,10 +100,11 @@ import resource, sys, time
 from pathlib import Path
 from tensoradapt.errors import FileError
 from tensoradapt.io.checkpoint import open_checkpoint
+from tensoradapt.io.names import plain_names
 from tensoradapt.sites import from_headers
 
 for path in map(Path, sys.argv[1:]):
-    for opened in (open_checkpoint, from_headers):
+    for opened in (open_checkpoint, lambda path: from_headers(path, plain_names)):
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
         try:
             opened(path)

@@ -6,56 +6,16 @@ those of the one tensor that is stored. Of tied names the model's first is the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tensoradapt.io.checkpoint import Checkpoint, Entry, Store
+from tensoradapt.io.checkpoint import Checkpoint, Entry
 from tensoradapt.io.names import shift
 from tensoradapt.sites import SiteMap
-
-Names = Callable[[str], str]
-
-
-@dataclass(frozen=True)
-class Tied:
-    """A store that has further names for some of its tensors."""
-
-    store: Store
-    holders: Mapping[str, str]  # further name -> the name under which the tensor is stored
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Those of the store."""
-        return self.store.files
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Those of the store."""
-        return self.store.notes
-
-    def __iter__(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Path | None]]:
-        return iter(self.store)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor that has this name too."""
-        return self.store.read(self.holders.get(name, name))
-
-    def check(self, name: str) -> None:
-        """Raise FileError where the tensor's file changed since it was opened."""
-        self.store.check(self.holders.get(name, name))
-
-    def fingerprint(self) -> list[Any]:
-        """That of the store."""
-        return self.store.fingerprint()
-
-    def close(self) -> None:
-        """Close the store."""
-        self.store.close()
 
 
 def with_ties(
@@ -123,7 +83,7 @@ def _named(side: Checkpoint, names: Sequence[str], holder: str) -> Checkpoint:
     aliases = {name: names[0] if first in rows else first for name, first in aliases.items()}
     aliases |= dict.fromkeys(names[1:], names[0])
     further = {name: holder for name in names if name not in side.entries}
-    return replace(side, entries=entries, aliases=aliases, store=Tied(side.store, further))
+    return replace(side, entries=entries, aliases=aliases, view=side.view.also(further))
 
 
 def _by_value(side: Checkpoint, other: Checkpoint) -> Checkpoint:

@@ -7,7 +7,7 @@ before it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,27 +48,32 @@ class Store(Protocol):
 Turn = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-def as_it_is(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def as_it_is(tensors: Sequence[Tensor], _: Sequence[Tensor] = ()) -> Sequence[Tensor]:
     """The same tensors: what only has another name."""
     return tensors
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Stored tensors that together are one or several here: `forth` makes these of them, and `back` undoes it."""
+    """Stored tensors that together are one or several here.
+
+    `forth` makes these of them; `back` gives, for what became of these, what is stored instead of the stored tensors,
+    which it gets too.
+    """
 
     stored: tuple[str, ...]
     here: tuple[Key, ...]
     forth: Turn = as_it_is
-    back: Turn = as_it_is
+    back: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] = as_it_is
 
 
 @dataclass(frozen=True)
 class View:
-    """The tensors of a store under the names, and in the shapes, that the pieces say."""
+    """The tensors of a store under the names, and in the shapes, that the pieces say; `others` are further names."""
 
     store: Store
     pieces: tuple[Piece, ...]
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _here(self) -> dict[str, dict[int | None, Piece]]:
@@ -88,12 +93,19 @@ class View:
         """The piece of every stored tensor."""
         return {name: piece for piece in self.pieces for name in piece.stored}
 
+    def also(self, others: Mapping[str, str]) -> View:
+        """The same tensors with further names: from each to the name that a tensor has."""
+        first = {name: self.others.get(other, other) for name, other in others.items()}
+        return replace(self, others={**self.others, **first})
+
     def names(self, name: str) -> tuple[str, ...]:
         """The names under which a tensor here is stored, or its parts are."""
-        return tuple(stored for piece in self._here[name].values() for stored in piece.stored)
+        parts = self._here[self.others.get(name, name)]
+        return tuple(stored for piece in parts.values() for stored in piece.stored)
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """One tensor, or one of its entries along the first axis, on the CPU, in its stored dtype."""
+        name = self.others.get(name, name)
         parts = self._here[name]
         if None in parts:
             whole = self._made(name, None)
