@@ -217,10 +217,11 @@ def _module_sites(path: str, module: Any, modules: Mapping[str, nn.Module]) -> I
         shape: tuple[int, ...] = (module.embedding_dim, module.num_embeddings)
         yield Site(path, shape, layout="in out", **({**by_hook, "kind": "embedding"} if plain else by_weight))
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
-        plain = is_plain_call(module, nn.Conv2d) and module.groups == 1
+        called = is_plain_call(module, nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d)
+        dims = len(module.kernel_size) if called and module.groups == 1 else 0
         kernel = (1, *module.kernel_size)[-2:]
         shape = (module.out_channels, module.in_channels // module.groups, *kernel)
-        yield Site(path, shape, **({**by_hook, "kind": "conv"} if plain else by_weight))
+        yield Site(path, shape, dims=dims, **({**by_hook, "kind": "conv"} if dims == 2 else by_weight))
     elif all(type(getattr(module, name, None)) is int for name in ("in_features", "out_features")):
         shape = (module.out_features, module.in_features)
         weight = module._parameters.get("weight")

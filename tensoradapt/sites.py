@@ -53,6 +53,7 @@ class Site:
     joined_kinds: tuple[str, ...] = ()  # their kinds, as `kind`
     tensor: str = ""  # the parameter's own name in the model: equal for tied modules
     kind: str = "linear"  # linear, embedding, conv, parameter: which module applies the delta
+    dims: int = 0  # of the kernel of a plain convolution, 1 or 2; 0 of another module, or where it is not known
 
     @property
     def out(self) -> int:

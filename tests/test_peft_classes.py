@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 import tensoradapt as ta
+from tensoradapt.io.saved import Saved
 from tensoradapt.peft import export_peft
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": tiny.WORDS, "head_dim": 4}
@@ -112,3 +113,31 @@ def test_the_model_stays_as_it_is(tmp_path):
     export_peft(adapter, tmp_path / "out", model=model, extras=True, task_type="SEQ_CLS")
     assert tiny.same(before, tiny.base_of(model)) and flags == [p.requires_grad for p in model.parameters()]
     assert not any(name.endswith("base_layer.weight") for name, _ in model.named_parameters())
+
+
+KERNELS = {"Conv1d": (3, 3), "Conv1d of one": (3, 1), "Conv2d of one row": (4, (1, 3)), "Conv2d of one": (4, 1)}
+
+
+@pytest.mark.parametrize("model", ["its own", "given", "none"])
+@pytest.mark.parametrize("case", KERNELS)
+def test_convolutions_are_written_with_their_own_number_of_dimensions(case, model, tmp_path):
+    dims, kernel = KERNELS[case]
+    make = lambda: torch.manual_seed(0) and nn.Sequential((nn.Conv1d if dims == 3 else nn.Conv2d)(4, 6, kernel))  # noqa: E731
+    adapter = shaken(make(), ["0"])
+    delta = adapter.delta("0")
+    source = adapter if model == "its own" else adapter.save(tmp_path / "saved")
+    export_peft(source, tmp_path / "out", model=make() if model == "given" else None)
+    base, merged = make(), by_peft(make(), tmp_path / "out").merge_and_unload()
+    torch.testing.assert_close((merged[0].weight - base[0].weight).flatten(1), delta.flatten(1), rtol=1e-4, atol=1e-5)
+    imported = ta.import_peft(tmp_path / "out")
+    again = export_peft(imported, tmp_path / "again")
+    assert again.max_error < 1e-6
+    by_peft(make(), tmp_path / "again")
+
+
+def test_a_kernel_of_one_row_that_no_module_stands_for_needs_the_model(tmp_path):
+    plan = ta.plan(ta.preset("lora", rank=2, targets=["0"]), {"0": (6, 4, 1, 3)})
+    saved = Saved.of(plan, {key: torch.ones(factor.shape) for key, factor in plan.factors.items()})
+    with pytest.raises(ta.AdapterError, match=r"(?s)a Conv1d or a Conv2d.*model="):
+        export_peft(saved, tmp_path / "out")
+    assert export_peft(saved, tmp_path / "out", model=nn.Sequential(nn.Conv1d(4, 6, 3))).max_error < 1e-6

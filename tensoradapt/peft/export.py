@@ -259,7 +259,8 @@ def _tensors(made: _Made, dtype: torch.dtype, *, pad: bool) -> dict[str, Tensor]
         a = torch.nn.functional.pad(factored.a, (0, 0, 0, more)).to(dtype)
         b = torch.nn.functional.pad(factored.b, (0, more)).to(dtype)
         if module.kind == "conv":
-            a, b = a.reshape(-1, *module.shape[1:]), b[:, :, None, None]
+            kernel = module.shape[3:] if module.dims == 1 else module.shape[2:]
+            a, b = a.reshape(-1, module.shape[1], *kernel), b.reshape(*b.shape, *(1 for _ in kernel))
         names = ("lora_embedding_A", "lora_embedding_B")
         names = names if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
         found |= {f"{PREFIX}{module.path}.{name}": t.contiguous() for name, t in zip(names, (a, b), strict=True)}

@@ -29,6 +29,7 @@ class Found:
     parameters: Mapping[str, Any]
     fields: Mapping[str, Any] = field(default_factory=dict)
     factors: Tensors = field(default_factory=dict)
+    dims: int = 0  # of a convolution's kernel, as it is stored; 0 where that is flat
 
 
 def lora(config: Config, path: str, held: Tensors) -> Found:
@@ -45,7 +46,7 @@ def lora(config: Config, path: str, held: Tensors) -> Found:
     scale = "alpha/sqrt(rank)" if config.values.get("use_rslora") else "alpha/rank"
     fields = {"scale": scale, "alpha": config.alpha(path), **_dropout(config, "lora_dropout", kind)}
     factors = {"core_out": b.flatten(1), "core_in": a.flatten(1)}
-    return Found((b.shape[0], a.shape[1], *kernel), kind, "lora", {"rank": rank}, fields, factors)
+    return Found((b.shape[0], a.shape[1], *kernel), kind, "lora", {"rank": rank}, fields, factors, a.dim() - 2)
 
 
 def _sides(held: Tensors) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,7 @@ def _module(
     unlike = math.prod(site.shape) != math.prod(found.shape) and config.family != "VERA"
     if unlike or site.out != found.shape[0]:
         raise FileError(f"{path} has another shape than in {config.file.parent}", got=site.shape, expected=found.shape)
-    return replace(found, shape=site.shape, kind=site.kind)
+    return replace(found, shape=site.shape, kind=site.kind, dims=site.dims)
 
 
 def _with_inputs(
@@ -151,7 +151,15 @@ def _plan(config: Config, found: Mapping[str, Found], extras: Mapping[str, Tenso
         rules.setdefault(variation, []).append(path)
     layouts = {"embedding": "in out"}
     sites = [
-        Site(path, f.shape, layout=layouts.get(f.kind, "out in"), owner=path, tensor=f"{path}.weight", kind=f.kind)
+        Site(
+            path,
+            f.shape,
+            layout=layouts.get(f.kind, "out in"),
+            owner=path,
+            tensor=f"{path}.weight",
+            kind=f.kind,
+            dims=f.dims,
+        )
         for path, f in found.items()
     ]
     name = config.values.get("base_model_name_or_path")

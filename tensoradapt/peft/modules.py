@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Module:
     layout: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    dims: int = 0  # of a convolution's kernel
 
     @property
     def flat(self) -> tuple[int, int]:
@@ -80,10 +81,7 @@ def modules_of(saved: Saved, model: SiteMap | None) -> list[Module]:
     for group, placement in saved.sites.values():
         for module in _modules(group, placement.site, live):
             found.setdefault(module.path, []).append(module)
-    made = [
-        Module(path, m[0].kind, m[0].layout, m[0].shape, tuple(p for each in m for p in each.parts))
-        for path, m in found.items()
-    ]
+    made = [replace(m[0], path=path, parts=tuple(p for each in m for p in each.parts)) for path, m in found.items()]
     if live is not None:
         _check_fits(saved, made, live)
     return made
@@ -92,7 +90,9 @@ def modules_of(saved: Saved, model: SiteMap | None) -> list[Module]:
 def _modules(group: Group, site: Site, live: Mapping[str, Site] | None) -> list[Module]:
     """A site's module, and the modules that are tied to it and adapted with it."""
     here = live.get(site.owner, site) if live else site
-    if site.index is not None or here.kind not in SERVED or here.delivery == "weight":
+    conv1d = here.dims == 1  # plain, and delivered by weight here alone
+    here = replace(here, kind="conv") if conv1d else here
+    if site.index is not None or here.kind not in SERVED or (here.delivery == "weight" and not conv1d):
         raise AdapterError(
             f"PEFT's LoRA cannot hold the delta of {site.path}",
             got="an expert of a 3-D parameter" if site.index is not None else f"a {here.kind} delivered by weight",
@@ -104,11 +104,16 @@ def _modules(group: Group, site: Site, live: Mapping[str, Site] | None) -> list[
             f"{site.path} has the name of an embedding, and the adapter was made without its model",
             hint="give model=: PEFT stores embeddings otherwise",
         )
+    if here.kind == "conv" and here.shape[2] == 1 and not here.dims:
+        raise AdapterError(
+            f"{site.path} is a Conv1d or a Conv2d: its kernel {here.shape[2:]} does not say which",
+            hint="give model=: PEFT stores the two otherwise",
+        )
     turned = live is not None and here.shape != site.shape and here.shape == site.shape[::-1]  # taken from a file
     shape = site.shape[::-1] if turned else site.shape
     shape = shape if site.rows is None else (_height(group, site, live), *shape[1:])
     start = 0 if site.rows is None else site.rows[0]
-    made = [Module(site.owner, here.kind, here.layout, shape, (Part(site.path, start, turned),))]
+    made = [Module(site.owner, here.kind, here.layout, shape, (Part(site.path, start, turned),), here.dims)]
     for twin in site.joined:
         if live is None or twin not in live:
             raise AdapterError(

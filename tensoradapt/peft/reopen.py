@@ -202,5 +202,9 @@ def _linear(module: Module, out: int, inp: int) -> nn.Module:
 _MAKERS: Mapping[str, Callable[[Module, int, int], nn.Module]] = {
     "linear": _linear,
     "embedding": lambda module, out, inp: nn.Embedding(inp, out),
-    "conv": lambda module, out, inp: nn.Conv2d(inp, out, module.shape[2:], bias=False),  # type: ignore[arg-type]
+    "conv": lambda module, out, inp: (
+        nn.Conv1d(inp, out, module.shape[3], bias=False)
+        if module.dims == 1
+        else nn.Conv2d(inp, out, module.shape[2:], bias=False)  # type: ignore[arg-type]
+    ),
 }
