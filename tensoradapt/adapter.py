@@ -166,9 +166,11 @@ class Adapter(nn.Module):
         return found[1]
 
     def in_place_of(self, key: str, parameter: Tensor) -> Tensor:
-        """What a call reads in a parameter's place: its trained copy, or the sum with the deltas of its sites."""
+        """What a call reads in a parameter's place: it, or its trained copy, and the deltas of its sites."""
         if key in self.plan.extras:
-            return self.extra[slashed(key)].to(parameter.dtype)
+            parameter = self.extra[slashed(key)].to(parameter.dtype)
+        if key not in self._weighted:
+            return parameter
         return parameter + laid_out(
             [(self._lines[path][1], self.delta(path)) for path in self._weighted[key]], parameter
         )
@@ -230,7 +232,8 @@ class Adapter(nn.Module):
         planned = [sites[path] for group in self.plan.groups for path in group.paths]
         extras = {path: self.extra[slashed(path)] for path in self.plan.extras}
         found = targets_of(model, planned, sites, lambda path: partial(self._rows, path))
-        return found + [Target(path, (owner_of(model, path),), trained=copy) for path, copy in extras.items()]
+        adapted = [replace(target, trained=extras.pop(target.name, None)) for target in found]
+        return adapted + [Target(path, (owner_of(model, path),), trained=copy) for path, copy in extras.items()]
 
     def _rows(self, path: str) -> Rows:
         """Blocks of rows of a site's delta, computed in float32 at least."""

@@ -42,6 +42,7 @@ def attach(model: nn.Module, spec: SpecLike, name: str = "default", seed: int = 
     _check_model(model, name, "ta.attach(model, spec)")
     found = scan_module(model)
     plan = make_plan(as_spec(spec, "ta.attach(model, spec)"), found)
+    _check_apart(model, plan)
     adapter = _prepare(model, plan, found, name)
     _check_random(plan, seed)
     _fill(adapter, _initial(model, plan, adapter, seed))
@@ -167,14 +168,19 @@ def _joined(group: Group, placement: Placement, twin: Site) -> tuple[Group, Site
     return group, twin, line(group, placement, twin.kind, transpose=transpose)
 
 
-def _check_extras(model: nn.Module, plan: Plan) -> None:
+def _check_apart(model: nn.Module, plan: Plan) -> None:
+    """Nothing is both adapted and trained whole, as it may be in an adapter of PEFT's that is loaded."""
     adapted = {parameter_of(model, p.site) for g in plan.groups for p in g.placements}
+    both = next((path for path in plan.extras if path in adapted), None)
+    if both is not None:
+        raise SpecError(
+            f"{both} is both adapted and trained whole", hint="exclude the site, or leave its module out of train"
+        )
+
+
+def _check_extras(model: nn.Module, plan: Plan) -> None:
     trained = {path: other.name for other in _sources(model) for path in other.plan.extras}
     for path in plan.extras:
-        if path in adapted:
-            raise SpecError(
-                f"{path} is both adapted and trained whole", hint="exclude the site, or leave its module out of train"
-            )
         owner, name = owner_of(model, path)
         if not is_plain(owner._parameters[name]):
             raise AdapterError(
@@ -240,7 +246,7 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
                 adapter, HookedSite(path, site.kind, group.scale, group.rule.dropout, group.rule.dropout_at, site.rows)
             )
             adapter._handles.append(module_at(model, site.owner).register_forward_hook(hook, with_kwargs=True))
-    for key in (*adapter._weighted, *adapter.plan.extras):
+    for key in dict.fromkeys((*adapter._weighted, *adapter.plan.extras)):
         shadow = WeightHook(adapter, key, *owner_of(model, key))
         caller = caller_of(model, key)
         adapter._handles.append(caller.register_forward_pre_hook(shadow.before))

@@ -27,7 +27,7 @@ Place = tuple[nn.Module, str]  # the module that holds a parameter, and the para
 
 @dataclass(frozen=True)
 class Target:
-    """A parameter that a merge changes: where it stands, and the deltas of its sites or the copy that replaces it."""
+    """A parameter that a merge changes: where it stands, the copy that replaces it, and the deltas of its sites."""
 
     name: str
     places: tuple[Place, ...]
@@ -244,12 +244,12 @@ def _take(target: Target, keep: str | None, *, apart: bool) -> Merged:
 
 def _write(target: Target, *, write: bool = True) -> None:
     parameter: Tensor = target.parameter  # type: ignore[assignment]
-    for site, rows in target.parts:
-        add_rows(view(parameter, site), rows(), site.path, write=write)
     if target.trained is not None:
         _check_finite(target.trained, target.name)
         if write:
             parameter.copy_(target.trained)
+    for site, rows in target.parts:
+        add_rows(view(parameter, site), rows(), site.path, write=write)
 
 
 def add_rows(part: Tensor, rows: Rows, path: str, *, write: bool = True) -> None:

@@ -162,9 +162,8 @@ def by_pattern(pattern: str, path: str) -> Coordinates | None:
             got=pattern,
             expected="{layer}, {role}, {stack}, {expert}, {task}",
         )
-    pieces = re.split(r"\{\w*\}", pattern)
     fields = [r"(?P<layer>\d+)" if n == "layer" else rf"(?P<{n}>.+?)" for n in names]
-    regex = "".join(re.escape(a) + b for a, b in zip(pieces, [*fields, ""], strict=True))
+    regex = "".join(re.escape(a) + b for a, b in zip(re.split(r"\{\w*\}", pattern), [*fields, ""], strict=True))
     match = re.fullmatch(rf"(?:.*\.)?{regex}", path)
     return {n: int(v) if v.isdecimal() else v for n, v in match.groupdict().items()} if match else None
 
