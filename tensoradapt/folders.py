@@ -31,6 +31,7 @@ from tensoradapt.io.views import Piece, View
 from tensoradapt.io.weights import FLOATS, quantised
 from tensoradapt.merging import Rows, add_rows, rows_of, view
 from tensoradapt.paths import expand
+from tensoradapt.plan import overlap
 from tensoradapt.sites import Site
 
 SHOWN = 5  # names in an error or a note
@@ -142,7 +143,7 @@ def merge_folder(
             files = {str(file.relative_to(folder)): file.stat().st_size for file in files_in(folder)}
     notes = [f"not copied, as the merged weights are not in them: {_listed(left)}"] if left else []
     notes += [appended(added)] if added else []
-    sites = sum(len(change.sites) for change in changes.values())
+    sites = len({site.path for change in changes.values() for site in change.sites})
     tensors = len(merged.pieces) + len(added)
     return MergeResult(target, sites, tensors, sum(files.values()), tuple(sorted(files)), tuple(notes))
 
@@ -163,12 +164,16 @@ def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> tuple[dict[str,
     missing: list[str] = []
     unfit: list[str] = []
     for site in sites:
-        name = find(*names_of(site))
-        if name is None or not fits(source.entries[name], site):
-            (missing if name is None else unfit).append(site.path)
+        names = _stored(site, find)
+        if not names or not all(fits(source.entries[name], site) for name in names):
+            (unfit if names else missing).append(site.path)
             continue
-        _check_sound(source.entries[name], site, source, tied=tied)
-        found.setdefault(name, Change(source.entries[name])).sites.append(site)
+        for name in names:
+            found.setdefault(name, Change(source.entries[name])).sites.append(site)
+    for change in found.values():
+        _check_apart_in(change, source)
+        for site in change.sites:
+            _check_sound(change.entry, site, source, find, tied=tied)
     for path, tensor in extras.items():
         name = find(path)
         if name is None and is_of_another_module(path, source.entries):
@@ -188,6 +193,12 @@ def names_of(site: Site) -> tuple[str, ...]:
     return (site.tensor, f"{site.owner}.weight", site.owner, *(f"{alias}.weight" for alias in site.aliases))
 
 
+def _stored(site: Site, find: Callable[..., str | None]) -> list[str]:
+    """The names under which a checkpoint has a site's weight: several where tied modules are stored apart."""
+    names = [find(*names_of(site)), *(find(f"{twin}.weight") for twin in site.joined)]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
 def finder(names: Sequence[str], entries: Mapping[str, object]) -> Callable[..., str | None]:
     """A function from such names to the first of them that the entries have, with the prefix of one side or without."""
     by = shift(names, entries.keys())
@@ -203,10 +214,22 @@ def fits(entry: Entry, site: Site) -> bool:
     return part.shape[:2] == site.shape[:2] and part.numel() == site.numel
 
 
-def _check_sound(entry: Entry, site: Site, source: Checkpoint, *, tied: bool) -> None:
+def _check_apart_in(change: Change, source: Checkpoint) -> None:
+    """Raise AdapterError where two modules that are one tensor here have deltas of their own."""
+    for k, site in enumerate(change.sites):
+        other = next((s for s in change.sites[:k] if overlap(replace(s, tensor=site.tensor), site)), None)
+        if other is not None:
+            raise AdapterError(
+                f"{other.path} and {site.path} are one tensor of {source.name}, and each has a delta of its own",
+                hint="untie them: load base and adapter, adapter.merge_and_detach(untie=True), and save the model",
+            )
+
+
+def _check_sound(entry: Entry, site: Site, source: Checkpoint, find: Callable[..., str | None], *, tied: bool) -> None:
     if entry.dtype not in FLOATS:
         raise quantised(entry, source.name)
-    others = sorted(set(site.aliases) - set(site.joined))
+    stored = {alias for alias in site.aliases if find(f"{alias}.weight") not in (None, entry.name)}
+    others = sorted(set(site.aliases) - set(site.joined) - stored)
     if others and not tied:
         raise AdapterError(
             f"{site.path} is tied to {', '.join(others)}: merging would change both",

@@ -186,7 +186,13 @@ def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, unti
 
 
 def _untied(model: nn.Module) -> list[Untied]:
-    """Clear `tie_word_embeddings` in the configs of a model: loaders tie what was parted, where it says so."""
+    """Clear `tie_word_embeddings` in the configs of a model: loaders tie what was parted, where it says so.
+
+    Not where other modules are still tied by it (the embeddings of an encoder and a decoder): loaders part what a file
+    has under two names with other values, and do not find what it has under one.
+    """
+    if any(len({id(module) for _, (module, _) in places}) > 1 for places in _holders(model).values()):
+        return []
     configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
     records = [Untied(config) for config in configs.values() if getattr(config, "tie_word_embeddings", None) is True]
     for record in records:

@@ -154,22 +154,22 @@ def _ratio(lost: float, whole: float) -> float:
 
 def _places(saved: Saved, deltas: Deltas) -> dict[str, list[Site]]:
     """The adapter's sites by the path of the delta that they are part of. Raises FileError where there is none."""
-    owners: dict[str, str] = {}
-    for site in deltas.sites:
-        for owner in (site.owner, *site.aliases):
-            owners.setdefault(owner, site.owner)
+    owners = {site.owner: site.owner for site in deltas.sites}
+    for names in ("joined", "aliases"):  # surest first: where a tie was parted, several sites have an alias
+        for site in deltas.sites:
+            owners |= {name: site.owner for name in getattr(site, names) if name not in owners}
     sites = [placement.site for _, placement in saved.sites.values()]
     find = finder([site.owner for site in sites], owners)
     found: dict[str, list[Site]] = {}
     missing = []
     paths = {site.path for site in deltas.sites}
     for site in sites:
-        owner = owners.get(find(site.owner, *site.aliases) or "", "")
-        path = owner if site.index is None else f"{owner}[{site.index}]"
-        if path in paths:
+        mine = [find(site.owner, *site.aliases), *map(find, site.joined)]  # tied ones may be apart in the checkpoints
+        here = dict.fromkeys(owners[name] for name in mine if name is not None)
+        places = [path for o in here if (path := o if site.index is None else f"{o}[{site.index}]") in paths]
+        missing += [] if places else [site.path]
+        for path in places:
             found.setdefault(path, []).append(site)
-        else:
-            missing.append(site.path)
     if missing:
         raise FileError(
             f"{len(missing)} of the {len(sites)} sites of {saved.where} are not in both checkpoints",
@@ -255,9 +255,10 @@ class _Run:
                 raise FileError(
                     f"{site.path} has another shape in the checkpoints", got=tuple(part.shape), expected=site.shape
                 )
-            self.whole[site.path] = squares(part)
+            name = stored.path if site.path in self.whole else site.path  # of a tied site in several places
+            self.whole[name] = squares(part)
             add_rows(part, delta_rows(self.saved, site.path, -1.0), site.path)
-            self.lost[site.path] = squares(part)
+            self.lost[name] = squares(part)
             reached.append((begin, end))
         self._note(f"{stored.path} (other rows)", sum(squares(whole[a:b]) for a, b in gaps(reached, len(whole))))
 

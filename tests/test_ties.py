@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -111,3 +111,117 @@ def test_a_tied_weight_is_extracted_for_all_of_its_modules(case, form, tmp_path)
     assert close(outputs(type(model).from_pretrained(tmp_path / "merged")), expected)
     found = verify(tmp_path / "adapter", *given)
     assert found.whole_error < 1e-5 and list(found.sites) == [result.plan.groups[0].paths[0]]
+
+
+def untied(model):
+    """The model with a head of its own, as a loader makes it: by its config, or because the file's values differ."""
+    found = copy.deepcopy(model)
+    found.config.tie_word_embeddings = found.config.is_encoder_decoder  # which ties the embeddings of both, too
+    head = found.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return found
+
+
+def head_tuned(base):
+    """A model whose head and embedding went different ways."""
+    model = untied(tuned_of(base))
+    with torch.no_grad():
+        model.get_output_embeddings().weight += 0.1 * tiny.noise(*model.get_output_embeddings().weight.shape, seed=7)
+    return model
+
+
+def head_of(model):
+    return next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("form", ["folders", "module and folder", "folder and file"])
+@pytest.mark.parametrize("case", MODELS)
+def test_a_head_that_was_untied_by_tuning_has_a_delta_of_its_own(case, form, tmp_path):
+    make, name = MODELS[case]
+    base, tuned = make(), head_tuned(make())
+    expected = outputs(tuned)
+    given = sides(form, base, tuned, tmp_path)
+    result = ta.extract(*given, ta.preset("lora", rank=16), tmp_path / "adapter")
+    assert result.whole_error < 1e-5 and result.plan.num_sites == 2
+    assert any("tied in the base" in note for note in result.notes)
+    model = make()
+    adapter = ta.load(tmp_path / "adapter", model)
+    assert close(outputs(model), expected)
+    with pytest.raises(ta.AdapterError, match="untie=True"):
+        adapter.merge()
+    adapter.merge_and_detach(untie=True)
+    assert close(outputs(model), expected)
+    model.save_pretrained(tmp_path / "again")
+    assert close(outputs(type(model).from_pretrained(tmp_path / "again")), expected)
+    assert verify(tmp_path / "adapter", *given).whole_error < 1e-5
+    for tied in (False, True):
+        with pytest.raises(ta.AdapterError, match="untie"):
+            merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", tied=tied)
+
+
+@pytest.mark.parametrize("form", ["folders", "folder and module"])
+@pytest.mark.parametrize("case", MODELS)
+def test_a_head_that_was_tied_by_tuning_has_a_delta_of_its_own(case, form, tmp_path):
+    make, name = MODELS[case]
+    base, tuned = head_tuned(make()), tuned_of(make())
+    expected = outputs(tuned)
+    given = sides(form, base, tuned, tmp_path)
+    result = ta.extract(*given, ta.preset("lora", rank=16), tmp_path / "adapter")
+    assert result.whole_error < 1e-5
+    assert any("tied in the tuned side" in note for note in result.notes)
+    model = head_tuned(make())
+    adapter = ta.load(tmp_path / "adapter", model)
+    assert close(outputs(model), expected)
+    adapter.merge_and_detach()
+    assert close(outputs(model), expected)
+    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert close(outputs(type(model).from_pretrained(tmp_path / "merged")), expected)
+    assert verify(tmp_path / "adapter", *given).whole_error < 1e-5
+
+
+def rewritten(folder, by):
+    state = by(load_file(folder / "model.safetensors"))
+    save_file({name: tensor.clone() for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("kept", ["head", "both", "both and head", "both and embedding"])
+@pytest.mark.parametrize("case", ["gpt2", "llama", "gemma", "bert"])
+def test_whichever_name_a_file_keeps(case, kept, tmp_path):
+    """Files that hold the head's name alone, or both: a loader ties what is equal, and what is absent."""
+    make, name = MODELS[case]
+    base, tuned = make(), tuned_of(make())
+    expected, head = outputs(tuned), f"{head_of(base)}.weight"
+    sides("folders", base, tuned, tmp_path)
+    embedding = next(n for n, p in base.named_parameters() if p is base.get_input_embeddings().weight)
+    ways = {
+        "head": lambda state: {(head if n == embedding else n): t for n, t in state.items()},
+        "both": lambda state: {**state, head: state[embedding]},
+        "embedding": dict,
+    }
+    for folder, way in zip(("base", "tuned"), kept.split(" and ") * 2, strict=False):
+        rewritten(tmp_path / folder, ways[way])
+    given = tmp_path / "base", tmp_path / "tuned"
+    for target in (name, head.removesuffix(".weight")):
+        result = ta.extract(*given, ta.preset("lora", rank=16, targets=[target]), tmp_path / target)
+        assert result.whole_error < 1e-5 and result.plan.num_sites == 1 and result.change.changed_tensors == 1
+        model = make()
+        ta.load(tmp_path / target, model)
+        assert close(outputs(model), expected)
+        merge_folder(tmp_path / "base", tmp_path / target, tmp_path / f"{target}_merged")
+        assert close(outputs(type(model).from_pretrained(tmp_path / f"{target}_merged")), expected)
+        assert verify(tmp_path / target, *given).whole_error < 1e-5
+    report = ta.analyze(*given)
+    assert [path for path, row in report.sites.items() if row.norm] == [embedding.removesuffix(".weight")]
+    assert head.removesuffix(".weight") not in report.sites
+    said = f"is tied to {head.removesuffix('.weight')}: one weight"
+    assert said in " ".join(str(report).split()) and said in " ".join(str(verify(tmp_path / name, *given)).split())
+
+
+def test_equal_values_under_two_names_are_one_tensor(tmp_path):
+    """State dicts of a saved copy: no memory is shared, and no config is there."""
+    base, tuned = tiny.gpt2(), tuned_of(tiny.gpt2())
+    given = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in (base, tuned)]
+    result = ta.extract(*given, ta.preset("lora", rank=16, targets=["lm_head"]), tmp_path / "adapter")
+    assert result.whole_error < 1e-5 and result.plan.num_sites == 1
+    ta.load(tmp_path / "adapter", base)
+    assert close(outputs(base), outputs(tuned))

@@ -8,9 +8,10 @@ names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def match(
         _left(tuned, found),
         tuple(judged.reshaped),
         judged.refused,
-        (*base.notes, *tuned.notes, *notes, *judged.notes),
+        (*base.notes, *tuned.notes, *notes, *judged.notes, *_tied_notes(base, tuned, judged.pairs)),
         found,
     )
 
@@ -143,6 +144,20 @@ class _Twins:
         first = self.tuned.first(name)
         tied = [n for n in self._shared[self.base.first(self.found[name])] if n != name]
         return [*tied, *self._unknown.get(first, ())], [n for n in tied if self.tuned.first(n) == first]
+
+
+def _tied_notes(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[Pair]) -> Iterator[str]:
+    """What to know of weights that are tied on both sides, or on one of them."""
+    sides: dict[str, dict[str, dict[str, str]]] = {"base": {}, "tuned side": {}}
+    for pair in pairs:
+        site = pair.site
+        if site.joined:
+            yield f"{site.path} is tied to {', '.join(site.joined)}: one weight, counted as {site.path}"
+        for side, first in (("base", base.first(pair.base_name)), ("tuned side", tuned.first(pair.tuned_name))):
+            sides[side].setdefault(first, {})[pair.tuned_name] = site.owner
+    for (side, rows), (other, _) in permutations(sides.items()):
+        for owners in (row.values() for row in rows.values() if len(row) > 1):
+            yield f"{' and '.join(owners)} are tied in the {side} and not in the {other}: each has a delta of its own"
 
 
 def _left(side: Checkpoint, found: Iterable[str]) -> tuple[str, ...]:
