@@ -27,11 +27,11 @@ from tensoradapt.io.names import shift
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved
 from tensoradapt.io.shards import Shard, open_shard
+from tensoradapt.io.ties import check_ties, stored_names
 from tensoradapt.io.views import Piece, View
 from tensoradapt.io.weights import FLOATS, quantised
 from tensoradapt.merging import Rows, add_rows, rows_of, view
 from tensoradapt.paths import expand
-from tensoradapt.plan import overlap
 from tensoradapt.sites import Site
 
 SHOWN = 5  # names in an error or a note
@@ -164,16 +164,16 @@ def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> tuple[dict[str,
     missing: list[str] = []
     unfit: list[str] = []
     for site in sites:
-        names = _stored(site, find)
+        names = stored_names(site, names_of(site), find)
         if not names or not all(fits(source.entries[name], site) for name in names):
             (unfit if names else missing).append(site.path)
             continue
         for name in names:
             found.setdefault(name, Change(source.entries[name])).sites.append(site)
-    for change in found.values():
-        _check_apart_in(change, source)
-        for site in change.sites:
-            _check_sound(change.entry, site, source, find, tied=tied)
+    for name, change in found.items():
+        check_ties(change.sites, name, find, source.name, tied=tied)
+        if change.entry.dtype not in FLOATS:
+            raise quantised(change.entry, source.name)
     for path, tensor in extras.items():
         name = find(path)
         if name is None and is_of_another_module(path, source.entries):
@@ -193,12 +193,6 @@ def names_of(site: Site) -> tuple[str, ...]:
     return (site.tensor, f"{site.owner}.weight", site.owner, *(f"{alias}.weight" for alias in site.aliases))
 
 
-def _stored(site: Site, find: Callable[..., str | None]) -> list[str]:
-    """The names under which a checkpoint has a site's weight: several where tied modules are stored apart."""
-    names = [find(*names_of(site)), *(find(f"{twin}.weight") for twin in site.joined)]
-    return list(dict.fromkeys(name for name in names if name is not None))
-
-
 def finder(names: Sequence[str], entries: Mapping[str, object]) -> Callable[..., str | None]:
     """A function from such names to the first of them that the entries have, with the prefix of one side or without."""
     by = shift(names, entries.keys())
@@ -212,29 +206,6 @@ def fits(entry: Entry, site: Site) -> bool:
         return False
     part = view(torch.empty(shape, device="meta"), site)
     return part.shape[:2] == site.shape[:2] and part.numel() == site.numel
-
-
-def _check_apart_in(change: Change, source: Checkpoint) -> None:
-    """Raise AdapterError where two modules that are one tensor here have deltas of their own."""
-    for k, site in enumerate(change.sites):
-        other = next((s for s in change.sites[:k] if overlap(replace(s, tensor=site.tensor), site)), None)
-        if other is not None:
-            raise AdapterError(
-                f"{other.path} and {site.path} are one tensor of {source.name}, and each has a delta of its own",
-                hint="untie them: load base and adapter, adapter.merge_and_detach(untie=True), and save the model",
-            )
-
-
-def _check_sound(entry: Entry, site: Site, source: Checkpoint, find: Callable[..., str | None], *, tied: bool) -> None:
-    if entry.dtype not in FLOATS:
-        raise quantised(entry, source.name)
-    stored = {alias for alias in site.aliases if find(f"{alias}.weight") not in (None, entry.name)}
-    others = sorted(set(site.aliases) - set(site.joined) - stored)
-    if others and not tied:
-        raise AdapterError(
-            f"{site.path} is tied to {', '.join(others)}: merging would change both",
-            hint="tied=True (--tied) does that; or untie the two in the model, merge there, and save it",
-        )
 
 
 def _check_found(saved: Saved, source: Checkpoint, missing: Sequence[str], unfit: Sequence[str]) -> None:

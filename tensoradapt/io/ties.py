@@ -6,16 +6,20 @@ those of the one tensor that is stored. Of tied names the model's first is the f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tensoradapt.errors import AdapterError
 from tensoradapt.io.checkpoint import Checkpoint, Entry
 from tensoradapt.io.names import shift
-from tensoradapt.sites import SiteMap
+from tensoradapt.plan import overlap
+from tensoradapt.sites import Site, SiteMap
+
+Find = Callable[..., str | None]  # from names, likeliest first, to the one that a checkpoint has
 
 
 def with_ties(
@@ -109,3 +113,30 @@ def _differ(side: Checkpoint, name: str, other: str) -> bool:
 def _is_constant(tensor: Tensor) -> bool:
     """Whether all entries are equal: such tables are fresh ones rather than tied."""
     return not tensor.numel() or bool((tensor == tensor[0, 0]).all())
+
+
+def stored_names(site: Site, names: Sequence[str], find: Find) -> list[str]:
+    """The names under which a checkpoint has a site's weight: several where modules that are tied are stored apart."""
+    found = [find(*names), *(find(f"{twin}.weight") for twin in site.joined)]
+    return list(dict.fromkeys(name for name in found if name is not None))
+
+
+def check_ties(sites: Sequence[Site], name: str, find: Find, where: str, *, tied: bool) -> None:
+    """Raise AdapterError where modules that share a stored tensor would not get the deltas that the adapter has.
+
+    `tied=True` allows it where some of them have none.
+    """
+    for k, site in enumerate(sites):
+        other = next((s for s in sites[:k] if overlap(replace(s, tensor=site.tensor), site)), None)
+        if other is not None:
+            raise AdapterError(
+                f"{other.path} and {site.path} are one tensor of {where}, and each has a delta of its own",
+                hint="untie them: load base and adapter, adapter.merge_and_detach(untie=True), and save the model",
+            )
+        apart = {alias for alias in site.aliases if find(f"{alias}.weight") not in (None, name)}
+        others = sorted(set(site.aliases) - set(site.joined) - apart)
+        if others and not tied:
+            raise AdapterError(
+                f"{site.path} is tied to {', '.join(others)}: merging would change both",
+                hint="tied=True (--tied) does that; or untie the two in the model, merge there, and save it",
+            )
