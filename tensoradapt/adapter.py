@@ -51,6 +51,7 @@ class Adapter(nn.Module):
         self._scale, self._enabled = 1.0, True
         self._lines: dict[str, tuple[Group, Site, Line]] = {}
         self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
+        self._callers: dict[str, list[str]] = {}  # replaced parameters, and the modules around whose calls
         self._sources = sources(plan)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:

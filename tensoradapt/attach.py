@@ -31,6 +31,7 @@ from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
 from tensoradapt.scan import module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
+from tensoradapt.targets import asks_weight, delivered
 
 
 def attach(model: nn.Module, spec: SpecLike, name: str = "default", seed: int = 0) -> Adapter:
@@ -119,8 +120,7 @@ def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter
     for path, (_, site, _) in adapter._lines.items():
         if site.delivery == "weight":
             adapter._weighted.setdefault(parameter_of(model, site), []).append(path)
-    for parameter in (*adapter._weighted, *plan.extras):
-        caller_of(model, parameter)
+    adapter._callers = {key: _callers(model, key, adapter, found) for key in (*adapter._weighted, *plan.extras)}
     _make_tensors(model, plan, adapter)
     adapter.train(model.training)
     return adapter
@@ -131,10 +131,10 @@ def lines_of(plan: Plan, live: Mapping[tuple[str, int | None], Site]) -> dict[st
     lines = {}
     for group in plan.groups:
         for placement in group.placements:
-            now = replace(placement, site=_live(placement.site, live))
+            now = replace(placement, site=delivered(_live(placement.site, live), group.rule))
             lines[now.site.path] = (group, now.site, line(group, now))
             for path in now.site.joined:
-                lines[path] = _joined(group, now, live[path, None])
+                lines[path] = _joined(group, now, delivered(live[path, None], group.rule))
     return lines
 
 
@@ -248,9 +248,10 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
             adapter._handles.append(module_at(model, site.owner).register_forward_hook(hook, with_kwargs=True))
     for key in dict.fromkeys((*adapter._weighted, *adapter.plan.extras)):
         shadow = WeightHook(adapter, key, *owner_of(model, key))
-        caller = caller_of(model, key)
-        adapter._handles.append(caller.register_forward_pre_hook(shadow.before))
-        adapter._handles.append(caller.register_forward_hook(shadow.after, always_call=True, prepend=True))
+        for path in adapter._callers[key]:
+            caller = module_at(model, path)
+            adapter._handles.append(caller.register_forward_pre_hook(shadow.before))
+            adapter._handles.append(caller.register_forward_hook(shadow.after, always_call=True, prepend=True))
     return adapter
 
 
@@ -265,15 +266,33 @@ def _without_dropout(adapter: Adapter) -> list[str]:
     return [f"dropout has no effect on {', '.join(deaf[:4])}{' ...' if len(deaf) > 4 else ''}"] if deaf else []
 
 
-def caller_of(model: nn.Module, parameter: str) -> nn.Module:
+def _callers(model: nn.Module, parameter: str, adapter: Adapter, found: SiteMap) -> list[str]:
+    """The modules around whose calls a parameter is replaced: its own, and those that read it from outside.
+
+    Where the spec asks for it and no reader is known, all that it lies in: whoever reads it runs within one of them.
+    """
+    readers = found.readers.get(parameter, ())
+    paths = adapter._weighted.get(parameter, ())
+    asked = any(asks_weight(group.rule, path) for path in paths for group, _, _ in [adapter._lines[path]])
+    around = _above(parameter) if asked and not readers else []
+    around = [path for path in around if type(module_at(model, path)).forward is not nn.Module.forward]
+    return list(dict.fromkeys([*_own_caller(model, parameter, needed=not readers), *readers, *around]))
+
+
+def _own_caller(model: nn.Module, parameter: str, *, needed: bool) -> list[str]:
     """The module whose call uses a parameter: its owner, unless that has no forward or its parent bypasses it."""
-    path = parameter.rpartition(".")[0]
-    while True:
+    for path in _above(parameter):
         module = module_at(model, path)
         parent = module_at(model, path.rpartition(".")[0]) if path else None
         bypassed = isinstance(parent, nn.MultiheadAttention) and parent is not module
         if type(module).forward is not nn.Module.forward and not bypassed:
-            return module
-        if not path:
-            raise SiteError(f"no module whose call uses {parameter} was found", hint="exclude it")
-        path = path.rpartition(".")[0]
+            return [path]
+    if needed:
+        raise SiteError(f"no module whose call uses {parameter} was found", hint="exclude it")
+    return []
+
+
+def _above(path: str) -> list[str]:
+    """The modules that a parameter lies in, by path, its owner first and the model last."""
+    parts = path.split(".")[:-1]
+    return [".".join(parts[:k]) for k in reversed(range(len(parts) + 1))]

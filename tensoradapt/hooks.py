@@ -129,7 +129,10 @@ class OutputHook:
 
 
 class WeightHook:
-    """Before a call, `owner.name` reads as the sum with the deltas or as a trained copy; after it, as the parameter."""
+    """Before a call, `owner.name` reads as the sum with the deltas or as a trained copy; after it, as the parameter.
+
+    The calls of several modules may do so, one within another: the outermost forms the sum.
+    """
 
     def __init__(self, source: Source, key: str, owner: nn.Module, name: str) -> None:
         self.source, self.key, self.name = source, key, name
@@ -140,6 +143,8 @@ class WeightHook:
         """Put what the adapter makes of the parameter in its place."""
         held: Any = self.owner[0]._parameters
         self.shadowed.append(held[self.name])
+        if len(self.shadowed) > 1:
+            return
         if self.source.active:
             held[self.name] = self.source.in_place_of(self.key, held[self.name])
         else:

@@ -27,6 +27,7 @@ from tensoradapt.paths import expand
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec, as_specs
 from tensoradapt.quantised import is_plain, kind_of
+from tensoradapt.readers import readers_of
 from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed, read_object
 from tensoradapt.spec import Rule, Spec
 
@@ -163,14 +164,15 @@ def scan_module(model: nn.Module) -> SiteMap:
     }
     refused = {path: reason for path, module in modules.items() if (reason := _reason(module))}
     found = [s for path, m in modules.items() if path not in refused for s in _module_sites(path, m, modules)]
-    for site in found:
-        if site.delivery == "weight" and site.tensor not in parameters:
-            refused[site.path] = _computed(modules[site.owner])
-        elif site.delivery == "weight" and not is_plain(parameters[site.tensor]):
-            refused[site.path] = f"its weight is quantised or sharded: {kind_of(parameters[site.tensor])}"
-    sites = placed([site for site in found if site.path not in refused])
+    unfit = {site.path: (site, why) for site in found if (why := _packed(site, modules, parameters))}
+    refused |= {path: why for path, (site, why) in unfit.items() if site.delivery == "weight"}
+    packed = {path: why for path, (site, why) in unfit.items() if site.delivery == "output"}
+    readers = readers_of(modules)
+    kept = [replace(s, delivery="weight") if s.tensor in readers and s.path not in packed else s for s in found]
+    sites = placed([site for site in kept if site.path not in refused])
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     made = SiteMap(tuple(_tied(sites, parameters)), **_heads(model), parameters=shapes, refused=refused)
+    made = replace(made, readers=readers, packed=packed)
     return replace(made, ties=_ties(model), num_parameters=_total(found, parameters))
 
 
@@ -237,6 +239,14 @@ def _module_sites(path: str, module: Any, modules: Mapping[str, nn.Module]) -> I
             yield from _parameter_sites(path, module)
     else:
         yield from _parameter_sites(path, module)
+
+
+def _packed(site: Site, modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]) -> str:
+    """Why nothing can be put in the place of a module's weight; empty where it can."""
+    held = parameters.get(site.tensor)
+    if held is None:
+        return _computed(modules[site.owner])
+    return "" if is_plain(held) else f"its weight is quantised or sharded: {kind_of(held)}"
 
 
 def _computed(module: nn.Module) -> str:

@@ -88,6 +88,8 @@ class SiteMap:
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # every parameter's shape, by path
     refused: Mapping[str, str] = field(default_factory=dict)  # path -> why this module cannot be adapted
     ties: Mapping[str, str] = field(default_factory=dict)  # further names of tied parameters -> their first one
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # parameter -> other modules that read it
+    packed: Mapping[str, str] = field(default_factory=dict)  # path -> why its weight cannot be replaced at use
     num_parameters: int = 0  # entries of the model's parameters, tied ones once; 0 where they are not known
 
 
@@ -157,11 +159,8 @@ def by_pattern(pattern: str, path: str) -> Coordinates | None:
     names = re.findall(r"\{(\w*)\}", pattern)
     unknown = sorted(set(names) - {"layer", "role", "stack", "expert", "task"})
     if unknown or len(set(names)) < len(names):
-        raise SpecError(
-            "a pattern's fields are coordinates, each once",
-            got=pattern,
-            expected="{layer}, {role}, {stack}, {expert}, {task}",
-        )
+        known = "{layer}, {role}, {stack}, {expert}, {task}"
+        raise SpecError("a pattern's fields are coordinates, each once", got=pattern, expected=known)
     fields = [r"(?P<layer>\d+)" if n == "layer" else rf"(?P<{n}>.+?)" for n in names]
     regex = "".join(re.escape(a) + b for a, b in zip(re.split(r"\{\w*\}", pattern), [*fields, ""], strict=True))
     match = re.fullmatch(rf"(?:.*\.)?{regex}", path)

@@ -97,6 +97,10 @@ class Rule(_Value):
     layout: dict[str, Literal["out in", "in out"]] = Field(
         {}, description="layout of parameters that no module class tells: `{experts.down_proj: in out}`"
     )
+    delivery: Literal["", "weight"] | dict[str, Literal["weight"]] = Field(
+        "",
+        description="`weight` (W + delta is formed at use) for all sites, `{conv1d: weight}` for some",
+    )
     preset: str = Field("", description="a preset's name; the other fields given here override its own")
     options: dict[str, Any] = Field({}, description="the preset's own parameters, such as `factor` of `lokr`")
     family: str = Field("", description="the preset that the rule came from: a label, with no effect")
@@ -203,6 +207,11 @@ class Rule(_Value):
         said += [f"{len(self.ranks)} groups with ranks of their own"] if self.ranks else []
         said += [f"scale {self.scale}" + (f" with alpha {self.alpha:g}" if "alpha" in str(self.scale) else "")]
         said += [f"dropout {self.dropout:g}"] if self.dropout else []
+        said += (
+            ["delivered by weight" + f": {', '.join(self.delivery)}" * (self.delivery != "weight")]
+            if self.delivery
+            else []
+        )
         said += [f"start {self.start}"] if self.start != "zero" else []
         said += [f"{', '.join(self.train)} trained beside it"] if self.train else []
         return shorten("; ".join(said), 160)

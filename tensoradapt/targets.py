@@ -36,7 +36,17 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
         raise SiteError(
             "exclude leaves none of the targets", got=list(rule.exclude), hint="remove an exclude, or the rule"
         )
-    return [_relocate(_turned(site, rule.layout), rule.pattern) for site in chosen]
+    return [_relocate(delivered(_turned(site, rule.layout), rule), rule.pattern) for site in chosen]
+
+
+def delivered(site: Site, rule: Rule) -> Site:
+    """The site, delivered by weight where its rule asks for that."""
+    return replace(site, delivery="weight") if asks_weight(rule, site.path) else site
+
+
+def asks_weight(rule: Rule, path: str) -> bool:
+    """Whether a rule asks that a site is delivered by weight."""
+    return rule.delivery == "weight" or (bool(rule.delivery) and _any(tuple(rule.delivery), path))
 
 
 def _turned(site: Site, layouts: Mapping[str, str]) -> Site:
@@ -59,9 +69,13 @@ def refuse(model: SiteMap, rule: Rule) -> None:
     for path, reason in model.refused.items():
         if _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be adapted: {reason}", hint=f"exclude=[{path!r}]")
+    for path, reason in model.packed.items() if rule.delivery else ():
+        if asks_weight(rule, path) and _any(rule.targets, path) and not _any(rule.exclude, path):
+            raise SiteError(f"{path} cannot be delivered by weight: {reason}", hint=f"leave {path!r} out of delivery")
     split = [part for site in model.sites for part in split_rows(site, rule.parts)]
     refused = [Site(path, (1, 1)) for path in model.refused]
-    named = (("exclude", rule.exclude, [*split, *refused]), ("layout", rule.layout, split))
+    asked = () if rule.delivery == "weight" else tuple(rule.delivery)
+    named = (("exclude", rule.exclude, [*split, *refused]), ("layout", rule.layout, split), ("delivery", asked, split))
     for field, names, sites in (*named, ("parts", rule.parts, model.sites)):
         for name in names:
             _check_match(field, name, sites)

@@ -15,7 +15,21 @@ TORCH_FREE = (
     *("placing", "laws", "grouping", "rows", "plan", "knapsack", "budget"),
 )
 WITH_TORCH = (
-    *("linalg", "chain", "lower", "interchange", "gauge", "io", "host", "quantised", "calls", "scan", "fit", "init"),
+    *(
+        "linalg",
+        "chain",
+        "lower",
+        "interchange",
+        "gauge",
+        "io",
+        "host",
+        "quantised",
+        "calls",
+        "readers",
+        "scan",
+        "fit",
+        "init",
+    ),
     *("hooks", "merging", "adapter", "handover", "attach"),
     *(
         "change",

@@ -41,6 +41,7 @@ COMMON = (
         "pattern",
         "parts",
         "layout",
+        "delivery",
         "ranks",
         "excess",
         "shapes",
