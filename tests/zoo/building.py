@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,16 +140,19 @@ def built(name: str) -> tuple[nn.Module, Mapping[str, Any]]:
 
 def small(kind: type, given: Mapping[str, Any]) -> Any:
     """A config with the small sizes, and what a line gives; configs within it likewise."""
+    listed = {field.name for field in fields(kind) if isinstance(field.default, list | tuple)}
+    listed |= {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is not MISSING}
     names = {field.name for field in fields(kind)} | set(kind.attribute_map)
-    values = {name: size for name, size in SIZES.items() if name in names and kind.attribute_map.get(name) not in SIZES}
-    values |= {name: value for name, value in given.items() if name not in kind.sub_configs}
-    if kind.sub_configs:
-        usual = kind()
-        for name, inner in kind.sub_configs.items():
-            own = dict(given.get(name) or {})
-            inner = _inner(inner, getattr(usual, name, None), own.pop("model_type", None))
-            if inner is not None:
-                values[name] = small(inner, own)
+    aliased = {name for name, own in kind.attribute_map.items() if own in SIZES or own in listed or own in given}
+    usual = {name: size for name, size in SIZES.items() if name in names - aliased - listed}
+    values = usual | {name: value for name, value in given.items() if name not in kind.sub_configs}
+    for name, inner in kind.sub_configs.items():
+        own = dict(given.get(name) or {})
+        inner = _inner(
+            inner, getattr(kind(), name, None) if "model_type" not in own else None, own.pop("model_type", None)
+        )
+        if inner is not None:
+            values[name] = small(inner, own)
     return kind(**values)
 
 
@@ -167,7 +170,7 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
     """Weights as after training: nothing is zero, one or equal, so that no part is without effect."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.requires_grad:  # others are computed anew at every loading
             noise = torch.randn(parameter.shape, generator=generator)
-            fan = parameter[0].numel() if parameter.dim() > 1 else 400
+            fan = (parameter[0].numel() if parameter.dim() > 1 else 400) or 1
             parameter.add_(noise.to(parameter.dtype), alpha=min(0.7 / fan**0.5, 0.5))

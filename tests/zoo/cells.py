@@ -18,14 +18,14 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from zoo.jobs import JOBS, Partly
+from zoo.jobs import JOBS, Partly, Without
 from zoo.specimen import Specimen, Unavailable, Wrong, specimen
 
 from tensoradapt import TensorAdaptError
 
 ADVICE = re.compile(r"exclude=(\[[^\]]*\])")  # what a refusal says to leave out
 ROUNDS = 20
-KINDS: dict[type[Exception], str] = {Wrong: "wrong", Unavailable: "none", Partly: "partly"}
+KINDS: dict[type[Exception], str] = {Wrong: "wrong", Unavailable: "none", Partly: "partly", Without: "without"}
 
 
 @dataclass

@@ -6,6 +6,7 @@ cannot do it, and lets every refusal of the library through. `without` has the w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -58,8 +59,8 @@ def train(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     model = it.fresh()
     adapter = ta.attach(model, everything(it, without))
     shake(adapter)
-    used = {name for name, p in it.base.named_parameters(remove_duplicate=False) if id(p) in it.used}
-    loss = loss_of(it.called(model))
+    used = it.used
+    loss = loss_of(it.called(model.train(it.mode)))
     loss.backward()
     factors = [p for p in adapter.parameters() if p.requires_grad]
     for group in adapter.groups.values():
@@ -72,7 +73,7 @@ def train(it: Specimen, folder: Path, without: Sequence[str]) -> None:
         for p in factors:
             if p.grad is not None:
                 p.sub_(p.grad, alpha=1e-3 * float(loss) / square)
-    after = float(loss_of(it.outputs(model)))
+    after = float(loss_of(it.outputs(model)))  # in the same mode
     if not after < float(loss):
         raise Wrong(f"the loss went from {float(loss):.6g} to {after:.6g}")
 
@@ -111,12 +112,14 @@ def save(it: Specimen, folder: Path, without: Sequence[str]) -> None:
 
 def analyze(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     """Every changed weight is listed by its name in the model, with its norm."""
-    report = ta.analyze(it.base_folder, it.tuned_folder)
+    report = ta.analyze(it.base_folder, it.tuned_folder, candidates=False)
     then, now = names_of(it.base), names_of(it.tuned)
     for name in it.matrices:
         delta = (now[name][0].double() - then[name][0].double()).detach()
-        paths = {n.removesuffix(".weight") for n in then[name][1]}
+        paths = {n.removeprefix("module.").removesuffix(".weight") for n in then[name][1]}
         own = [row for path, row in report.sites.items() if path.partition("[")[0] in paths]
+        if not own and name in report.match["refused"]:
+            raise Partly(report.match["refused"][name])
         if not own:
             raise Wrong(f"{name} changed, and is not listed")
         norm = sum(row.norm**2 for row in own) ** 0.5
@@ -126,7 +129,7 @@ def analyze(it: Specimen, folder: Path, without: Sequence[str]) -> None:
 
 def from_folders(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     """What is extracted from two folders makes the tuned model of the base."""
-    loaded(it, extracted(it.base_folder, it.tuned_folder, folder))
+    loaded(it, of_folders(it))
 
 
 def from_modules(it: Specimen, folder: Path, without: Sequence[str]) -> None:
@@ -140,18 +143,15 @@ def from_states(it: Specimen, folder: Path, without: Sequence[str]) -> None:
 
 
 def from_wrapped(it: Specimen, folder: Path, without: Sequence[str]) -> None:
-    """The same where the names of one side, or of both, have the prefixes of wrappers."""
-    base, tuned = it.base.state_dict(), it.tuned.state_dict()
-    compiled = {f"_orig_mod.{name}": tensor for name, tensor in tuned.items()}
-    loaded(it, extracted(base, compiled, folder / "one"))
-    both = [{f"module._orig_mod.{name}": tensor for name, tensor in side.items()} for side in (base, tuned)]
-    loaded(it, extracted(*both, folder / "both"))
+    """The same where the names of both sides have the prefixes of wrappers, each its own."""
+    base = {f"module.{name}": tensor for name, tensor in it.base.state_dict().items()}
+    tuned = {f"_orig_mod.module.{name}": tensor for name, tensor in it.tuned.state_dict().items()}
+    loaded(it, extracted(base, tuned, folder))
 
 
 def merge_extracted(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     """The extracted adapter, merged into the base's folder, is the tuned model for transformers."""
-    result = extracted(it.base_folder, it.tuned_folder, folder / "adapter")
-    ta.merge_folder(it.base_folder, result.path, folder / "merged")
+    ta.merge_folder(it.base_folder, of_folders(it).path, folder / "merged")
     agree(it.outputs(it.opened(folder / "merged")), it.outputs(it.tuned), it.before, "merged folder against tuned")
 
 
@@ -164,17 +164,44 @@ def merge_attached(it: Specimen, folder: Path, without: Sequence[str]) -> None:
 
 
 def export(it: Specimen, folder: Path, without: Sequence[str]) -> None:
-    """Exported, and opened by PEFT on the real model, the adapter does the same."""
-    model, adapter = attached(it, without, exportable(it))
+    """Exported, and opened by PEFT on the real model, the adapter does the same.
+
+    Where that is refused, what is left without the modules of the names that the refusal tells has to go through.
+    """
+    paths, reasons = exportable(it), []
+    for k in range(12):
+        try:
+            _exported(it, folder / str(k), paths)
+        except ta.TensorAdaptError as error:
+            roles = {
+                path.rpartition(".")[2]
+                for path in paths
+                if re.search(rf"(?<![\w.]){re.escape(path)}(?![\w.])", str(error))
+            }
+            left = [path for path in paths if path.rpartition(".")[2] not in roles]
+            left = left if roles else [path for path in paths if path in known_to_peft(it)]
+            if not left or left == paths:
+                raise
+            paths, reasons = left, [*reasons, str(error).partition("\n")[0]]
+        else:
+            break
+    if reasons:
+        raise Without("; ".join(dict.fromkeys(reasons)))
+
+
+def _exported(it: Specimen, folder: Path, paths: list[str]) -> None:
+    if not paths:
+        raise Unavailable("PEFT adapts no module of it")
+    model, adapter = attached(it, (), paths)
     wanted = it.outputs(model)
-    ta.export_peft(adapter, folder / "peft")
-    opened = peft.PeftModel.from_pretrained(it.fresh(), folder / "peft").base_model.eval()
+    ta.export_peft(adapter, folder)
+    opened = peft.PeftModel.from_pretrained(it.fresh(), folder).base_model.eval()
     agree(slowly(it, opened), wanted, it.before, "PEFT against attached")
 
 
 def import_(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     """A LoRA that PEFT made, loaded onto the model, does what it does in PEFT."""
-    wanted = made_by_peft(it, folder / "peft", known_to_peft(it))
+    wanted = made_by_peft(it, folder / "peft", list(dict.fromkeys([*known_to_peft(it), *tied_to_peft(it)])))
     model = it.fresh()
     ta.load(ta.import_peft(folder / "peft"), model)
     agree(it.outputs(model), wanted, it.before, "imported against PEFT")
@@ -182,7 +209,7 @@ def import_(it: Specimen, folder: Path, without: Sequence[str]) -> None:
 
 def merge_imported(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     """A LoRA that PEFT made, merged into the model's folder; not on tied weights, which have two deltas in PEFT."""
-    tied = {name.removesuffix(".weight") for first, others in it.tied.items() for name in (first, *others)}
+    tied = tied_to_peft(it)
     wanted = made_by_peft(it, folder / "peft", [path for path in known_to_peft(it) if path not in tied])
     ta.merge_folder(it.base_folder, ta.import_peft(folder / "peft", model=it.base), folder / "merged")
     agree(it.outputs(it.opened(folder / "merged")), wanted, it.before, "merged folder against PEFT")
@@ -192,7 +219,7 @@ def ends(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     """The embedding and the head, extracted by their names, tied or not."""
     paths = ends_of(it)
     tuned = it.fresh()
-    change({f"{path}.weight": tuned.get_submodule(path).weight for path in paths})
+    change({f"{path}.weight": p for p, path in {tuned.get_submodule(path).weight: path for path in paths}.items()})
     wanted = it.outputs(tuned)
     for path in paths:  # each is a name of the weight, also where they are one
         alone = it.fresh()
@@ -230,8 +257,7 @@ def whole(it: Specimen, folder: Path, without: Sequence[str]) -> None:
 
 def verify(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     """The extracted adapter stands for the whole change."""
-    result = extracted(it.base_folder, it.tuned_folder, folder)
-    found = ta.verify(result.path, it.base_folder, it.tuned_folder)
+    found = ta.verify(of_folders(it).path, it.base_folder, it.tuned_folder)
     if not found.whole_error < 1e-3:
         raise Wrong(f"verify says {found.whole_error:.3g} of an adapter that holds everything")
 
@@ -277,13 +303,21 @@ def nudge(model: nn.Module, but: set[str]) -> None:
     """Change everything else: norms, biases, tables of more than two axes."""
     generator = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
-        if name not in but and p.is_floating_point():
+        if name not in but and p.requires_grad:
             p.add_(0.02 * torch.randn(p.shape, generator=generator).to(p))
+
+
+@cache
+def of_folders(it: Specimen) -> ta.Extraction:
+    """What is extracted from the two folders, once for all jobs."""
+    return extracted(it.base_folder, it.tuned_folder, it.place / "extracted")
 
 
 def extracted(base: Any, tuned: Any, folder: Path, **targets: Any) -> ta.Extraction:
     """A LoRA of the rank of the change on every weight that differs, or on the targets."""
-    result = ta.extract(base, tuned, ta.preset("lora", rank=RANK, **targets), folder)
+    result = ta.extract(base, tuned, ta.preset("lora", rank=RANK, **targets), folder, overwrite=True)
+    if result.change.not_held:
+        raise Partly(", ".join(sorted({row["reason"] for row in result.change.not_held.values()})))
     if result.path is None:
         raise Wrong(f"nothing was extracted: {result}")
     if result.relative_error > 1e-3:
@@ -292,12 +326,14 @@ def extracted(base: Any, tuned: Any, folder: Path, **targets: Any) -> ta.Extract
 
 
 def loaded(it: Specimen, result: ta.Extraction) -> None:
-    """Load onto the base what was extracted; what the adapter says that it does not hold is taken from the base."""
-    model, wanted = it.fresh(), it.tuned
+    """Load onto the base what was extracted."""
+    model = it.fresh()
     ta.load(result.path, model)
-    if result.change.not_held:
-        raise Partly(", ".join(sorted({row["reason"] for row in result.change.not_held.values()})))
-    agree(it.outputs(model), it.outputs(wanted), it.before, "loaded against tuned")
+    agree(it.outputs(model), it.outputs(it.tuned), it.before, "loaded against tuned")
+
+
+class Without(Exception):
+    """Right, but for what is refused by name; the message is the refusal's."""
 
 
 class Partly(Exception):
@@ -306,9 +342,14 @@ class Partly(Exception):
 
 def made_by_peft(it: Specimen, folder: Path, paths: list[str]) -> list[torch.Tensor]:
     """Write a LoRA by PEFT on some modules; returns what the model gives with it."""
+    if not paths:
+        raise Unavailable("PEFT adapts no module of it")
     model = adapted_by_peft(it, paths)
     outputs = slowly(it, model.base_model)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except NotImplementedError:  # it asks models without an embedding for one
+        model.save_pretrained(folder, save_embedding_layers=False)
     try:
         again = slowly(it, peft.PeftModel.from_pretrained(it.fresh(), folder).base_model.eval())
     except Exception as error:
@@ -331,10 +372,13 @@ def exportable(it: Specimen) -> list[str]:
 
 def known_to_peft(it: Specimen) -> list[str]:
     """The modules that PEFT itself adapts without an error."""
-    found = [path for path in it.modules if not _tried(it)[path]]
-    if not found:
-        raise Unavailable("PEFT adapts no module of it")
-    return found
+    return [path for path in it.modules if not _tried(it)[path]]
+
+
+def tied_to_peft(it: Specimen) -> list[str]:
+    """The modules that PEFT adapts, whose weight another module has too: it has a delta for each."""
+    names = {name.removesuffix(".weight") for first, others in it.tied.items() for name in (first, *others)}
+    return [path for path in it.modules if path in names and _tried(it)[path] in ("", "merged")]
 
 
 @cache
@@ -385,7 +429,7 @@ def ends_of(it: Specimen) -> list[str]:
         except (NotImplementedError, AttributeError):
             continue
         paths = [path for path, module in it.base.named_modules() if module is end]
-        usable = paths and hasattr(end, "weight") and end.weight is not None and id(end.weight) in it.used
+        usable = paths and hasattr(end, "weight") and end.weight is not None and f"{paths[0]}.weight" in it.used
         if usable and isinstance(end, nn.Embedding | nn.Linear | Conv1D):
             found.append(paths[0])
     if not found:

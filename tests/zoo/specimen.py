@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -37,6 +37,7 @@ class Specimen:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.place = name, folder
         self.base, self.inputs = built(name)
+        self.mode = False  # whether a backward pass needs the training mode
 
     def fresh(self) -> nn.Module:
         return copy.deepcopy(self.base)
@@ -54,7 +55,9 @@ class Specimen:
 
     @cached_property
     def before(self) -> list[Tensor]:
-        return self.outputs(self.base)
+        return self.outputs(
+            self.fresh()
+        )  # some models keep a state from one call to the next: the base is never called
 
     @cached_property
     def matrices(self) -> dict[str, nn.Parameter]:
@@ -64,28 +67,23 @@ class Specimen:
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The modules that PEFT knows how to adapt, whose weight is in use."""
-        used = self.used
         kinds = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
-        return {
-            path: module
-            for path, module in self.base.named_modules()
-            if type(module) in kinds and id(module.weight) in used
-        }
+        paths = dict(self.base.named_modules())
+        return {path: m for path, m in paths.items() if type(m) in kinds and f"{path}.weight" in self.used}
 
     @cached_property
-    def used(self) -> set[int]:
-        """The parameters of the base that the outputs depend on."""
-        model = self.base
-        flags = {p: p.requires_grad for p in model.parameters()}
+    def used(self) -> set[str]:
+        """The names of the parameters that the outputs depend on, all names of a tied one."""
+        model = self.fresh()
         for p in model.parameters():
             p.requires_grad_(p.is_floating_point())
         try:
             loss_of(self.called(model)).backward()
-            return {id(p) for p in model.parameters() if p.grad is not None and bool(p.grad.any())}
-        finally:
-            for p, flag in flags.items():
-                p.grad = None
-                p.requires_grad_(flag)
+        except (AssertionError, RuntimeError):  # models that can be trained in training mode alone
+            self.mode = True
+            loss_of(self.called(model.train())).backward()
+        named = model.named_parameters(remove_duplicate=False)
+        return {name for name, p in named if p.grad is not None and bool(p.grad.any())}
 
     @cached_property
     def tuned(self) -> nn.Module:
@@ -96,10 +94,11 @@ class Specimen:
 
     @cached_property
     def tied(self) -> dict[str, list[str]]:
-        """The other names of every parameter that has several, by its first."""
+        """The names in other modules of every parameter that several modules have, by its first."""
         names: dict[int, list[str]] = {}
-        for name, p in self.base.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
+        for path, module in self.base.named_modules():
+            for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                names.setdefault(id(p), []).append(f"{path}.{name}" if path else name)
         return {first: others for first, *others in names.values() if others}
 
     @cached_property
@@ -117,7 +116,7 @@ class Specimen:
         if isinstance(model, PreTrainedModel):
             model.save_pretrained(folder)
         else:
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+            save_model(model, str(folder / "model.safetensors"))
         again = self.outputs(self.opened(folder))
         if not near(again, self.outputs(model), self.scale):
             raise Unavailable("transformers does not load what it saved")
@@ -132,7 +131,7 @@ class Specimen:
         if isinstance(self.base, PreTrainedModel):
             return type(self.base).from_pretrained(folder).eval()
         model = self.fresh()
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        load_model(model, folder / "model.safetensors")
         return model
 
 
@@ -156,7 +155,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _is_matrix(model: nn.Module, name: str, p: nn.Parameter) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
-    if name.endswith("bias") or min(p.shape, default=0) < 1 or not p.is_floating_point():
+    if name.endswith("bias") or min(p.shape, default=0) < 1 or not p.requires_grad:
         return False
     if isinstance(owner, nn.Conv1d | nn.Conv2d):
         return name.endswith(".weight")

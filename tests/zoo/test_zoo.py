@@ -1,5 +1,8 @@
 """Every architecture by every job: right, or refused for an expected reason."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 from zoo.building import LINES
 from zoo.cells import outcome
@@ -41,3 +44,11 @@ def test_every_line_of_the_tables_means_something():
     for name, job in (*expected(), *known_wrong()):
         assert name in LINES and job in JOBS, (name, job)
     assert not known_wrong() & set(expected()), "wrong and expected at once"
+
+
+def test_the_page_of_the_docs_is_made_of_these_tables():
+    here = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("what_works", here / "what_works.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (here / "what-works.md").read_text("utf-8") == module.page(), "run: python docs/what_works.py"
