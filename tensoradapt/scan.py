@@ -53,7 +53,7 @@ def scan(model: Model) -> SiteMap:
     path = expand(model)
     config = config_in(path)
     if config is not None:
-        return _scan_config(config)
+        return described_by(config)[1]
     if path.exists():
         return from_headers(path, plain_names)
     folder, name, _ = cached(str(model), None, "model", SOURCES)
@@ -121,10 +121,10 @@ def module_of(model: Model) -> nn.Module | None:
     return None if path.exists() else module_of(cached(str(model), None, "model", SOURCES)[0])
 
 
-def _scan_config(path: Path) -> SiteMap:
-    """The sites of the model that a Hugging Face config describes."""
+def described_by(path: Path) -> tuple[nn.Module, SiteMap]:
+    """The model that a Hugging Face config describes, on the meta device, and its sites. Raises FileError."""
     made: Any = _built(path)
-    return replace(scan_module(made), name=made.config._name_or_path or path.parent.name)
+    return made, replace(scan_module(made), name=made.config._name_or_path or path.parent.name)
 
 
 def _built(path: Path) -> nn.Module:

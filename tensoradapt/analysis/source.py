@@ -6,7 +6,7 @@ Invariant: a config adds layouts, kinds and heads; without one, or without trans
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import nn
 
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
+from tensoradapt.io.conversion import Conversion, conversion_of, converted
 from tensoradapt.io.pairs import Deltas, open_deltas
 from tensoradapt.io.ties import with_ties
-from tensoradapt.scan import config_in, scan
+from tensoradapt.scan import config_in, described_by, module_of, scan
 from tensoradapt.sites import SiteMap
 
 Models = tuple[SiteMap | None, SiteMap | None]
@@ -45,8 +46,10 @@ def open_source(
         _named(open_checkpoint(tuned, tuned_revision), "the tuned side"),
     )
     given = options.pop("model", None)
-    known, models, note = described((base, sides[0]), (tuned, sides[1])) if given is None else _given(given)
-    found = open_deltas(*with_ties(*sides, models), **options, model=known)
+    about = described((base, sides[0]), (tuned, sides[1])) if given is None else _given(given)
+    sides = (about.renamed(sides[0], 0), about.renamed(sides[1], 1))
+    found = open_deltas(*with_ties(*sides, about.models), **options, model=about.known)
+    note = about.note
     return replace(found, match=replace(found.match, notes=(*found.match.notes, note))) if note else found
 
 
@@ -55,14 +58,29 @@ def _named(side: Checkpoint, role: str) -> Checkpoint:
     return side if side.label else replace(side, name=f"{role} ({side.name.removeprefix('the ')})")
 
 
-def _given(model: Any) -> tuple[SiteMap, Models, str]:
+@dataclass(frozen=True)
+class About:
+    """What is known of the sites, of the model of each side, and of how each side's tensors become its modules'."""
+
+    known: SiteMap | None
+    models: Models
+    conversions: tuple[Conversion | None, Conversion | None]
+    note: str = ""
+
+    def renamed(self, side: Checkpoint, which: int) -> Checkpoint:
+        """A side under the names of its own model's modules, or else of the other side's."""
+        return converted(side, self.conversions[which] or self.conversions[1 - which])
+
+
+def _given(model: Any) -> About:
     """The model that both sides are of, as the user says."""
-    known = scan(model)
-    return known, (known, known), ""
+    known, module = scan(model), module_of(model)
+    conversion = None if module is None else conversion_of(module)
+    return About(known, (known, known), (conversion, conversion))
 
 
-def described(base: tuple[Any, Checkpoint], tuned: tuple[Any, Checkpoint]) -> tuple[SiteMap | None, Models, str]:
-    """What is known of the sites, and of the model of each side: a source that is a module, or the config beside it.
+def described(base: tuple[Any, Checkpoint], tuned: tuple[Any, Checkpoint]) -> About:
+    """What is known of two sources: by the modules that they are, or by the configs beside them.
 
     The sites are told by a module before a config, and by the tuned side's before the base's. A note where a config
     cannot be used.
@@ -75,8 +93,8 @@ def described(base: tuple[Any, Checkpoint], tuned: tuple[Any, Checkpoint]) -> tu
     known = next((rows[k][0] for k in order if rows[k][0] is not None), None)
     if any(modules) and known is not None:
         known = replace(known, name=base[1].label)
-    notes = [note for _, note in rows if note and known is None]
-    return known, (rows[0][0], rows[1][0]), next(iter(notes), "")
+    notes = [note for *_, note in rows if note and known is None]
+    return About(known, (rows[0][0], rows[1][0]), (rows[0][1], rows[1][1]), next(iter(notes), ""))
 
 
 def _config(side: Checkpoint) -> bytes | None:
@@ -84,13 +102,18 @@ def _config(side: Checkpoint) -> bytes | None:
     return None if path is None else path.read_bytes()
 
 
-def _described(source: Any, side: Checkpoint) -> tuple[SiteMap | None, str]:
-    """The sites of a side's model: a module's own, or those that its config builds; a note where that fails."""
+def _described(source: Any, side: Checkpoint) -> tuple[SiteMap | None, Conversion | None, str]:
+    """The sites and names of a side's model, a module or what its config builds; a note where that fails."""
     if isinstance(source, nn.Module):
-        return scan(source), ""
-    if side.folder is None or config_in(side.folder) is None:
-        return None, ""
+        return scan(source), conversion_of(source), ""
     try:
-        return scan(side.folder), ""
+        found = by_config(side)
     except FileError as error:
-        return None, f"layouts are judged by name: {next(iter(str(error).splitlines()))}"
+        return None, None, f"layouts are judged by name: {next(iter(str(error).splitlines()))}"
+    return (None, None, "") if found is None else (found[1], conversion_of(found[0]), "")
+
+
+def by_config(side: Checkpoint) -> tuple[nn.Module, SiteMap] | None:
+    """The model that the config beside a checkpoint describes, on the meta device; None without one. Raises FileError."""
+    config = None if side.folder is None else config_in(side.folder)
+    return None if config is None else described_by(config)
