@@ -21,6 +21,7 @@ from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
+from tensoradapt.io.conversion import conversion_of, named_as
 from tensoradapt.io.renamed import fitted
 from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.lower import Line, line
@@ -60,7 +61,7 @@ def load(path: Savable | str | Path, model: nn.Module, name: str = "default") ->
     """
     _check_model(model, name, "ta.load(path, model)")
     found = scan_module(model)
-    saved = fitted(as_saved(path), found, type(model).__name__)
+    saved = fitted(named_as(as_saved(path), conversion_of(model)), found, type(model).__name__)
     adapter = _prepare(model, saved.plan, found, name)
     _fill(adapter, saved.tensors)
     return _install(model, adapter)

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensoradapt.analysis.source import as_modules
 from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.io.appended import appendable, appended, is_of_another_module, longer_head, longer_index
 from tensoradapt.io.beside import INDEX, check_apart, check_room, files_in, folder_of, others_of
 from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
+from tensoradapt.io.conversion import named_as
 from tensoradapt.io.folder import atomic_folder, check_free
 from tensoradapt.io.held import as_bytes
 from tensoradapt.io.names import shift
@@ -123,7 +125,8 @@ def merge_folder(
         others, left = others_of(source)
         ours = {file.name for file in source.files} | {other.parts[0] for other in others}
         check_free(target, ours, overwrite=overwrite)
-        saved = plainly(as_saved(adapter))
+        source = as_modules(source)
+        saved = named_as(plainly(as_saved(adapter)), source.conversion)
         changes, added = _changes(saved, source, tied=tied)
         added = {f"{_before(source)}{name}": tensor for name, tensor in added.items()}
         shards = [open_shard(file) for file in source.files]

@@ -22,6 +22,7 @@ from tensoradapt.extract.holding import gaps
 from tensoradapt.extract.whole import change_of
 from tensoradapt.extract.words import EQUAL, apart, counted, little, percent, wrapped
 from tensoradapt.folders import delta_rows, finder
+from tensoradapt.io.conversion import named_as
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled
@@ -139,6 +140,7 @@ def verify(
         raise SpecError("a tolerance is a number of at least 0", got=tolerance, hint="write 0.1 for 10 %")
     saved = plainly(filled(as_saved(adapter), "verify"))
     with open_source(base, tuned, **options) as deltas:
+        saved = named_as(saved, deltas.tuned.conversion)
         run = _Run(saved, deltas, _places(saved, deltas))
         total, tell = len(run.deltas) + len(saved.plan.extras), progress or (lambda *_: None)
         name = ""

@@ -113,7 +113,17 @@ def _described(source: Any, side: Checkpoint) -> tuple[SiteMap | None, Conversio
     return (None, None, "") if found is None else (found[1], conversion_of(found[0]), "")
 
 
+def as_modules(side: Checkpoint) -> Checkpoint:
+    """A checkpoint under the names of the modules that the config beside it describes; a note where it cannot be."""
+    try:
+        found = by_config(side)
+    except FileError as error:
+        note = f"names are those of the files: {next(iter(str(error).splitlines()))}"
+        return replace(side, notes=(*side.notes, note))
+    return converted(side, None if found is None else conversion_of(found[0]))
+
+
 def by_config(side: Checkpoint) -> tuple[nn.Module, SiteMap] | None:
-    """The model that the config beside a checkpoint describes, on the meta device; None without one. Raises FileError."""
+    """The model that the config beside a checkpoint describes, without weights; None without one. Raises FileError."""
     config = None if side.folder is None else config_in(side.folder)
     return None if config is None else described_by(config)

@@ -60,6 +60,7 @@ class Checkpoint:
     revision: str | None = None
     label: str = ""
     view: View = field(repr=False, kw_only=True)
+    conversion: Any = field(default=None, repr=False, kw_only=True)  # by which it has the names of a model's modules
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """One tensor in its stored dtype, on the CPU, or one of its entries; one of a file is mapped, not copied.

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from tensoradapt.io.checkpoint import Checkpoint, Entry
+from tensoradapt.io.renamed import renamed
+from tensoradapt.io.saved import Saved
 from tensoradapt.io.views import Key, Piece, View, as_it_is
 from tensoradapt.io.wrapped import inside
 
@@ -49,6 +51,17 @@ class Conversion:
         elif found not in self.own:
             found, pattern = self._renamed(stored, (), ())
         return (found, pattern) if found in self.own else (stored, None)
+
+    def path(self, name: str) -> str:
+        """The model's path of a module or parameter, `experts[3]` too, that an adapter calls as it is stored."""
+        stem, bracket, index = name.partition("[")
+        if any(f"{stem}{suffix}" in self.own for suffix in (".weight", "")):
+            return name
+        for suffix in (".weight", ""):
+            found, pattern = self.name(f"{stem}{suffix}")
+            if found in self.own and pattern is None:
+                return f"{found.removesuffix(suffix)}{bracket}{index}"
+        return name
 
     def _renamed(self, stored: str, renamings: Sequence[Any], converters: Sequence[Any]) -> tuple[str, str | None]:
         pattern = None
@@ -88,6 +101,14 @@ def conversion_of(model: nn.Module) -> Conversion | None:
     return Conversion(model, own, [each for each in found if each not in converters], converters)
 
 
+def named_as(saved: Saved, conversion: Conversion | None) -> Saved:
+    """An adapter under the names of a model's modules, where it has those under which the weights are stored."""
+    if conversion is None:
+        return saved
+    names = [*saved.sites, *saved.plan.extras]
+    return renamed(saved, conversion.path, conversion.path) if any(conversion.path(n) != n for n in names) else saved
+
+
 def converted(source: Checkpoint, conversion: Conversion | None) -> Checkpoint:
     """A checkpoint under the names, and in the shapes, of a model's modules; names that the model lacks stay.
 
@@ -105,7 +126,9 @@ def converted(source: Checkpoint, conversion: Conversion | None) -> Checkpoint:
     names = {raw_name: piece.here[0][0] for raw_name, piece in view.by_stored.items() if piece.forth is as_it_is}
     same = {names.get(raw[other], ""): names.get(raw[first], "") for other, first in source.aliases.items()}
     aliases = {other: first for other, first in same.items() if other and first}
-    return replace(source, entries=entries, aliases=aliases, view=view, notes=(*source.notes, *notes))
+    return replace(
+        source, entries=entries, aliases=aliases, view=view, notes=(*source.notes, *notes), conversion=conversion
+    )
 
 
 def _pieces(
