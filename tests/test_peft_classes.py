@@ -1,13 +1,14 @@
 """PEFT folders out, onto the class that reads them: what PEFT does by model type happens before the folder is there."""
 
 import copy
+import json
 import warnings
 
 import pytest
 import tiny
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import tensoradapt as ta
@@ -141,3 +142,85 @@ def test_a_kernel_of_one_row_that_no_module_stands_for_needs_the_model(tmp_path)
     with pytest.raises(ta.AdapterError, match=r"(?s)a Conv1d or a Conv2d.*model="):
         export_peft(saved, tmp_path / "out")
     assert export_peft(saved, tmp_path / "out", model=nn.Sequential(nn.Conv1d(4, 6, 3))).max_error < 1e-6
+
+
+# -- parameters trained whole ------------------------------------------------------------------------------------------
+
+
+class Aux(nn.Module):
+    """A body, a head, and another one whose name ends like the first's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.aux_head = nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x)) + self.aux_head(self.body(x))
+
+
+def roberta() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(**sizes, vocab_size=tiny.WORDS, num_labels=3, max_position_embeddings=40)
+    return transformers.RobertaForSequenceClassification(config).eval()
+
+
+TRAINED = {
+    "a head of two layers": (roberta, ["query"], ["classifier"], "SEQ_CLS"),
+    "a head, and what it stands on": (tiny.bert_classifier, ["query"], ["classifier", "pooler"], "SEQ_CLS"),
+    "a head whose name ends another's": (Aux, ["body"], ["head"], None),
+    "a pooler": (tiny.bert_classifier, ["query"], ["bert.pooler"], None),
+}
+
+
+CLASSIFIERS = [case for case, (_, _, _, task) in TRAINED.items() if task]
+
+
+@torch.no_grad()
+def output(model: nn.Module) -> torch.Tensor:
+    if isinstance(getattr(model, "base_model", model), Aux) or isinstance(model, Aux):
+        return model(tiny.noise(2, 8))
+    return model(tiny.tokens()).logits
+
+
+@pytest.mark.parametrize(
+    ("case", "given"), [*((case, True) for case in TRAINED), *((case, False) for case in CLASSIFIERS)]
+)
+def test_what_was_trained_whole_is_what_peft_restores(case, given, tmp_path):
+    make, targets, train, task = TRAINED[case]
+    model = make()
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=targets, train=train))
+    tiny.shake(adapter)
+    source = adapter if given else adapter.save(tmp_path / "saved")
+    export_peft(source, tmp_path / "out", extras=True, task_type=task, model=make() if given else None)
+    served = by_peft(make(), tmp_path / "out")
+    served = served if task else served.base_model.model
+    torch.testing.assert_close(output(served), output(model), rtol=1e-4, atol=1e-5)
+    assert (output(model) - output(make())).norm() > 0.01
+
+
+def test_a_head_that_peft_trains_and_the_adapter_does_not_is_named(tmp_path):
+    adapter = ta.attach(tiny.bert_classifier(), ta.preset("lora", targets=["query"], train=["bert.pooler"]))
+    tiny.shake(adapter)
+    with pytest.raises(ta.AdapterError, match=r"(?s)SEQ_CLS.*nothing of classifier\.weight, classifier\.bias.*extras"):
+        export_peft(adapter, tmp_path / "out", extras=True, task_type="SEQ_CLS")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_that_peft_trained_come_in_and_go_out_again(bias, tmp_path):
+    model = get_peft_model(tiny.bert(), LoraConfig(r=2, target_modules=["query"], bias=bias))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(tmp_path / "theirs")
+    result = export_peft(ta.import_peft(tmp_path / "theirs"), tmp_path / "ours", extras=True, model=tiny.bert())
+    one, two = (by_peft(tiny.bert(), tmp_path / name)(tiny.tokens()).last_hidden_state for name in ("theirs", "ours"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["bias"] == bias and result.max_error < 1e-6
+    for consumer in ("vllm", "llama.cpp"):
+        with pytest.raises(ta.AdapterError, match=r"trained whole are refused: .*query\.bias"):
+            export_peft(ta.import_peft(tmp_path / "theirs"), tmp_path / "no", extras=True, consumer=consumer)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.peft.patterns import valued
+from tensoradapt.peft.trained import Trained
 from tensoradapt.sites import check_regular, read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -168,7 +169,7 @@ def config_of(
     revision: str | None,
     task: str | None,
     turned: bool,
-    saved: Sequence[str],
+    trained: Trained,
 ) -> dict[str, Any]:
     """The config of a LoRA whose scale stands in its factors: alpha equals the rank, everywhere."""
     return {
@@ -182,10 +183,10 @@ def config_of(
         "use_rslora": False,
         "use_dora": False,
         "lora_dropout": 0.0,
-        "bias": "none",
+        "bias": trained.bias,
         "fan_in_fan_out": turned,
         "init_lora_weights": True,
-        "modules_to_save": list(saved) or None,
+        "modules_to_save": list(trained.modules) or None,
         "target_modules": targets,
         "rank_pattern": dict(patterns),
         "alpha_pattern": dict(patterns),

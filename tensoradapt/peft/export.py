@@ -35,6 +35,7 @@ from tensoradapt.peft.opening import open_adapter
 from tensoradapt.peft.patterns import keyed, target_modules
 from tensoradapt.peft.reopen import errors_of
 from tensoradapt.peft.taken import taken_for_experts
+from tensoradapt.peft.trained import Trained, check_head, trained_of
 from tensoradapt.peft.within import seen_from_within
 from tensoradapt.scan import Model, module_at, module_of, scan
 from tensoradapt.sites import SiteMap
@@ -43,7 +44,6 @@ LAYOUTS = ("portable", "compact")
 Progress = Callable[[str, int, int], None]  # the item at work, how many are done, how many there are
 # What rounding both factors to a dtype may change of a delta, relative to its norm.
 DTYPES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
-HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT expects a trained head in the folder
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Made:
     factored: Mapping[Module, Factored]
     config: Mapping[str, Any]
     folder: Folder
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    trained: Trained = field(default_factory=Trained)
 
 
 def export_peft(  # noqa: PLR0913
@@ -192,8 +192,8 @@ def _make(
     taken = taken_for_experts(ranks, whole)
     patterns = _patterns(ranks, taken) if options.layout == "compact" else {}
     held = {path: saved.tensors[f"extra.{path}"] for path in saved.plan.extras} if options.extras else {}
-    owners = sorted({path.rpartition(".")[0] for path in held})
-    _check_head(owners, options)
+    trained = trained_of(held, ranks, () if known is None else known.parameters)
+    check_head(options.task_type, trained, () if known is None else known.parameters)
     base = base_of(saved.plan.model, options.base_name)
     config = config_of(
         rank,
@@ -203,9 +203,9 @@ def _make(
         revision=str(saved.base.get("revision") or "") or None,
         task=options.task_type,
         turned=all(module.kind == "linear" and module.layout == "in out" for module in found),
-        saved=owners,
+        trained=trained,
     ) | ({"target_parameters": [f"{path}.weight" for path in taken]} if taken else {})
-    return _Made(found, config, Folder(list(found), rank, patterns, owners, base), held), zero
+    return _Made(found, config, Folder(list(found), rank, patterns, trained.said, base), trained), zero
 
 
 def _patterns(ranks: Mapping[str, int], taken: Sequence[str]) -> dict[str, int]:
@@ -225,14 +225,6 @@ def _factored(saved: Saved, module: Module, rank: int | None) -> Factored:
             hint="rank=64 truncates it and states the error; or merge the adapter and serve the whole model",
         )
     return truncated(module.delta(saved), rank)
-
-
-def _check_head(owners: Sequence[str], options: _Options) -> None:
-    if options.task_type in HEADED and not owners:
-        raise AdapterError(
-            f"PEFT expects a trained head in a folder of task {options.task_type}, and could not load it without",
-            hint="extras=True where the adapter has one (train=['classifier']), or another task_type",
-        )
 
 
 def _paths(known: SiteMap) -> set[str]:
@@ -264,7 +256,8 @@ def _tensors(made: _Made, dtype: torch.dtype, *, pad: bool) -> dict[str, Tensor]
         names = ("lora_embedding_A", "lora_embedding_B")
         names = names if module.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
         found |= {f"{PREFIX}{module.path}.{name}": t.contiguous() for name, t in zip(names, (a, b), strict=True)}
-    return found | {f"{PREFIX}{path}": tensor.contiguous() for path, tensor in made.extras.items()}
+    whole = made.trained
+    return found | {f"{PREFIX}{whole.names[path]}": tensor.contiguous() for path, tensor in whole.tensors.items()}
 
 
 def _write(folder: Path, saved: Saved, made: _Made, model: nn.Module | None, options: _Options) -> Exported:
@@ -273,7 +266,7 @@ def _write(folder: Path, saved: Saved, made: _Made, model: nn.Module | None, opt
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     flush(folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(made.config, indent=2) + "\n", encoding="utf-8")
-    reader, errors = errors_of(folder, list(made.factored), saved, made.extras, model, options.tell)
+    reader, errors = errors_of(folder, list(made.factored), saved, made.trained, model, options.tell)
     rows = {m.path: {"rank": f.rank, "error": errors[m.path]} for m, f in made.factored.items()}
     for module, factored in made.factored.items():
         if not errors[module.path] <= DTYPES[options.dtype] + factored.left * 1.01:

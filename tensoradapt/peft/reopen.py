@@ -22,6 +22,7 @@ from tensoradapt.peft.config import WEIGHTS, read_config
 from tensoradapt.peft.emptied import emptied
 from tensoradapt.peft.keys import PREFIX
 from tensoradapt.peft.modules import Module
+from tensoradapt.peft.trained import Trained
 
 Deltas = Callable[[Module], Tensor]
 BY_FILE = "safetensors, by PEFT's rules"
@@ -33,7 +34,7 @@ def errors_of(
     folder: Path,
     modules: Sequence[Module],
     saved: Saved,
-    extras: Mapping[str, Tensor],
+    trained: Trained,
     model: nn.Module | None,
     tell: Callable[[str, int, int], None],
 ) -> tuple[str, dict[str, float]]:
@@ -42,37 +43,36 @@ def errors_of(
     Raises AdapterError on what PEFT does not load onto the model, FileError on a file that is not what was written.
     """
     tell("the folder, read back", 0, len(modules))
-    reader, theirs = reopened(folder, modules, extras, model)
+    reader, theirs = reopened(folder, modules, trained, model)
     held = load_file(folder / WEIGHTS)
     found: dict[str, float] = {}
     for module in modules:
         tell(f"{module.path}, read back", len(found), len(modules))
         ours = module.delta(saved).double()
         found[module.path] = float((theirs(module).double() - ours).norm() / ours.norm())
-    for path, tensor in extras.items():
-        if not torch.equal(held[f"{PREFIX}{path}"], tensor):
+    for path, tensor in trained.tensors.items():
+        if not torch.equal(held[f"{PREFIX}{trained.names[path]}"], tensor):
             raise FileError(f"{path} is not in {folder} as it was trained")
     return reader, found
 
 
-def reopened(
-    folder: Path, modules: Sequence[Module], extras: Mapping[str, Tensor], model: nn.Module | None
-) -> tuple[str, Deltas]:
+def reopened(folder: Path, modules: Sequence[Module], trained: Trained, model: nn.Module | None) -> tuple[str, Deltas]:
     """Who re-opened a folder, and the deltas that it found there, (out, in) whatever the layout."""
     try:
         import peft
     except ImportError:
         return BY_FILE, _by_file(folder)
     if model is not None:
-        loaded = _opened(folder, emptied(model, extras))
+        loaded = _opened(folder, emptied(model, trained.tensors))
         _check_received(loaded, modules)
+        _check_trained(loaded, trained)
         return f"PEFT {version('peft')} on {type(model).__name__}", _by_layers(loaded)
     clash = nn.Module()
     if any(hasattr(clash, part) for module in modules for part in module.path.split(".")):
         return BY_FILE, _by_file(folder)  # PEFT finds no module with the name of a method
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.task_type = None  # a task wants methods that a skeleton does not have
-    loaded = _opened(folder, _skeleton(modules, extras), config=config)
+    loaded = _opened(folder, _skeleton(modules, trained.tensors), config=config)
     return f"{STAND_INS}, by PEFT {version('peft')}", _by_layers(loaded)
 
 
@@ -122,6 +122,31 @@ def _check_received(loaded: nn.Module, modules: Sequence[Module]) -> None:
                 got=f"{len(wrong)} modules: {', '.join(wrong[:4])}",
                 hint=LEFT_OUT,
             )
+
+
+def _check_trained(loaded: nn.Module, trained: Trained) -> None:
+    """Every parameter that was trained whole has its values in PEFT's model."""
+    for path, tensor in trained.tensors.items():
+        found = _in_use(loaded, path)
+        if found is None or not torch.equal(found, tensor.to(found.dtype)):
+            raise AdapterError(
+                f"PEFT does not restore {path}, which was trained whole: nothing was written", hint=LEFT_OUT
+            )
+
+
+def _in_use(loaded: nn.Module, path: str) -> Tensor | None:
+    """The parameter that a PEFT model uses for one of the base's: in a copy of its module, or in the base."""
+    module: Any = loaded
+    *above, leaf = path.split(".")
+    for name in (*above, ""):
+        copies = getattr(module, "modules_to_save", None)
+        module = copies["default"] if copies is not None and "default" in copies else module
+        module = module if name in module._modules or not hasattr(module, "base_layer") else module.base_layer
+        module = module._modules.get(name) if name else module
+        if module is None:
+            return None
+    found: Tensor | None = module._parameters.get(leaf)
+    return found
 
 
 def _holds(layer: Any) -> bool:
