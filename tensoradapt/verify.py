@@ -20,13 +20,14 @@ from tensoradapt.analysis.source import open_source
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.extract.holding import gaps
 from tensoradapt.extract.whole import change_of
-from tensoradapt.extract.words import EQUAL, apart, counted, little, percent, wrapped
+from tensoradapt.extract.words import apart, counted, little, percent, wrapped
 from tensoradapt.folders import delta_rows, finder
 from tensoradapt.io.conversion import named_as
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled
 from tensoradapt.merging import add_rows
+from tensoradapt.plots.unmatched import equal
 from tensoradapt.sites import Site
 
 WRONG = "look whether it is of this base and this tuned model, in this order; tensoradapt info shows its base"
@@ -94,7 +95,7 @@ class Verification:
         limit = "" if self.tolerance is None else f", tolerance {self.tolerance:.4g}: {verdict}"
         yield f"relative error {self.judged_error:.4g} over {over}{limit}"
         if self.held_share is None:
-            yield f"{EQUAL}: there is no change to hold"
+            yield from wrapped([f"{self._equal}: there is no change to hold"])
             return
         other = (
             (self.whole_error, "the whole change") if self.within_targets else (self.relative_error, "its own weights")
@@ -105,6 +106,13 @@ class Verification:
             yield from wrapped([f"worse than no adapter, whose error is 1: {WRONG}"])
         else:
             yield from wrapped(little(self.relative_error, chosen=False))
+
+    @property
+    def _equal(self) -> str:
+        """What is equal where there is no change."""
+        if self.unmeasured:
+            return "what has a number is equal"
+        return equal(self.only_base, self.only_tuned)
 
 
 def _plain(number: float) -> float | None:

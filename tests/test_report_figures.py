@@ -500,7 +500,7 @@ def test_the_page_says_what_was_compared_and_the_answer():
         PLAIN["choice"]["reason"],
         f"The rule: {PLAIN['choice']['rule']}",
         "chosen",
-        "only in the tuned side: 1 tensor (classifier.weight)",
+        "1 only in the tuned side: classifier.weight",
         "embeddings.position_ids (not a weight: int64)",
         *(cell for row in kind_rows(PLAIN["change"]) for cell in row),
         *(caption(PLAIN, name) for name in FIGURES),

@@ -166,7 +166,7 @@ def test_what_has_no_measure_is_in_no_error():
     assert (found.only_base, found.only_tuned) == (("old.weight",), ("new.weight",))
     text = " ".join(str(found).split())
     assert (
-        "1 only in the base, 1 only in the tuned side: new.weight, old.weight" in text and "steps, holds int64" in text
+        "1 only in the base, 1 only in the tuned side: old.weight; new.weight" in text and "steps, holds int64" in text
     )
 
 

@@ -5,7 +5,8 @@ Invariant: a config adds layouts, kinds and heads; without one, or without trans
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 from torch import nn
 
 from tensoradapt.errors import FileError, SpecError
+from tensoradapt.host import HOST
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
 from tensoradapt.io.conversion import Conversion, conversion_of, converted
 from tensoradapt.io.pairs import Deltas, open_deltas
 from tensoradapt.io.ties import with_ties
+from tensoradapt.plots.unmatched import unmatched
 from tensoradapt.scan import config_in, described_by, module_of, scan
 from tensoradapt.sites import SiteMap
 
+ENOUGH = 0.9  # below this share of the smaller side's weights a warning says how many have a counterpart
 Models = tuple[SiteMap | None, SiteMap | None]
 READING = ("rows", "nonfinite", "prefix", "model", "base_revision", "tuned_revision")
 
@@ -42,20 +46,50 @@ def open_source(
     takes it. Raises FileError.
     """
     sides = (
-        _named(open_checkpoint(base, base_revision), "the base"),
+        _plain(_named(open_checkpoint(base, base_revision), "the base")),
         _named(open_checkpoint(tuned, tuned_revision), "the tuned side"),
     )
+    _check_merged(sides[1])
     given = options.pop("model", None)
     about = described((base, sides[0]), (tuned, sides[1])) if given is None else _given(given)
     sides = (about.renamed(sides[0], 0), about.renamed(sides[1], 1))
     found = open_deltas(*with_ties(*sides, about.models), **options, model=about.known)
-    note = about.note
-    return replace(found, match=replace(found.match, notes=(*found.match.notes, note))) if note else found
+    if about.note:
+        found = replace(found, match=replace(found.match, notes=(*found.match.notes, about.note)))
+    for line in _little(found):
+        warnings.warn(line, stacklevel=3)
+    return found
+
+
+def _little(deltas: Deltas) -> Iterator[str]:
+    """What to warn of where the sides have little in common: each has weights that the other lacks."""
+    both = len({pair.tuned_name for pair in deltas.match.pairs})
+    fewest = both + min(map(len, deltas.match.lone))
+    if both < ENOUGH * fewest:
+        line = next(unmatched(*deltas.match.lone))
+        yield f"only {both:,} of {fewest:,} weights have a counterpart, and no result is of the others: {line}"
 
 
 def _named(side: Checkpoint, role: str) -> Checkpoint:
     """A checkpoint that came without a name of its own, called by its part in the comparison."""
     return side if side.label else replace(side, name=f"{role} ({side.name.removeprefix('the ')})")
+
+
+def _plain(side: Checkpoint) -> Checkpoint:
+    """A checkpoint without the factors of adapters that are attached to its model."""
+    return replace(side, entries={name: entry for name, entry in side.entries.items() if HOST not in name.split(".")})
+
+
+def _check_merged(side: Checkpoint) -> None:
+    """Raise FileError where the change of a side is in an adapter, and not in its weights."""
+    inside = next((name for name in side.entries if HOST in name.split(".")), None)
+    if inside is not None:
+        raise FileError(
+            f"{side.name} holds an adapter of tensoradapt that is not merged",
+            got=inside,
+            expected="weights with the change in them",
+            hint="merge it first, adapter.merge() or adapter.merge_and_detach(); what it adds is in the adapter itself",
+        )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tensoradapt.extract.goals import Goal
 from tensoradapt.extract.output import Output
 from tensoradapt.extract.planning import planned
 from tensoradapt.extract.run import OPTIONS
+from tensoradapt.extract.seen import check_seen, check_targets
 from tensoradapt.extract.whole import Whole, whole_change
 from tensoradapt.fit.compress import basis_size
 from tensoradapt.grouping import Group
@@ -68,7 +69,10 @@ def preview(
     goal, output = Goal(error, max_parameters), None if out is None else Output.of(out)
     with open_source(base, tuned, **reading) as deltas:
         free = any(not rule.targets for rule in expand(spec).rules)
+        check_targets(spec, deltas.match)
         whole = whole_change(deltas) if free else Whole()
+        if free:
+            check_seen(whole, deltas.match)
         work = planned(deltas, whole, spec, goal, (device, options.get("seed", 0)), SOLO, reading)
         if output is not None:
             files = (*work.deltas.base.files, *work.deltas.tuned.files)

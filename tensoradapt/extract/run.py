@@ -23,13 +23,14 @@ from tensoradapt.extract.measure import overall, worst_of
 from tensoradapt.extract.output import Output
 from tensoradapt.extract.planning import allocated, check_reach, planned
 from tensoradapt.extract.result import Extraction
+from tensoradapt.extract.seen import check_seen, check_targets
 from tensoradapt.extract.whole import whole_change
-from tensoradapt.extract.words import EQUAL
 from tensoradapt.extract.work import Done, Work
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
 from tensoradapt.linalg import LARGE, SOLO, Team, each
 from tensoradapt.plan import START, Plan
+from tensoradapt.plots.unmatched import equal
 from tensoradapt.presets import SpecLike, as_spec
 
 Progress = Callable[[str, int, int], None]  # a group's name, how many are done, how many there are
@@ -69,7 +70,9 @@ def extract(
     with alike(team, lambda: open_source(base, tuned, **options)) as deltas:
         files = (*deltas.base.files, *deltas.tuned.files)
         together(team, lambda: output.check(files, overwrite=overwrite))
+        alike(team, lambda: check_targets(spec, deltas.match))
         whole = whole_change(deltas, team, progress)
+        alike(team, lambda: check_seen(whole, deltas.match))
         work = alike(team, lambda: planned(deltas, whole, spec, goal, where, team, options))
         alike(team, lambda: check_reach(work, progress))
         with opened(output.journal, output.file, work.identity, team) as journal:
@@ -219,4 +222,6 @@ def _notes(work: Work, groups: Mapping[str, Mapping[str, Any]]) -> Iterator[str]
     if missed:
         yield f"{len(missed)} groups cannot reach the error {wanted}, at their largest rank: {', '.join(missed[:5])}"
     if not any(row["norm"] for row in groups.values()):
-        yield f"{f'{EQUAL} at the targeted sites' if work.whole.names else EQUAL}: nothing to extract"
+        match = work.deltas.match
+        same = equal(match.only_base, match.only_tuned)
+        yield f"{'the checkpoints are equal at the targeted sites' if work.whole.names else same}: nothing to extract"

@@ -6,11 +6,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tensoradapt import tables
+from tensoradapt.plots.unmatched import advice, unmatched
 
 LITTLE = 0.9  # a relative error from which on a result holds next to nothing
 FEW = 3  # names that are written out
-HEAD = "; what the base lacks, a new head say, is in no adapter: take it from the tuned model"
-EQUAL = "the checkpoints are equal"
 
 
 def percent(share: float) -> str:
@@ -42,20 +41,10 @@ def few(names: Sequence[str]) -> str:
     return f": {', '.join(names)}" if len(names) <= FEW else ""
 
 
-def unmatched(only_base: Sequence[str], only_tuned: Sequence[str]) -> Iterator[str]:
-    """One line for the tensors that one side lacks."""
-    sides = [
-        f"{len(names):,} only in the {side}"
-        for side, names in (("base", only_base), ("tuned side", only_tuned))
-        if names
-    ]
-    if sides:
-        yield f"{', '.join(sides)}{few([*only_tuned, *only_base])}{HEAD if only_tuned else ''}"
-
-
 def apart(only_base: Sequence[str], only_tuned: Sequence[str], unmeasured: Mapping[str, str]) -> Iterator[str]:
     """The tensors that are in no error."""
     yield from (f"not compared: {line}" for line in unmatched(only_base, only_tuned))
+    yield from advice(only_base, only_tuned)
     yield from (f"not compared: {name}, {reason}" for name, reason in unmeasured.items())
 
 

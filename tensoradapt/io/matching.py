@@ -8,7 +8,7 @@ names.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
@@ -21,6 +21,7 @@ from tensoradapt.io.names import not_merged, shift, unmerged
 from tensoradapt.io.weights import Judged, Pair, Reshaped, is_packed, quantised
 from tensoradapt.sites import Site, SiteMap, placed
 
+SIDES = ("the base", "the tuned side")
 ROWS = ("error", "truncate", "pad")
 SAME_MODEL = 0.5  # below this share of the smaller side's weights, the two are of different models
 
@@ -29,7 +30,8 @@ SAME_MODEL = 0.5  # below this share of the smaller side's weights, the two are 
 class Match:
     """What two checkpoints have in common, and what not.
 
-    `refused` says why a tensor of both is no site; `names` has the base's name of every tensor of both.
+    `refused` says why a tensor of both is no site; `names` has the base's name of every tensor of both; `lone` are the
+    weights among what only the base, and only the tuned side, holds: of what changed there nothing is known.
     """
 
     pairs: tuple[Pair, ...]
@@ -40,6 +42,7 @@ class Match:
     refused: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    lone: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: paths of the matched sites, and what was not matched."""
@@ -76,15 +79,17 @@ def match(
         judged.take(tuned.entries[name], base.entries[other], *twins.of(name))
     judged.check()
     sites = placed([pair.site for pair in judged.pairs])
+    left = _left(base, found.values()), _left(tuned, found)
+    lone = _weights(base, left[0]), _weights(tuned, left[1])
     return Match(
         tuple(replace(pair, site=site) for pair, site in zip(judged.pairs, sites, strict=True)),
-        _site_map(sites, base, tuned, known),
-        _left(base, found.values()),
-        _left(tuned, found),
+        _site_map(sites, base, tuned, known, lone),
+        *left,
         tuple(judged.reshaped),
         judged.refused,
         (*base.notes, *tuned.notes, *notes, *judged.notes, *_tied_notes(base, tuned, judged.pairs)),
         found,
+        lone,
     )
 
 
@@ -166,6 +171,12 @@ def _left(side: Checkpoint, found: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in side.entries if name not in side.aliases and name not in taken)
 
 
+def _weights(side: Checkpoint, names: Iterable[str]) -> tuple[str, ...]:
+    """The weights among some tensors."""
+    entries = [side.entries[name] for name in names]
+    return tuple(e.name for e in entries if len(e.shape) > 1 and e.dtype.is_floating_point)
+
+
 def _same_model(base: Checkpoint, tuned: Checkpoint, found: Mapping[str, str]) -> None:
     """Raise FileError where too few weights have a counterpart."""
     ours, theirs = ({n: e for n, e in side.entries.items() if len(e.shape) > 1} for side in (tuned, base))
@@ -184,9 +195,13 @@ def _same_model(base: Checkpoint, tuned: Checkpoint, found: Mapping[str, str]) -
     )
 
 
-def _site_map(sites: tuple[Site, ...], base: Checkpoint, tuned: Checkpoint, known: SiteMap) -> SiteMap:
-    """The sites with what is known of the model."""
+def _site_map(
+    sites: tuple[Site, ...], base: Checkpoint, tuned: Checkpoint, known: SiteMap, lone: Sequence[Sequence[str]]
+) -> SiteMap:
+    """The sites with what is known of the model; weights of one side alone are not to be adapted."""
+    alone = {n.removesuffix(".weight"): f"only {s} has it" for s, ns in zip(SIDES, lone, strict=True) for n in ns}
     name = known.name or (base.name if base.folder is None or base.revision else Path(base.name).name)
     shapes = {entry.name: entry.shape for entry in tuned.entries.values()}
     total = sum(math.prod(entry.shape) for entry in tuned.entries.values() if tuned.first(entry.name) == entry.name)
-    return replace(known, sites=sites, name=name, parameters=shapes, num_parameters=total)
+    refused = {**known.refused, **alone}
+    return replace(known, sites=sites, name=name, parameters=shapes, refused=refused, num_parameters=total)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tensoradapt.plots.words import listed, percent, some
+from tensoradapt.plots.unmatched import advice, apart, unmatched
+from tensoradapt.plots.words import percent, some
 
 RULE_WORDS = {
     "noise": "above the rounding noise",
@@ -24,11 +25,8 @@ KIND_WORDS = {
     "untargeted": "weights beside the targets",
 }
 QUESTION = "What rank is it?"
-BESIDE = (
-    "What is only in the tuned side, a new head say, is in no number here and in no extracted adapter: take it from "
-    "the tuned model, or train an adapter together with it (train=['classifier'])."
-)
 NONE = "no adapter."
+UNREAD = "not finite"  # how the reason begins for which a weight was left out while reading
 NOISE_SHOWN = 0.01  # the share of the change from which on rounding noise is spoken of
 
 
@@ -51,10 +49,25 @@ def answer_words(report: Mapping[str, Any]) -> str:
     """The first sentence: what rank the change has."""
     answer = report.get("answer")
     if not answer:
-        return "0: no weight differs." if report["sites"] else "no weight was compared."
+        return _no_change(report)
     said = ", ".join(_ranks(ranks, RULE_WORDS[rule]) for rule, ranks in answer["ranks"].items())
     many = f"{some(answer['weights'], 'weight')}{' in the layers' if answer['layers'] else ''}"
     return f"{said}: {'of ' if answer['weights'] == 1 else 'medians of '}{many}."
+
+
+def _no_change(report: Mapping[str, Any]) -> str:
+    """Where no weight differs that was compared: whether that is all there is to say."""
+    match = report["match"]
+    if not report["sites"]:
+        return "no weight was compared."
+    if match["only_base"] or match["only_tuned"]:
+        lacking = [key for key in ("only_base", "only_tuned") if match[key]]
+        many = some(sum(len(match[key]) for key in lacking), "tensor")
+        return f"not known: the weights that both sides hold are equal, and {many} of one side alone were not compared."
+    unread = [name for name, reason in match["refused"].items() if reason.startswith(UNREAD)]
+    if unread:
+        return f"not known: the weights that were read are equal, and {some(len(unread), 'weight')} could not be read."
+    return "0: no weight differs."
 
 
 def _ranks(ranks: Mapping[str, Any], words: str) -> str:
@@ -78,10 +91,11 @@ def needed_words(needed: Mapping[str, Any]) -> str:
 def answer_lines(report: Mapping[str, Any]) -> list[str]:
     """What follows the first sentence: the parameters needed for each error, and the noise where there is some."""
     answer = report.get("answer")
+    beside = _beside(report["match"]) if apart(report["match"]) else []
     if not answer:
-        return []
+        return beside
     noise = answer["noise_share"]
-    lines = [needed_words(needed) for needed in answer["needed"]]
+    lines = beside + [needed_words(needed) for needed in answer["needed"]]
     if noise is not None and noise >= NOISE_SHOWN:
         lines += [f"up to {percent(noise)} of the change's norm is rounding noise of the stored dtypes"]
     beside = sum(bool(row["norm"]) for row in report["sites"].values()) - answer["weights"]
@@ -111,10 +125,12 @@ def sides_words(report: Mapping[str, Any]) -> str:
 
 
 def one_sided(match: Mapping[str, Any]) -> list[str]:
-    """What only one side holds, in a sentence each."""
-    sides = (("only_base", "only in the base"), ("only_tuned", "only in the tuned side"))
-    lines = [f"{words}: {some(len(match[key]), 'tensor')} ({listed(match[key])})" for key, words in sides if match[key]]
-    return [*lines, *(BESIDE for _ in match["only_tuned"][:1])]
+    """What only one side holds, in one sentence (where both lack something it stands by the answer), and what to do."""
+    return [*([] if apart(match) else _beside(match)), *advice(match["only_base"], match["only_tuned"])]
+
+
+def _beside(match: Mapping[str, Any]) -> list[str]:
+    return [f"not compared: {line}" for line in unmatched(match["only_base"], match["only_tuned"])]
 
 
 def proposal_words(choice: Mapping[str, Any]) -> list[str]:

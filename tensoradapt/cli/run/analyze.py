@@ -7,15 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.run import analyze
-from tensoradapt.cli.run.printing import emit
+from tensoradapt.cli.run.printing import emit, told
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.collection import analyze_adapters
 from tensoradapt.distributed import team_of
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.io.atomic import atomic, unwritten
 from tensoradapt.paths import expand
+from tensoradapt.plots.unmatched import apart
+
+UNSEEN = 1  # the exit code where nothing that was compared differs, and much was not compared
 
 
 def run(
@@ -36,7 +41,7 @@ def run(
     out = out and expand(out)
     if out is not None:
         _check(out)
-    with team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:
+    with told(), team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:
         shared: dict[str, Any] = {"device": where, "team": team, "progress": tell}
         if adapters:
             report = analyze_adapters(adapters, **options, **shared)
@@ -44,6 +49,8 @@ def run(
             report = analyze(base, tuned, **options, **reading, **shared)
         if team.rank == 0:
             _write(report, out, wide=wide, as_json=as_json)
+    if report.answer is None and apart(report.match):
+        raise typer.Exit(UNSEEN)
 
 
 def _check(out: Path) -> None:

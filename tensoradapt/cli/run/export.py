@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensoradapt.cli.run.printing import note, show
+from tensoradapt.cli.run.printing import show, told
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.errors import SpecError
 from tensoradapt.peft import export_peft
@@ -17,10 +16,6 @@ def run(adapter: str, out: Path, to: str, *, options: Mapping[str, Any], as_json
     """Export, and print what was written; warnings are lines on stderr."""
     if to != "peft":
         raise SpecError(f"no format {to!r} to export to", expected="peft")
-    with warnings.catch_warnings(record=True) as caught, progress("export") as tell:
-        warnings.simplefilter("always", UserWarning)
+    with told(), progress("export") as tell:
         result = export_peft(adapter, out, progress=tell, **options)
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            note(f"warning: {warning.message}")
     show(result, as_json=as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.cli.options import Choice
-from tensoradapt.cli.run.printing import note, show
+from tensoradapt.cli.run.printing import note, show, told
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.cli.run.specs import make_spec, rank_note
 from tensoradapt.distributed import team_of
@@ -32,8 +32,10 @@ def run(
     said = rank_note(choice, {"error": goal, "max_parameters": options["max_parameters"]})
     if dry_run:
         note(said)
-        return show(preview(base, tuned, spec, out, error=goal, device=device, **options), as_json=as_json)
-    with team_of(device) as (team, where), progress("extract", quiet=team.rank > 0) as tell:
+        with told():
+            found = preview(base, tuned, spec, out, error=goal, device=device, **options)
+        return show(found, as_json=as_json)
+    with told(), team_of(device) as (team, where), progress("extract", quiet=team.rank > 0) as tell:
         note(said if team.rank == 0 else "")
         shared: dict[str, Any] = {"device": where, "team": team, "progress": tell}
         result = extract(base, tuned, spec, out, error=goal, **options, **shared)

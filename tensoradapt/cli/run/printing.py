@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from tensoradapt.cli.run.words import in_options
@@ -50,6 +52,18 @@ def _notes_in_options(text: str) -> str:
             lines.append(line)
     told = (wrapped(in_options(line)) if line.startswith("note: ") else [line] for line in lines)
     return "\n".join(line for part in told for line in part)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Print warnings as lines on stderr, when what is inside is over or failed."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for text in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+                note(f"warning: {text}")
 
 
 def note(text: str) -> None:

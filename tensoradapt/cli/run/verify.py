@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from tensoradapt.cli.run.printing import show
+from tensoradapt.cli.run.printing import show, told
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.peft import open_adapter
 from tensoradapt.verify import verify
@@ -17,7 +17,7 @@ MISSED = 1  # the exit code of a tolerance that was missed
 
 def run(adapter: str, base: str, tuned: str, *, options: Mapping[str, Any], as_json: bool) -> None:
     """Compare, print the errors, and leave with an exit code that says whether they are tolerated."""
-    with progress("verify") as tell:
+    with told(), progress("verify") as tell:
         saved = open_adapter(adapter)
         result = verify(saved, base, tuned, progress=tell, **options)
     show(result, as_json=as_json)
