@@ -20,12 +20,24 @@ from torch import Tensor, nn
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError, SiteError, SpecError
 from tensoradapt.grouping import Group
-from tensoradapt.host import HOST, Bank, Host, copied, home_of, host_of, slashed, sources
+from tensoradapt.host import Bank, Host, carrier, copied, slashed, sources
 from tensoradapt.interchange import subtracted, to_tensorly, values_for
 from tensoradapt.io.saved import Saved
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
-from tensoradapt.merging import Merged, Rows, Target, Untied, laid_out, merge, restore_all, rows_of, targets_of
+from tensoradapt.merging import (
+    Merged,
+    Rows,
+    Target,
+    Untied,
+    check_last,
+    laid_out,
+    merge,
+    restore_all,
+    rows_of,
+    targets_of,
+)
+from tensoradapt.passes import Passes, Reach, dry_run
 from tensoradapt.plan import START, Plan
 from tensoradapt.quantised import gathered
 from tensoradapt.scan import owner_of
@@ -53,6 +65,7 @@ class Adapter(nn.Module):
         self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
         self._callers: dict[str, list[str]] = {}  # replaced parameters, and the modules around whose calls
         self._sources = sources(plan)
+        self.passes = Passes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy, on the model's copy where that is made too; else of the tensors, with no hook on the same model."""
@@ -172,9 +185,17 @@ class Adapter(nn.Module):
             parameter = self.extra[slashed(key)].to(parameter.dtype)
         if key not in self._weighted:
             return parameter
-        return parameter + laid_out(
-            [(self._lines[path][1], self.delta(path)) for path in self._weighted[key]], parameter
-        )
+        paths = self._weighted[key]
+        self.passes.reach(*paths)
+        changed = parameter + laid_out([(self._lines[path][1], self.delta(path)) for path in paths], parameter)
+        return self.passes.made(key, changed)
+
+    def check(self, batch: Any, *, train: bool = False, grad: bool = False) -> Reach:
+        """What a pass on a batch (a mapping, a tuple, one argument) reaches; the model's state is kept.
+
+        Raises AdapterError where nothing is added.
+        """
+        return dry_run(self._model[0], self, batch, train=train, grad=grad)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -199,8 +220,10 @@ class Adapter(nn.Module):
         """Write the adapter file (a folder with `adapter.safetensors`, or that file), atomically; returns its path.
 
         The scale that was set is written into every group's own, so that a loaded adapter has the same deltas.
-        Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is.
+        Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is;
+        AdapterError where a forward pass read weights past the adapter.
         """
+        self.passes.check(self.name)
         return self.as_saved().save(path, made="ta.attach(model, spec), and training")
 
     def as_saved(self) -> Saved:
@@ -223,6 +246,7 @@ class Adapter(nn.Module):
         self._check_unmerged()
         if not self.enabled:
             raise AdapterError(f"adapter {self.name!r} is switched off", hint="set adapter.enabled = True first")
+        self.passes.check(self.name)
         self._merged = merge(self._model[0], self._targets(), keep, untie=untie)
         self._kept = keep
         host.merged.append(self.name)
@@ -252,17 +276,7 @@ class Adapter(nn.Module):
         """Put the kept originals back, bit for bit. Raises AdapterError where nothing was merged or kept."""
         if self._merged is None:
             raise AdapterError(f"adapter {self.name!r} is not merged", hint="merge() first")
-        if self._kept is None:
-            raise AdapterError(
-                "the original weights were not kept",
-                got="merge(keep=None)",
-                hint="merge with keep='cpu', or load the base again",
-            )
-        if self._host().merged[-1] != self.name:
-            raise AdapterError(
-                f"{self._host().merged[-1]!r} was merged after {self.name!r}",
-                hint=f"unmerge {self._host().merged[-1]!r} first",
-            )
+        check_last(self.name, self._kept, self._host().merged[-1])
         restore_all(self._merged)
         self._merged = None
         self._host().merged.remove(self.name)
@@ -291,20 +305,10 @@ class Adapter(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        host.merged = [name for name in host.merged if name != self.name]
-        del host._modules[self.name]
-        if not len(host):
-            del home_of(self._model[0])._modules[HOST]
-            host.restore(self._model[0])
+        host.dismiss(self._model[0], self.name)
 
     def _host(self) -> Host:
-        host = host_of(self._model[0])
-        if host is None or host._modules.get(self.name) is not self:
-            raise AdapterError(
-                f"adapter {self.name!r} is not attached",
-                hint="attach(model, spec) makes a new one, load(path, model) a saved one",
-            )
-        return host
+        return carrier(self._model[0], self.name, self)
 
     def __str__(self) -> str:
         state = "merged" if self.merged else "attached" if self.enabled else "switched off"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
-from tensoradapt.errors import AdapterError, SiteError, SpecError
+from tensoradapt.callers import callers_of, held_by
+from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.handover import stand_in
 from tensoradapt.hooks import OutputHook, WeightHook
@@ -26,13 +27,14 @@ from tensoradapt.io.renamed import fitted
 from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import plain_weight
+from tensoradapt.passes import PassHook
 from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
 from tensoradapt.scan import module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
-from tensoradapt.targets import asks_weight, delivered
+from tensoradapt.targets import delivered
 
 
 def attach(model: nn.Module, spec: SpecLike, name: str = "default", seed: int = 0) -> Adapter:
@@ -121,7 +123,9 @@ def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter
     for path, (_, site, _) in adapter._lines.items():
         if site.delivery == "weight":
             adapter._weighted.setdefault(parameter_of(model, site), []).append(path)
-    adapter._callers = {key: _callers(model, key, adapter, found) for key in (*adapter._weighted, *plan.extras)}
+    adapter._callers = {key: callers_of(model, key, adapter, found) for key in (*adapter._weighted, *plan.extras)}
+    adapter.passes.held = held_by(model, adapter)
+    adapter.passes.fused = any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
     _make_tensors(model, plan, adapter)
     adapter.train(model.training)
     return adapter
@@ -253,6 +257,10 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
             caller = module_at(model, path)
             adapter._handles.append(caller.register_forward_pre_hook(shadow.before))
             adapter._handles.append(caller.register_forward_hook(shadow.after, always_call=True, prepend=True))
+    watching = PassHook(adapter)
+    adapter._handles.append(model.register_forward_pre_hook(watching.before, prepend=True))
+    adapter._handles.append(model.register_forward_hook(watching.stop, always_call=True, prepend=True))
+    adapter._handles.append(model.register_forward_hook(watching.after))
     return adapter
 
 
@@ -265,35 +273,3 @@ def _without_dropout(adapter: Adapter) -> list[str]:
         and (site.delivery == "weight" or (site.kind, group.rule.dropout_at) == ("embedding", "in"))
     ]
     return [f"dropout has no effect on {', '.join(deaf[:4])}{' ...' if len(deaf) > 4 else ''}"] if deaf else []
-
-
-def _callers(model: nn.Module, parameter: str, adapter: Adapter, found: SiteMap) -> list[str]:
-    """The modules around whose calls a parameter is replaced: its own, and those that read it from outside.
-
-    Where the spec asks for it and no reader is known, all that it lies in: whoever reads it runs within one of them.
-    """
-    readers = found.readers.get(parameter, ())
-    paths = adapter._weighted.get(parameter, ())
-    asked = any(asks_weight(group.rule, path) for path in paths for group, _, _ in [adapter._lines[path]])
-    around = _above(parameter) if asked and not readers else []
-    around = [path for path in around if type(module_at(model, path)).forward is not nn.Module.forward]
-    return list(dict.fromkeys([*_own_caller(model, parameter, needed=not readers), *readers, *around]))
-
-
-def _own_caller(model: nn.Module, parameter: str, *, needed: bool) -> list[str]:
-    """The module whose call uses a parameter: its owner, unless that has no forward or its parent bypasses it."""
-    for path in _above(parameter):
-        module = module_at(model, path)
-        parent = module_at(model, path.rpartition(".")[0]) if path else None
-        bypassed = isinstance(parent, nn.MultiheadAttention) and parent is not module
-        if type(module).forward is not nn.Module.forward and not bypassed:
-            return [path]
-    if needed:
-        raise SiteError(f"no module whose call uses {parameter} was found", hint="exclude it")
-    return []
-
-
-def _above(path: str) -> list[str]:
-    """The modules that a parameter lies in, by path, its owner first and the model last."""
-    parts = path.split(".")[:-1]
-    return [".".join(parts[:k]) for k in reversed(range(len(parts) + 1))]

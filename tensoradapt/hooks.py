@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from tensoradapt.chain import Chain, Convolved, staged
 from tensoradapt.errors import AdapterError
+from tensoradapt.passes import Passes
 
 
 class Source(Protocol):
     """What a hook needs of its adapter."""
 
     training: bool
+    passes: Passes
 
     @property
     def scale(self) -> float:
@@ -93,6 +95,7 @@ class OutputHook:
                 got=type(output).__name__,
                 hint="exclude this module",
             )
+        self.source.passes.reach(self.site.path)
         x = args[0] if args else next(iter(kwargs.values()))
         device = output.device.type
         cast = not output.is_meta and torch.is_autocast_enabled(device)  # which knows no meta device

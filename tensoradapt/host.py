@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tensoradapt.errors import AdapterError
 from tensoradapt.plan import Plan
 
 HOST = "tensoradapt"  # the name under which adapters register themselves on a model
@@ -51,6 +52,14 @@ class Host(nn.Module):
                 del model.__dict__[name]
         self.shadowed.clear()
 
+    def dismiss(self, model: nn.Module, name: str) -> None:
+        """Take an adapter off the model; with the last one the host goes too."""
+        self.merged = [other for other in self.merged if other != name]
+        del self._modules[name]
+        if not len(self):
+            del home_of(model)._modules[HOST]
+            self.restore(model)
+
     def trains_on(self, model: nn.Module) -> bool:
         """Whether a parameter of the model is trained that is no merged adapter's."""
         merged = {id(p) for name in self.merged for p in self._modules[name].parameters()}  # type: ignore[union-attr]
@@ -80,6 +89,17 @@ def home_of(model: nn.Module) -> nn.Module:
 def host_of(model: nn.Module) -> Host | None:
     """What a model carries its adapters in; None where it has none."""
     return home_of(model)._modules.get(HOST)  # type: ignore[return-value]
+
+
+def carrier(model: nn.Module, name: str, adapter: nn.Module) -> Host:
+    """What carries an adapter. Raises AdapterError where it is not attached."""
+    host = host_of(model)
+    if host is None or host._modules.get(name) is not adapter:
+        raise AdapterError(
+            f"adapter {name!r} is not attached",
+            hint="attach(model, spec) makes a new one, load(path, model) a saved one",
+        )
+    return host
 
 
 def _without_merged(host: Host, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -294,3 +294,15 @@ def restore_all(merged: Sequence[Merged | Untied]) -> None:
     """Undo a merge, the last parameter first."""
     for record in reversed(merged):
         record.restore()
+
+
+def check_last(name: str, kept: str | None, last: str) -> None:
+    """Raise AdapterError where a merge cannot be undone: no original was kept, or another came after it."""
+    if kept is None:
+        raise AdapterError(
+            "the original weights were not kept",
+            got="merge(keep=None)",
+            hint="merge with keep='cpu', or load the base again",
+        )
+    if last != name:
+        raise AdapterError(f"{last!r} was merged after {name!r}", hint=f"unmerge {last!r} first")

@@ -30,7 +30,7 @@ WITH_TORCH = (
         "fit",
         "init",
     ),
-    *("hooks", "merging", "adapter", "handover", "attach"),
+    *("passes", "hooks", "merging", "adapter", "handover", "callers", "attach"),
     *(
         "change",
         "optim",
