@@ -25,6 +25,7 @@ from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
 from tensoradapt.io.conversion import conversion_of, named_as
 from tensoradapt.io.renamed import fitted
 from tensoradapt.io.saved import Savable, as_saved
+from tensoradapt.layouts import IN_OUT, KNOWN, turns, viewed
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import plain_weight
 from tensoradapt.passes import PassHook
@@ -136,10 +137,13 @@ def lines_of(plan: Plan, live: Mapping[tuple[str, int | None], Site]) -> dict[st
     lines = {}
     for group in plan.groups:
         for placement in group.placements:
-            now = replace(placement, site=delivered(_live(placement.site, live), group.rule))
-            lines[now.site.path] = (group, now.site, line(group, now))
-            for path in now.site.joined:
-                lines[path] = _joined(group, now, delivered(live[path, None], group.rule))
+            mine = live[placement.site.owner, placement.site.index]
+            turned = mine.layout in KNOWN and turns(placement.site, mine)
+            site = delivered(_live(placement.site, mine, turned=turned), group.rule)
+            now = replace(placement, site=site)
+            lines[site.path] = (group, site, line(group, now, transpose=turned))
+            for path in site.joined:
+                lines[path] = _joined(group, now, delivered(live[path, None], group.rule), turned=turned)
     return lines
 
 
@@ -158,19 +162,24 @@ def _make_tensors(model: nn.Module, plan: Plan, adapter: Adapter) -> None:
         adapter.extra[slashed(path)] = nn.Parameter(owner_module._parameters[leaf].detach().clone())  # type: ignore[union-attr]
 
 
-def _live(saved: Site, live: Mapping[tuple[str, int | None], Site]) -> Site:
-    """A planned site with what the live model says of its delivery: quantising a base, say, changes its modules."""
-    mine = live[saved.owner, saved.index]
-    layout = saved.layout if mine.kind == "parameter" else mine.layout
+def _live(saved: Site, mine: Site, *, turned: bool) -> Site:
+    """A planned site with what the live model says of its delivery: quantising a base, say, changes its modules.
+
+    Where the module does not tell its layout, the site's own says how the delta lies in the parameter.
+    """
+    stated = replace(mine, shape=saved.shape[::-1] if turned else saved.shape)
+    stated = stated if mine.layout in KNOWN else viewed(saved, mine)
     return replace(
-        saved, delivery=mine.delivery, kind=mine.kind, layout=layout, aliases=mine.aliases, tensor=mine.tensor
+        saved,
+        **{name: getattr(stated, name) for name in ("shape", "layout")},
+        **{name: getattr(mine, name) for name in ("delivery", "kind", "aliases", "tensor")},
     )
 
 
-def _joined(group: Group, placement: Placement, twin: Site) -> tuple[Group, Site, Line]:
+def _joined(group: Group, placement: Placement, twin: Site, *, turned: bool) -> tuple[Group, Site, Line]:
     """The line of a tied module: the same tensor, the other way round where the layouts differ."""
-    transpose = twin.layout != placement.site.layout
-    return group, twin, line(group, placement, twin.kind, transpose=transpose)
+    crossed = (twin.layout == IN_OUT) != (placement.site.layout == IN_OUT)
+    return group, twin, line(group, placement, twin.kind, transpose=crossed != turned)
 
 
 def _check_apart(model: nn.Module, plan: Plan) -> None:

@@ -26,6 +26,7 @@ from tensoradapt.extract.work import Done, Work
 from tensoradapt.init import WEIGHT
 from tensoradapt.io.native import file_of
 from tensoradapt.io.saved import Savable, Saved, filled
+from tensoradapt.layouts import IN_OUT
 from tensoradapt.linalg import Dense, Product, Slice, empty
 from tensoradapt.peft import open_adapter
 from tensoradapt.plan import Plan
@@ -164,11 +165,14 @@ class _Conversion(Work):
         assert self.source is not None
         if site.path not in self.source.sites:
             raise SiteError(f"{site.path} is no site of the adapter", hint="convert keeps sites as they are: no parts")
-        group, _ = self.source.sites[site.path]
+        group, placement = self.source.sites[site.path]
         pair = self.source.chain(site.path).low_rank
+        turned = (site.layout == IN_OUT) != (placement.site.layout == IN_OUT)  # stated by a rule
         if pair is None:
-            return Dense(flat(self.source.delta(site.path)).to(self.like))
-        return Product((pair[0] * group.scale).to(self.like), pair[1].to(self.like).contiguous())
+            delta = flat(self.source.delta(site.path)).to(self.like)
+            return Dense(delta.mT.contiguous() if turned else delta)
+        b, a = (pair[0] * group.scale).to(self.like), pair[1].to(self.like).contiguous()
+        return Product(a.mT.contiguous(), b.mT.contiguous()) if turned else Product(b, a)
 
     def fixed(self, name: str, diagram: Diagram) -> dict[str, Tensor]:
         """The nodes that are not fitted, drawn by their laws. Raises SpecError where they come from the weights."""

@@ -29,12 +29,15 @@ from tensoradapt.io.names import shift
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved
 from tensoradapt.io.shards import Shard, open_shard
+from tensoradapt.io.stored import Stored
 from tensoradapt.io.ties import check_ties, stored_names
 from tensoradapt.io.views import Piece, View
 from tensoradapt.io.weights import FLOATS, quantised
+from tensoradapt.layouts import fits, viewed
 from tensoradapt.merging import Rows, add_rows, rows_of, view
 from tensoradapt.paths import expand
-from tensoradapt.sites import Site
+from tensoradapt.scan import Model, scan
+from tensoradapt.sites import Site, SiteMap
 
 SHOWN = 5  # names in an error or a note
 KEPT = 4  # tensors that were made before it is their turn to be written
@@ -108,14 +111,15 @@ def merge_folder(
     overwrite: bool = False,
     revision: str | None = None,
     tied: bool = False,
+    model: Model | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Write W + delta for every site of an adapter: a base folder, file or hub id, to a new folder.
 
     Sums are formed in float32 and rounded once to the stored dtype; modules that were trained whole replace the base's,
     or are added where it has none; configs and tokenizers are copied. `tied=True` merges into a tensor that modules
-    share which are not adapted.
-    Raises FileError, AdapterError; nothing is left then.
+    share which are not adapted. `model` (a module, a config, a folder) tells how the weights are stored, where the
+    base's own config does not. Raises FileError, AdapterError; nothing is left then.
     """
     target = expand(out)
     with open_checkpoint(base, revision) as source:
@@ -125,9 +129,10 @@ def merge_folder(
         others, left = others_of(source)
         ours = {file.name for file in source.files} | {other.parts[0] for other in others}
         check_free(target, ours, overwrite=overwrite)
-        source = as_modules(source)
+        source, known = as_modules(source)
+        known = known if model is None else scan(model)
         saved = named_as(plainly(as_saved(adapter)), source.conversion)
-        changes, added = _changes(saved, source, tied=tied)
+        changes, added = _changes(saved, Stored(source, known or SiteMap(())), tied=tied)
         added = {f"{_before(source)}{name}": tensor for name, tensor in added.items()}
         shards = [open_shard(file) for file in source.files]
         with atomic_folder(target, ours, overwrite=overwrite) as folder:
@@ -154,11 +159,12 @@ def merge_folder(
 # -- what is to be changed ------------------------------------------------------------------------------------------
 
 
-def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> tuple[dict[str, Change], dict[str, Tensor]]:
+def _changes(saved: Saved, stored: Stored, *, tied: bool) -> tuple[dict[str, Change], dict[str, Tensor]]:
     """What becomes of every stored tensor that an adapter changes, and trained tensors that the base has none of.
 
-    Raises FileError where one does not fit.
+    Raises FileError where one does not fit, or which of its sides is `out` cannot be told.
     """
+    source = stored.source
     sites = [placement.site for _, placement in saved.sites.values()]
     extras = {path: saved.tensors[f"extra.{path}"] for path in saved.plan.extras}
     find = finder([site.tensor for site in sites], source.entries)
@@ -167,12 +173,12 @@ def _changes(saved: Saved, source: Checkpoint, *, tied: bool) -> tuple[dict[str,
     missing: list[str] = []
     unfit: list[str] = []
     for site in sites:
-        names = stored_names(site, names_of(site), find)
-        if not names or not all(fits(source.entries[name], site) for name in names):
-            (unfit if names else missing).append(site.path)
+        here = {name: stored.site(source.entries[name], site) for name in stored_names(site, names_of(site), find)}
+        if not here or not all(whole is not None and fits(site, whole) for whole in here.values()):
+            (unfit if here else missing).append(site.path)
             continue
-        for name in names:
-            found.setdefault(name, Change(source.entries[name])).sites.append(site)
+        for name, whole in here.items():
+            found.setdefault(name, Change(source.entries[name])).sites.append(viewed(site, whole, saved.where))
     for name, change in found.items():
         check_ties(change.sites, name, find, source.name, tied=tied)
         if change.entry.dtype not in FLOATS:
@@ -200,15 +206,6 @@ def finder(names: Sequence[str], entries: Mapping[str, object]) -> Callable[...,
     """A function from such names to the first of them that the entries have, with the prefix of one side or without."""
     by = shift(names, entries.keys())
     return lambda *wanted: next((n for name in wanted for n in (by(name), name) if n in entries), None)
-
-
-def fits(entry: Entry, site: Site) -> bool:
-    """Whether a stored tensor has the part that a site means, of its shape."""
-    shape = entry.shape
-    if len(shape) < 2 or (site.index is not None and (len(shape) != 3 or site.index >= shape[0])):
-        return False
-    part = view(torch.empty(shape, device="meta"), site)
-    return part.shape[:2] == site.shape[:2] and part.numel() == site.numel
 
 
 def _check_found(saved: Saved, source: Checkpoint, missing: Sequence[str], unfit: Sequence[str]) -> None:

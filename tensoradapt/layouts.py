@@ -47,6 +47,22 @@ def turns(saved: Site, here: Site, where: str = "the adapter") -> bool:
     return turned
 
 
+def fits(saved: Site, here: Site) -> bool:
+    """Whether a saved site can be a part of `here`, one way round or the other."""
+    return any(_fits(saved, here, turned=turned) for turned in (False, True))
+
+
+def check_rows(site: Site, here: Site, *, turned: bool) -> None:
+    """Raise FileError where a range of rows, of a tensor as it is stored, is none of the outputs of `here`."""
+    if turned and site.rows is not None:
+        raise FileError(
+            f"{site.path} is a range of the inputs of {here.path}, which is stored as (in, out)",
+            got=f"rows {site.rows[0]} to {site.rows[1]} of the tensor as it is stored",
+            expected="a range of its outputs",
+            hint=f"make the adapter again with what tells the layout: model=, or layout={{{here.path!r}: 'in out'}}",
+        )
+
+
 def viewed(saved: Site, here: Site, where: str = "the adapter") -> Site:
     """The saved site with the layout in which the stored tensor of `here` lies as the saved delta does.
 
@@ -61,11 +77,11 @@ def _said(saved: Site, here: Site) -> bool | None:
     both = {saved.layout, here.layout}
     if len(here.shape) != 2 or len(saved.shape) != 2 or both in ({AS_STORED}, {EITHER}, {UNSURE}):
         return False
+    if _is_table(saved) != _is_table(here):  # tied to each other: what they share is the tensor
+        tells = EITHER not in both or saved.shape == saved.shape[::-1]
+        return (saved.layout == IN_OUT) != (here.layout == IN_OUT) if tells else None
     if both <= set(KNOWN):
-        tabled = (saved.kind == "embedding") != (
-            here.kind == "embedding"
-        )  # not one class: the tensor is what is shared
-        return tabled and len(both) == 2
+        return False
     if EITHER in both:
         return None if both & {AS_STORED, UNSURE} else False
     if UNSURE in both:
@@ -73,24 +89,25 @@ def _said(saved: Site, here: Site) -> bool | None:
     return IN_OUT in both
 
 
+def _is_table(site: Site) -> bool:
+    """Whether a site is known to be an embedding's; without a layout its kind is but what its name says."""
+    return site.kind == "embedding" and site.layout in KNOWN
+
+
 def _fits(saved: Site, here: Site, *, turned: bool) -> bool:
-    """Whether the shapes are those of one weight; rows are ranges of `out`, and lie on no other side."""
+    """Whether the shapes are those of one weight, or of a range of its rows."""
+    whole = here.shape[::-1] if turned else here.shape
     if saved.rows is not None and here.rows is None:
-        height = min(here.shape[0], saved.rows[1]) - saved.rows[0]
-        return not turned and saved.shape == (height, *here.shape[1:])
-    return (saved.shape[::-1] if turned else saved.shape) == here.shape
+        whole = (min(whole[0], saved.rows[1]) - saved.rows[0], *whole[1:])
+    return saved.shape == whole
 
 
 def _misfit(saved: Site, here: Site, where: str) -> FileError:
     turned = _said(saved, here) or saved.shape == here.shape[::-1]
     sides = len(saved.shape) == len(here.shape) == 2 and (turned or saved.layout != here.layout)
     described = [f"{site.shape}, {READ[site.layout]}" if sides else site.shape for site in (here, saved)]
-    if turned and saved.rows is not None:
-        hint = "its rows were taken from the side that is `in` here: make it again with model=, which tells the layout"
-    else:
-        hint = "load it onto the model it was trained on" + (
-            f"; where the sides alone are exchanged, {AGAIN}" if turned else ""
-        )
+    hint = "load it onto the model it was trained on"
+    hint += f"; where its sides alone are exchanged, {AGAIN}" if turned else ""
     return FileError(
         f"{saved.path} has another shape than in {where}", got=described[0], expected=described[1], hint=hint
     )
@@ -103,6 +120,16 @@ def _untold(saved: Site, here: Site, where: str) -> FileError:
         expected="a layout that is known on one side" if UNSURE not in (saved.layout, here.layout) else None,
         hint=AGAIN if UNSURE in (saved.layout, here.layout) else STATE,
     )
+
+
+def parameters_of(module: object) -> str:
+    """How a module of no known class stores its parameters.
+
+    torch's own store (out, in), and transformers' experts tell; of others nobody knows which side is which.
+    """
+    own = type(module).__module__.startswith("torch.nn.")
+    told = getattr(module, "is_transposed", False if own else None)
+    return AS_STORED if type(told) is not bool else IN_OUT if told else OUT_IN
 
 
 def formerly(site: Site) -> Site:

@@ -23,6 +23,7 @@ from tensoradapt.host import HOST
 from tensoradapt.io.hub import cached
 from tensoradapt.io.names import plain_names
 from tensoradapt.io.wrapped import inside, own_modules
+from tensoradapt.layouts import parameters_of
 from tensoradapt.paths import expand
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec, as_specs
@@ -257,13 +258,12 @@ def _computed(module: nn.Module) -> str:
 
 def _parameter_sites(path: str, module: nn.Module) -> Iterator[Site]:
     """Matrices that a module holds as parameters, and the experts of a 3-D one; biases are no weights."""
-    layout = "in out" if getattr(module, "is_transposed", False) else "out in"
+    layout = parameters_of(module)
     for name, parameter in module._parameters.items():
         full = f"{path}.{name}" if path else name
         shape = () if parameter is None or name.endswith("bias") else tuple(parameter.shape)
         if len(shape) == 2 and min(shape) > 0:
-            turned = shape if layout == "out in" else shape[::-1]
-            own = full.removesuffix(".weight")
+            own, turned = full.removesuffix(".weight"), shape[::-1] if layout == "in out" else shape
             yield Site(own, turned, layout=layout, delivery="weight", owner=own, tensor=full, kind="parameter")
         elif len(shape) == 3 and min(shape) > 0 and "expert" in full:
             yield from expert_sites(full, shape, layout)

@@ -33,11 +33,10 @@ LISTED = 12  # subfolders in an error
 class Site:
     """One adaptable weight.
 
-    `path` is the module's path (or the parameter's, where no module stands for it); `shape` is the delta's. Where the
-    `layout` says how the weight is stored, `out in` or `in out`, it is `(out, in)` or `(out, in, kh, kw)`; `as stored`
-    has the sides of the stored tensor, as nobody knows which is `out`; `either` has `(out, in)`, and how the weight is
-    stored is not known. `index` picks an expert of a 3-D parameter and `rows` a range of `out`; `delivery` says how the
-    delta reaches the output.
+    `path` is the module's path (or the parameter's, where no module stands for it). `shape` is the delta's, `(out, in)`
+    or `(out, in, kh, kw)`, where the `layout` says how the weight is stored, `out in` or `in out`, and where that is
+    not known, `either`; that of the stored tensor where it is not known which side is `out`, `as stored`. `index` picks
+    an expert of a 3-D parameter and `rows` a range of `out`; `delivery` says how the delta reaches the output.
     """
 
     path: str
@@ -167,9 +166,9 @@ def by_pattern(pattern: str, path: str) -> Coordinates | None:
     return {n: int(v) if v.isdecimal() else v for n, v in match.groupdict().items()} if match else None
 
 
-def expert_sites(tensor: str, shape: Sequence[int], layout: str = "out in") -> list[Site]:
+def expert_sites(tensor: str, shape: Sequence[int], layout: str = "as stored") -> list[Site]:
     """The experts of a 3-D parameter, (expert, out, in) or (expert, in, out): one site each."""
-    side = tuple(shape[1:] if layout == "out in" else shape[:0:-1])
+    side = tuple(shape[:0:-1] if layout == "in out" else shape[1:])
     path = tensor.removesuffix(".weight")
     return [
         Site(f"{path}[{k}]", side, {}, layout, "weight", k, owner=path, tensor=tensor, kind="parameter")
@@ -185,7 +184,7 @@ def placed(sites: Sequence[Site]) -> tuple[Site, ...]:
 
 
 def from_mapping(shapes: Mapping[str, Sequence[int]], **known: Any) -> SiteMap:
-    """Sites of a mapping `{path: (out, in)}`, convolutions as `(out, in, kh, kw)`. Raises ShapeError."""
+    """Sites of a mapping `{path: (out, in)}`, stored so, convolutions as `(out, in, kh, kw)`. Raises ShapeError."""
     return SiteMap(placed([_mapped(path, shape) for path, shape in shapes.items()]), **known)
 
 
@@ -239,7 +238,8 @@ def _weights(shapes: Mapping[str, tuple[int, ...]]) -> list[Site]:
     found = []
     for name, shape in shapes.items():
         if len(shape) in (2, 4) and min(shape) > 0 and name.endswith("weight"):
-            found.append(_mapped(name.removesuffix(".weight"), shape))
+            layout = "as stored" if len(shape) == 2 else "out in"  # convolutions are stored alike everywhere
+            found.append(replace(_mapped(name.removesuffix(".weight"), shape), layout=layout))
         elif len(shape) == 3 and min(shape) > 0 and "expert" in name and not name.endswith("bias"):
             found += expert_sites(name, shape)
     return found

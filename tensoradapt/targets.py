@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from tensoradapt.errors import ShapeError, SiteError, SpecError
+from tensoradapt.layouts import AS_STORED, IN_OUT, KNOWN
 from tensoradapt.sites import Site, SiteMap, by_pattern
 from tensoradapt.spec import SETS, Rule
 
@@ -27,7 +28,7 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
         raise SiteError(
             "a rule has no targets", hint=f"write targets=['query', 'value'], or one of the sets {', '.join(SETS)}"
         )
-    sites = [part for site in sites for part in split_rows(site, rule.parts)]
+    sites = [part for site in sites for part in split_rows(_turned(site, rule.layout), rule.parts)]
     for target in rule.targets:
         _check_match("target", target, sites)
     wanted, left = _meant(rule.targets, sites), _meant(rule.exclude, sites)
@@ -36,7 +37,7 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
         raise SiteError(
             "exclude leaves none of the targets", got=list(rule.exclude), hint="remove an exclude, or the rule"
         )
-    return [_relocate(delivered(_turned(site, rule.layout), rule), rule.pattern) for site in chosen]
+    return [_relocate(delivered(site, rule), rule.pattern) for site in chosen]
 
 
 def delivered(site: Site, rule: Rule) -> Site:
@@ -50,18 +51,20 @@ def asks_weight(rule: Rule, path: str) -> bool:
 
 
 def _turned(site: Site, layouts: Mapping[str, str]) -> Site:
-    """The site in the layout that a rule states for it: parameters of no known module class do not tell theirs."""
+    """The site in the layout that a rule states for it, where it is not known."""
     layout = next((value for target, value in layouts.items() if matches(target, site.path)), site.layout)
     if layout == site.layout:
         return site
-    if site.kind != "parameter":
+    if site.layout in KNOWN:
         raise SpecError(
-            f"{site.path} is a {site.kind} module, whose layout is known",
+            f"{site.path} is a {site.kind}, whose layout is known",
             got=layout,
             expected=site.layout,
             hint="remove it from layout",
         )
-    return replace(site, layout=layout, shape=site.shape[::-1])
+    return replace(
+        site, layout=layout, shape=site.shape[::-1] if (site.layout, layout) == (AS_STORED, IN_OUT) else site.shape
+    )
 
 
 def refuse(model: SiteMap, rule: Rule) -> None:
@@ -72,10 +75,14 @@ def refuse(model: SiteMap, rule: Rule) -> None:
     for path, reason in model.packed.items() if rule.delivery else ():
         if asks_weight(rule, path) and _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be delivered by weight: {reason}", hint=f"leave {path!r} out of delivery")
-    split = [part for site in model.sites for part in split_rows(site, rule.parts)]
+    split = [part for site in model.sites for part in split_rows(_turned(site, rule.layout), rule.parts)]
     refused = [Site(path, (1, 1)) for path in model.refused]
     asked = () if rule.delivery == "weight" else tuple(rule.delivery)
-    named = (("exclude", rule.exclude, [*split, *refused]), ("layout", rule.layout, split), ("delivery", asked, split))
+    named = (
+        ("exclude", rule.exclude, [*split, *refused]),
+        ("layout", rule.layout, model.sites),
+        ("delivery", asked, split),
+    )
     for field, names, sites in (*named, ("parts", rule.parts, model.sites)):
         for name in names:
             _check_match(field, name, sites)

@@ -26,6 +26,7 @@ from tensoradapt.io.conversion import named_as
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled
+from tensoradapt.layouts import turns
 from tensoradapt.merging import add_rows
 from tensoradapt.plots.unmatched import equal
 from tensoradapt.sites import Site
@@ -141,8 +142,8 @@ def verify(
 
     The tolerance is for the error over the whole change, what the adapter leaves out included; with `within_targets`
     for the error over the adapter's own weights. Further options are those of reading: `rows`, `nonfinite`, `prefix`,
-    `base_revision`, `tuned_revision`. Raises FileError where the checkpoints cannot be read or lack what the adapter
-    changes, SpecError on a tolerance that is none.
+    `model`, `base_revision`, `tuned_revision`. Raises FileError where the checkpoints cannot be read, lack what the
+    adapter changes or leave open which side of it is `out`, SpecError on a tolerance that is none.
     """
     if tolerance is not None and not (type(tolerance) in (int, float) and 0 <= tolerance < math.inf):
         raise SpecError("a tolerance is a number of at least 0", got=tolerance, hint="write 0.1 for 10 %")
@@ -255,16 +256,12 @@ class _Run:
 
     def _sites(self, stored: Site, sites: list[Site]) -> None:
         """Subtract what the adapter adds to one delta, in place; rows that it does not reach are a change beside it."""
-        delta = self.deltas.delta(stored.path)
-        whole = delta if sites[0].layout == stored.layout else delta.mT
+        delta = whole = self.deltas.delta(stored.path)
         reached = []
         for site in sites:
+            whole = delta.mT if turns(site, stored, self.saved.where) else delta
             begin, end = site.rows or (0, len(whole))
             part = whole[begin:end]
-            if part.shape != site.shape:
-                raise FileError(
-                    f"{site.path} has another shape in the checkpoints", got=tuple(part.shape), expected=site.shape
-                )
             name = stored.path if site.path in self.whole else site.path  # of a tied site in several places
             self.whole[name] = squares(part)
             add_rows(part, delta_rows(self.saved, site.path, -1.0), site.path)

@@ -136,7 +136,7 @@ def test_convolutions_embeddings_and_layouts():
     conv, words = report.sites["conv1"], report.sites["embeddings.word_embeddings"]
     wanted = np.linalg.svd(tuned["conv1.weight"].reshape(6, -1).numpy(), compute_uv=False)
     assert conv.shape == (6, 24) and conv.singular_values == pytest.approx(wanted.tolist(), rel=1e-5)
-    assert words.shape == (5, 9)
+    assert words.shape == (9, 5)
 
 
 # -- stacks ---------------------------------------------------------------------------------------------------------
@@ -531,6 +531,6 @@ def test_added_rows_are_padded_or_cut():
     sides = base, tuned | {f"{name}.weight": grown}
     for rows, count in (("pad", tiny.WORDS + 3), ("truncate", tiny.WORDS)):
         report = ta.analyze(*sides, rows=rows, candidates=False)
-        assert report.sites[name].shape == (16, count)
+        assert report.sites[name].shape == (count, 16)
         assert report.sites[name].norm == pytest.approx(math.sqrt(48) if rows == "pad" else 0)
         check_report(report.to_dict())

@@ -74,7 +74,7 @@ def test_a_subfolder_of_a_pipeline_is_a_model(command, folders, capsys):
     """Whose config is diffusers' and none that transformers can build."""
     line = COMMANDS[command].replace("{base}", "{base}/unet").replace("{tuned}", "{tuned}/unet")
     assert run(line, folders) == 0
-    assert "layouts are judged by name" not in capsys.readouterr().err
+    assert "layouts are not known" not in capsys.readouterr().err
 
 
 def test_what_is_found_in_a_subfolder_is_right(folders):

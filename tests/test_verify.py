@@ -59,7 +59,7 @@ def sites_of(adapter: Path) -> list[str]:
 @pytest.mark.parametrize("config", ["with a config", "without"])
 def test_what_was_merged_is_verified(case, config, tmp_path):
     adapter, base, tuned, _ = prepared(case, tmp_path)
-    if config == "without":  # the layouts are then judged by names, and the adapter knows better
+    if config == "without":  # the layouts are then not known, and the adapter knows them
         for folder in (base, tuned):
             (folder / "config.json").unlink()
     found = verify(adapter, base, tuned, tolerance=1e-4)

@@ -1,6 +1,7 @@
 """Two checkpoints with what their config says: the stream of deltas that analysis and extraction read.
 
-Invariant: a config adds layouts, kinds and heads; without one, or without transformers, names and shapes decide.
+Invariant: a module or a config tells layouts, kinds and heads; without one, or without transformers, layouts are not
+known, and every delta has the sides of its stored tensor.
 """
 
 from __future__ import annotations
@@ -143,18 +144,18 @@ def _described(source: Any, side: Checkpoint) -> tuple[SiteMap | None, Conversio
     try:
         found = by_config(side)
     except FileError as error:
-        return None, None, f"layouts are judged by name: {next(iter(str(error).splitlines()))}"
+        return None, None, f"layouts are not known: {next(iter(str(error).splitlines()))}"
     return (None, None, "") if found is None else (found[1], conversion_of(found[0]), "")
 
 
-def as_modules(side: Checkpoint) -> Checkpoint:
-    """A checkpoint under the names of the modules that the config beside it describes; a note where it cannot be."""
+def as_modules(side: Checkpoint) -> tuple[Checkpoint, SiteMap | None]:
+    """A checkpoint under the names of the modules that the config beside it describes, and these; a note where not."""
     try:
         found = by_config(side)
     except FileError as error:
         note = f"names are those of the files: {next(iter(str(error).splitlines()))}"
-        return replace(side, notes=(*side.notes, note))
-    return converted(side, None if found is None else conversion_of(found[0]))
+        return replace(side, notes=(*side.notes, note)), None
+    return (side, None) if found is None else (converted(side, conversion_of(found[0])), found[1])
 
 
 def by_config(side: Checkpoint) -> tuple[nn.Module, SiteMap] | None:

@@ -31,6 +31,7 @@ from tensoradapt.fit.result import Fit
 from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
+from tensoradapt.layouts import IN_OUT
 from tensoradapt.linalg import SOLO, Dense, Slice, Team
 from tensoradapt.plan import Plan
 from tensoradapt.rows import Factor, factor_of
@@ -148,9 +149,9 @@ class Work:
     def _view(self, whole: Tensor, site: Site) -> Tensor:
         """What a site of the plan is of a stored one: its rows, in its layout."""
         part = flat(whole)
-        if site.rows is not None:
-            part = part[site.rows[0] : site.rows[1]]
-        return part if site.layout == self.stored(site).layout else part.mT.contiguous()
+        if (site.layout == IN_OUT) != (self.stored(site).layout == IN_OUT):  # stated by a rule
+            part = part.mT.contiguous()
+        return part if site.rows is None else part[site.rows[0] : site.rows[1]]
 
     def stored(self, site: Site) -> Site:
         """The site of both checkpoints that one of the plan is, or is a part of."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from tensoradapt.errors import FileError
-from tensoradapt.grouping import Group
 from tensoradapt.io.names import plain, sole
 from tensoradapt.io.saved import Saved
+from tensoradapt.layouts import KNOWN, check_rows, turns
 from tensoradapt.sites import Site, SiteMap
 
 Names = Callable[[str], str]
@@ -20,13 +20,13 @@ Names = Callable[[str], str]
 def renamed(saved: Saved, by: Names, trained: Names) -> Saved:
     """The adapter with every site under the name that `by` gives it, and every parameter trained whole by `trained`."""
     plan = saved.plan
-    groups = tuple(_changed(group, lambda site: _site(site, by, trained)) for group in plan.groups)
     extras = {trained(name): shape for name, shape in plan.extras.items()}
     tensors = {
         f"extra.{trained(key.removeprefix('extra.'))}" if key.startswith("extra.") else key: tensor
         for key, tensor in saved.tensors.items()
     }
-    return replace(saved, plan=replace(plan, groups=groups, extras=extras), tensors=tensors)
+    moved = replace(saved, plan=replace(plan, extras=extras), tensors=tensors)
+    return _with_sites(moved, lambda site: _site(site, by, trained))
 
 
 def plainly(saved: Saved) -> Saved:
@@ -40,8 +40,13 @@ def where_known(by: Names, parameters: Collection[str]) -> Names:
     return lambda name: other if (other := by(name)) in parameters else name
 
 
-def _changed(group: Group, by: Callable[[Site], Site]) -> Group:
-    return replace(group, placements=tuple(replace(p, site=by(p.site)) for p in group.placements))
+def _with_sites(saved: Saved, by: Callable[[Site], Site]) -> Saved:
+    """The adapter with every site as a function gives it."""
+    groups = [
+        replace(group, placements=tuple(replace(p, site=by(p.site)) for p in group.placements))
+        for group in saved.plan.groups
+    ]
+    return replace(saved, plan=replace(saved.plan, groups=tuple(groups)))
 
 
 def _site(site: Site, by: Names, trained: Names) -> Site:
@@ -64,7 +69,7 @@ def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
     saved = _with_its_twins(saved, model)
     _check_sites(saved, model, kind)
     _check_trained(saved, model, kind)
-    return saved
+    return _stated(saved, model)
 
 
 def _with_its_twins(saved: Saved, model: SiteMap) -> Saved:
@@ -77,11 +82,11 @@ def _with_its_twins(saved: Saved, model: SiteMap) -> Saved:
         names, kinds = tuple(name for name, _ in rows), tuple(kind for _, kind in rows)
         return site if len(names) == len(site.joined) else replace(site, joined=names, joined_kinds=kinds)
 
-    return replace(saved, plan=replace(saved.plan, groups=tuple(_changed(g, kept) for g in saved.plan.groups)))
+    return _with_sites(saved, kept)
 
 
 def _check_sites(saved: Saved, model: SiteMap, kind: str) -> None:
-    """Every saved site is in the model, with its shape."""
+    """Every saved site is in the model."""
     live = {(site.owner, site.index): site for site in model.sites}
     sites = [placement.site for group in saved.plan.groups for placement in group.placements]
     twins = [(twin, None, twin) for site in sites for twin in site.joined]
@@ -93,15 +98,23 @@ def _check_sites(saved: Saved, model: SiteMap, kind: str) -> None:
                 expected=f"a model of the kind that it was made for{_named(saved)}",
                 hint="load it onto the model it was trained on: its class, layers and sizes",
             )
-    for site in sites:
-        shape = _shape_in(live[site.owner, site.index], site)
-        if site.shape != shape:
-            raise FileError(
-                f"{site.path} has another shape than in {saved.where}",
-                got=shape,
-                expected=site.shape,
-                hint="load it onto the model it was trained on",
-            )
+
+
+def _stated(saved: Saved, model: SiteMap) -> Saved:
+    """The adapter with the model's layouts where its own were not known. Raises FileError where a delta cannot lie so.
+
+    Deltas that lie as the stored tensor does, the other way round than in the model, stay as they are.
+    """
+    live = {(site.owner, site.index): site for site in model.sites}
+
+    def stated(site: Site) -> Site:
+        here = live[site.owner, site.index]
+        turned = turns(site, here, saved.where)
+        check_rows(site, here, turned=turned)
+        known = here.layout in KNOWN and site.layout not in KNOWN and not turned
+        return replace(site, layout=here.layout, kind=here.kind) if known else site
+
+    return _with_sites(saved, stated)
 
 
 def _check_trained(saved: Saved, model: SiteMap, kind: str) -> None:
@@ -126,9 +139,3 @@ def _check_trained(saved: Saved, model: SiteMap, kind: str) -> None:
 
 def _named(saved: Saved) -> str:
     return f", {saved.plan.model}" if saved.plan.model else ""
-
-
-def _shape_in(mine: Site, saved: Site) -> tuple[int, ...]:
-    """The shape of a saved site's part of a live one: in the layout that its rule stated, and its rows."""
-    shape = mine.shape[::-1] if saved.kind == "parameter" and saved.layout != mine.layout else mine.shape
-    return shape if saved.rows is None else (min(shape[0], saved.rows[1]) - saved.rows[0], *shape[1:])

@@ -16,6 +16,7 @@ import torch
 from tensoradapt.errors import FileError
 from tensoradapt.io.checkpoint import Entry
 from tensoradapt.io.names import Shift
+from tensoradapt.layouts import AS_STORED, IN_OUT, READ
 from tensoradapt.sites import Site, SiteMap, expert_sites
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -160,10 +161,10 @@ def _named(site: Site, name: str, shape: Shape) -> Site:
     """A known site under a checkpoint's name, with the shape that is stored there."""
     own = name.removesuffix(".weight")
     moved = lambda alias: own.removesuffix(site.owner) + alias if own.endswith(site.owner) else alias  # noqa: E731
+    here = _told(site, name, shape if site.index is None else shape[1:])
     return replace(
-        site,
+        here,
         path=own + site.path.removeprefix(site.owner),
-        shape=_delta_shape(site, shape),
         owner=own,
         tensor=name,
         aliases=tuple(map(moved, site.aliases)),
@@ -174,11 +175,26 @@ def _distinct(*names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _delta_shape(site: Site, stored: Shape) -> Shape:
-    """(out, in) or (out, in, kh, kw) of what is stored; a 1-D convolution has a kernel of one row."""
-    part = stored if site.index is None else stored[1:]
-    turned = part[::-1] if site.layout == "in out" else part
-    return turned if len(turned) == len(site.shape) else (*turned[:2], 1, *turned[2:])
+def _told(site: Site, name: str, stored: Shape) -> Site:
+    """The site with the shape that is stored; a 1-D convolution has a kernel of one row.
+
+    Raises FileError where the tensor lies the other way round than the model has it.
+    """
+    crossed = len(stored) == 2 and stored != stored[::-1] == _sides(site, site.shape)
+    if crossed:
+        raise FileError(
+            f"{name} is stored the other way round than the model has it",
+            got=stored,
+            expected=f"{stored[::-1]}: {READ[site.layout]}",
+            hint="give the model=, or the config, of the class that these checkpoints were saved from",
+        )
+    shape = _sides(site, stored)
+    return replace(site, shape=shape if len(shape) == len(site.shape) else (*shape[:2], 1, *shape[2:]))
+
+
+def _sides(site: Site, shape: Shape) -> Shape:
+    """A stored shape as the site has it, or the other way about."""
+    return shape[::-1] if site.layout == IN_OUT else shape
 
 
 def _by_name(name: str, shape: Shape) -> tuple[list[Site], str]:
@@ -188,15 +204,18 @@ def _by_name(name: str, shape: Shape) -> tuple[list[Site], str]:
         return [], "a bias"
     if len(shape) == 3 and "expert" in name:
         return expert_sites(name, shape), ""
+    if len(shape) == 3 and "conv" in path:  # a kernel of one row, as a live Conv1d has it
+        shape = (*shape[:2], 1, shape[2])
     if len(shape) not in (2, 4):
         return [], f"{len(shape)}-D: no matrix, convolution or stack of experts"
-    if len(shape) == 2 and is_embedding(path):
-        return [Site(path, shape[::-1], layout="in out", owner=path, tensor=name, kind="embedding")], ""
-    return [Site(path, shape, owner=path, tensor=name, kind="linear" if len(shape) == 2 else "conv")], ""
+    if len(shape) == 4:
+        return [Site(path, shape, owner=path, tensor=name, kind="conv")], ""
+    kind = "embedding" if is_embedding(path) else "linear"  # what to call it: the layout is not told by a name
+    return [Site(path, shape, layout=AS_STORED, owner=path, tensor=name, kind=kind)], ""
 
 
 def is_embedding(path: str) -> bool:
-    """Whether a module is a table of rows by its name: `embed_tokens`, `word_embeddings`, `wte`."""
+    """Whether a module has a name as tables of rows have it: `embed_tokens`, `wte`. It may be a Linear."""
     name = path.rpartition(".")[2]
     return name in ("wte", "wpe") or ("embed" in name and "unembed" not in name and not name.endswith("_out"))
 

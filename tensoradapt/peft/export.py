@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
+from tensoradapt.extract.words import counted
 from tensoradapt.io.atomic import flush
 from tensoradapt.io.card import CARD
 from tensoradapt.io.folder import atomic_folder, check_free
@@ -30,7 +31,7 @@ from tensoradapt.peft.config import CONFIG, TASKS, WEIGHTS, config_of
 from tensoradapt.peft.factors import Factored, balanced, truncated
 from tensoradapt.peft.keys import PREFIX
 from tensoradapt.peft.lint import Folder, advice, check
-from tensoradapt.peft.modules import Module, modules_of
+from tensoradapt.peft.modules import Module, assumed, modules_of
 from tensoradapt.peft.opening import open_adapter
 from tensoradapt.peft.patterns import keyed, target_modules
 from tensoradapt.peft.reopen import errors_of
@@ -123,6 +124,7 @@ def export_peft(  # noqa: PLR0913
         result = replace(_write(temporary, saved, made, whole, options), path=expand(out))
         dropped = () if extras else tuple(saved.plan.extras)
         notes = (*_notes(made, zero, dropped, known=known is not None), *_dilated(made, whole))
+        notes = (*notes, *_assumed(assumed(saved, known)))
         result = replace(result, dropped=dropped, notes=notes)
         (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")
     return result
@@ -152,6 +154,12 @@ def _names(made: _Made) -> str:
         f"PEFT finds modules by name: load it onto a model that has {next(iter(made.factored)).path}; "
         "given another model (--model), the export has the names of that one"
     )
+
+
+def _assumed(paths: Sequence[str]) -> tuple[str, ...]:
+    """A note of weights whose layout nothing tells: PEFT adds to the wrong sides of a Conv1D that they are of."""
+    first = f"{counted(len(paths), 'weight')} ({', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''})"
+    return (f"{first}: taken to be stored as an nn.Linear is, outputs first; model= (--model) tells",) if paths else ()
 
 
 def _dilated(made: _Made, model: nn.Module | None) -> tuple[str, ...]:

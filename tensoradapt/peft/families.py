@@ -30,6 +30,7 @@ class Found:
     fields: Mapping[str, Any] = field(default_factory=dict)
     factors: Tensors = field(default_factory=dict)
     dims: int = 0  # of a convolution's kernel, as it is stored; 0 where that is flat
+    layout: str = ""  # how the model stores the weight; empty where no model tells
 
 
 def lora(config: Config, path: str, held: Tensors) -> Found:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tensoradapt.errors import FileError
 from tensoradapt.io.saved import Saved
 from tensoradapt.io.shards import open_shard
+from tensoradapt.layouts import EITHER, IN_OUT, OUT_IN
 from tensoradapt.paths import expand
 from tensoradapt.peft.config import CONFIG, WEIGHTS, Config, read_config
 from tensoradapt.peft.families import FAMILIES, Found, projections
@@ -124,7 +125,7 @@ def _module(
     unlike = math.prod(site.shape) != math.prod(found.shape) and config.family != "VERA"
     if unlike or site.out != found.shape[0]:
         raise FileError(f"{path} has another shape than in {config.file.parent}", got=site.shape, expected=found.shape)
-    return replace(found, shape=site.shape, kind=site.kind, dims=site.dims)
+    return replace(found, shape=site.shape, kind=site.kind, layout=site.layout, dims=site.dims)
 
 
 def _with_inputs(
@@ -149,12 +150,11 @@ def _plan(config: Config, found: Mapping[str, Found], extras: Mapping[str, Tenso
     for path, module in found.items():
         variation = json.dumps([module.preset, module.parameters, module.fields], sort_keys=True)
         rules.setdefault(variation, []).append(path)
-    layouts = {"embedding": "in out"}
     sites = [
         Site(
             path,
             f.shape,
-            layout=layouts.get(f.kind, "out in"),
+            layout=_layout(config, f),
             owner=path,
             tensor=f"{path}.weight",
             kind=f.kind,
@@ -171,6 +171,14 @@ def _plan(config: Config, found: Mapping[str, Found], extras: Mapping[str, Tenso
     return make_plan(
         Spec(rules=tuple(made)), SiteMap(placed(sites), name=name if isinstance(name, str) else "", parameters=shapes)
     )
+
+
+def _layout(config: Config, module: Found) -> str:
+    """How the module's weight is stored, which a folder does not say: PEFT turns a Conv1D's delta when it loads it."""
+    if module.layout:
+        return module.layout
+    turned = IN_OUT if config.values.get("fan_in_fan_out") is True else EITHER
+    return {"embedding": IN_OUT, "conv": OUT_IN}.get(module.kind, turned)
 
 
 def _rule(module: Found, paths: list[str], others: list[str], train: tuple[str, ...]) -> Rule:

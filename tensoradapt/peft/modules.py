@@ -16,11 +16,13 @@ from torch import Tensor
 from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
+from tensoradapt.layouts import AS_STORED, IN_OUT, KNOWN, OUT_IN, READ, UNSURE, check_rows, fits, turns
 from tensoradapt.peft.factors import Pair, factors_of
 from tensoradapt.peft.keys import EMBEDDINGS
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.targets import matches
 
+CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")  # of GPT-2 and its kin; others have Linears under these names
 SERVED = ("linear", "embedding", "conv")
 
 
@@ -79,7 +81,7 @@ def modules_of(saved: Saved, model: SiteMap | None) -> list[Module]:
     live = {site.owner: site for site in model.sites if site.index is None} if model else None
     found: dict[str, list[Module]] = {}
     for group, placement in saved.sites.values():
-        for module in _modules(group, placement.site, live):
+        for module in _modules(group, placement.site, live, saved.where):
             found.setdefault(module.path, []).append(module)
     made = [replace(m[0], path=path, parts=tuple(p for each in m for p in each.parts)) for path, m in found.items()]
     if live is not None:
@@ -87,7 +89,31 @@ def modules_of(saved: Saved, model: SiteMap | None) -> list[Module]:
     return made
 
 
-def _modules(group: Group, site: Site, live: Mapping[str, Site] | None) -> list[Module]:
+def assumed(saved: Saved, model: SiteMap | None) -> list[str]:
+    """The paths of weights of which nothing says which side is `out`: the first is taken, as in an nn.Linear."""
+    live = {site.owner: site for site in model.sites if site.layout in KNOWN} if model else {}
+    sites = [placement.site for _, placement in saved.sites.values()]
+    return [site.path for site in sites if site.layout in (AS_STORED, UNSURE) and site.owner not in live]
+
+
+def _check_named(site: Site) -> None:
+    """Raise AdapterError on a weight whose name says that the first of its sides may not be `out`."""
+    name = site.owner.rpartition(".")[2]
+    table = (site.kind, site.layout) == ("embedding", AS_STORED) or (site.kind == "linear" and name in EMBEDDINGS)
+    if table:
+        raise AdapterError(
+            f"{site.path} has the name of an embedding, and the adapter was made without its model",
+            hint="give model=: PEFT stores embeddings otherwise",
+        )
+    if site.layout in (AS_STORED, UNSURE) and name in CONV1D:
+        raise AdapterError(
+            f"{site.path} has the name of a Conv1D, and the adapter was made without its model",
+            got=f"a delta of {site.shape}, {READ[site.layout]}",
+            hint="give model= (--model): PEFT has B A with the outputs first",
+        )
+
+
+def _modules(group: Group, site: Site, live: Mapping[str, Site] | None, where: str) -> list[Module]:
     """A site's module, and the modules that are tied to it and adapted with it."""
     here = live.get(site.owner, site) if live else site
     conv1d = here.dims == 1  # plain, and delivered by weight here alone
@@ -99,28 +125,28 @@ def _modules(group: Group, site: Site, live: Mapping[str, Site] | None) -> list[
             expected="a Linear, Conv1D, Embedding or Conv2d module with its class's own forward, which is called",
             hint="merge the adapter and serve the whole model, or leave the site out of the adapter",
         )
-    if live is None and here.kind == "linear" and here.path.rpartition(".")[2] in EMBEDDINGS:
-        raise AdapterError(
-            f"{site.path} has the name of an embedding, and the adapter was made without its model",
-            hint="give model=: PEFT stores embeddings otherwise",
-        )
     if here.kind == "conv" and here.shape[2] == 1 and not here.dims:
         raise AdapterError(
             f"{site.path} is a Conv1d or a Conv2d: its kernel {here.shape[2:]} does not say which",
             hint="give model=: PEFT stores the two otherwise",
         )
-    turned = live is not None and here.shape != site.shape and here.shape == site.shape[::-1]  # taken from a file
+    told = live is not None and site.owner in live and here.layout in KNOWN
+    if not told:
+        _check_named(site)
+    turned = told and fits(site, here) and turns(site, here, where)
+    check_rows(site, here, turned=turned)
     shape = site.shape[::-1] if turned else site.shape
     shape = shape if site.rows is None else (_height(group, site, live), *shape[1:])
     start = 0 if site.rows is None else site.rows[0]
-    made = [Module(site.owner, here.kind, here.layout, shape, (Part(site.path, start, turned),), here.dims)]
+    layout = here.layout if here.layout in KNOWN else OUT_IN
+    made = [Module(site.owner, here.kind, layout, shape, (Part(site.path, start, turned),), here.dims)]
     for twin in site.joined:
         if live is None or twin not in live:
             raise AdapterError(
                 f"{twin} is tied to {site.path}, and what it is cannot be told without the model", hint="give model="
             )
         other = live[twin]
-        crossed = other.layout != here.layout
+        crossed = (other.layout == IN_OUT) != (here.layout == IN_OUT)
         sides = shape[::-1] if crossed else shape
         made.append(Module(twin, other.kind, other.layout, sides, (Part(site.path, 0, turned != crossed),)))
     return made
@@ -136,11 +162,16 @@ def _height(group: Group, site: Site, live: Mapping[str, Site] | None) -> int:
     return sum(sizes.values()) if hasattr(sizes, "values") else len(sizes) * site.out
 
 
+def _shapes(site: Site) -> tuple[tuple[int, ...], ...]:
+    """What the (out, in) of a model's weight can be."""
+    return (site.shape, site.shape[::-1]) if site.layout == AS_STORED else (site.shape,)
+
+
 def _check_fits(saved: Saved, made: Sequence[Module], live: Mapping[str, Site]) -> None:
     wrong = [
         f"{m.path}: {m.shape} in the adapter, {live[m.path].shape if m.path in live else 'nothing'} in the model"
         for m in made
-        if m.path not in live or live[m.path].shape != m.shape
+        if m.path not in live or m.shape not in _shapes(live[m.path])
     ]
     if wrong:
         raise FileError(
