@@ -276,9 +276,11 @@ def add_rows(part: Tensor, rows: Rows, path: str, *, write: bool = True) -> None
 def _check_finite(values: Tensor, path: str) -> None:
     low, high = torch.aminmax(values)
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        dtype = str(values.dtype).removeprefix("torch.")
         raise AdapterError(
             f"merging {path} would give values that are not finite",
-            hint="look for NaN in the adapter and the base, or for an overflow of the base's dtype",
+            got=f"sums that are NaN, or beyond {torch.finfo(values.dtype).max:.3g}, the largest number of {dtype}",
+            hint="look for NaN in the adapter and the base; a base of a wider dtype holds larger sums",
         )
 
 

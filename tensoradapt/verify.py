@@ -27,6 +27,7 @@ from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled
 from tensoradapt.layouts import turns
+from tensoradapt.linalg import norms
 from tensoradapt.merging import add_rows
 from tensoradapt.plots.unmatched import equal
 from tensoradapt.sites import Site
@@ -293,4 +294,4 @@ class _Run:
 def squares(tensor: Tensor) -> float:
     """The sum of the squares, in float64 over the rows."""
     rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[None]
-    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    return float(norms(rows).square().sum())

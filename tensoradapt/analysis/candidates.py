@@ -82,6 +82,13 @@ class Tried:
     norms: Tensor
     trials: Mapping[tuple[str, int], Trial]
 
+    def times(self, level: float) -> Tried:
+        """The trials on `level` times the stack."""
+        if level == 1.0:
+            return self
+        trials = {key: replace(trial, lost=trial.lost * level**2) for key, trial in self.trials.items()}
+        return replace(self, norms=self.norms * level**2, trials=trials)
+
 
 @dataclass(frozen=True)
 class Candidate:

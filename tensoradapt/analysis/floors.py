@@ -34,6 +34,10 @@ class Floors:
         """The same with the rounding of float32 in it."""
         return Floors(self.group, {path: noise.whole for path, noise in self.noises.items()})
 
+    def at(self, level: float) -> Floors:
+        """The noise of deltas that are multiplied by a level."""
+        return Floors(self.group, {path: noise.at(level) for path, noise in self.noises.items()})
+
     def edge(self, rows: Collection[str], batch: Collection[str] = ()) -> float:
         """The end of the noise's spectrum in the unfolding (`rows`, all other axes), for any entry of the `batch`."""
         sizes = {axis: self.group.diagram.sizes[axis] for axis in self.group.diagram.open if axis not in batch}

@@ -28,6 +28,7 @@ BLOCK = 1 << 18  # entries that are looked at at a time: with their copies they 
 SHARE = 1 << 22  # entries that a core looks at one after the other
 UNEVEN = 2.0  # from this ratio of the largest to the mean variance of rows or columns on, they are scaled first
 TRACY_WIDOM = 2.02  # its 99 % quantile
+FAINT = 1e-30  # sums of float32 squares below it have lost some of them
 FLOOR = 1e-3  # the share of the median variance that a row or column is given at least
 TURNS = 3
 _HALVES = (torch.bfloat16, torch.float16)
@@ -67,6 +68,12 @@ class Noise:
     def whole(self) -> Noise:
         """The noise with that of float32 in it."""
         return replace(self, rows=self.rows + self.single, cols=self.cols + self.single, single=0.0)
+
+    def at(self, level: float) -> Noise:
+        """The noise of a delta that is multiplied by a level."""
+        rows, cols = (side * level**2 for side in (self.rows, self.cols))
+        balance = self.balance and (self.balance[0] * level**2, self.balance[1])
+        return replace(self, rows=rows, cols=cols, single=self.single * level**2, balance=balance)
 
     @property
     def uneven(self) -> bool:
@@ -165,19 +172,25 @@ def _add_sums(side: Tensor, rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Ten
 
 
 def _sums(side: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted sums of some rows, over columns and over rows."""
+    """The weighted sums of some rows, over columns and over rows: in float64 where float32 has no such squares."""
+    rows, cols = _sums_in(torch.float32, side, left, right)
+    largest = float(rows.max()) if len(rows) else 1.0
+    return (rows, cols) if FAINT < largest < math.inf else _sums_in(torch.float64, side, left.double(), right.double())
+
+
+def _sums_in(dtype: torch.dtype, side: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols, height = [], torch.zeros_like(right), max(1, BLOCK // side.shape[1])
     for start in range(0, len(side), height):
-        squares, weights = _ulp_squares(side[start : start + height]), left[start : start + height]
+        squares, weights = _ulp_squares(side[start : start + height], dtype), left[start : start + height]
         rows.append((squares @ right) * weights)
         cols += weights @ squares
     return torch.cat(rows), cols * right
 
 
-def _ulp_squares(values: Tensor) -> Tensor:
-    """The square of a unit in the last place of every entry, in float32."""
+def _ulp_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The square of a unit in the last place of every entry, in a dtype."""
     integers, mask, bits, smallest = _STORED[values.dtype]
-    power = (values.contiguous().view(integers) & mask).view(values.dtype).float()  # 2^floor(log2 |w|)
-    if smallest > 2.0**-64:  # the squares of smaller ones are none
+    power = (values.contiguous().view(integers) & mask).view(values.dtype).to(dtype)  # 2^floor(log2 |w|)
+    if smallest > 2.0**-64 or dtype == torch.float64:  # the squares of smaller ones are none
         power = torch.where(values == 0, power, power.clamp(min=smallest))
     return power.mul_(2.0**-bits).square_()

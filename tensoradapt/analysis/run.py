@@ -34,7 +34,7 @@ from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import BLOCK, LARGE, SOLO, Dense, Slice, Strips, Team, each, empty, mapped
+from tensoradapt.linalg import BLOCK, LARGE, SOLO, Dense, Slice, Strips, Team, each, empty, level_of, mapped
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
@@ -218,39 +218,41 @@ class _Stacks:
 
     def _one(self, group: Group, *, candidates: bool) -> tuple[StackReport, list[Tried]]:
         """A stack's report, and its candidates where they are asked for; a weight that stands alone has no stack."""
-        single = len(group.placements) == 1
-        changed = any(self.sites[path].norm for path in group.paths)
-        held = self._held(group) if not single or (candidates and changed) else None
-        trials = [tried(self._stacked(group, held), tell=self.steps.tick)] if held and candidates and changed else []
+        single, norm = len(group.placements) == 1, math.hypot(*(self.sites[path].norm for path in group.paths))
+        held = self._held(group, norm) if not single or (candidates and norm) else None
+        level = level_of(norm, self.source.like.dtype)
+        trials = []
+        if held and candidates and norm:
+            trials = [tried(self._stacked(group, held, level), tell=self.steps.tick).times(1 / level)]
         if single:
             return alone_report(group, self.sites[group.paths[0]]), trials
         assert held is not None
-        floors = floors_of(group, self.source.noise, self._team(group))
-        spectra = [self.sites[path].singular_values for path in group.paths]
-        return stack_report(group, held, floors, spectra, self.steps.tick), trials
+        floors = floors_of(group, self.source.noise, self._team(group)).at(level)
+        spectra = [[s * level for s in self.sites[path].singular_values] for path in group.paths]
+        return stack_report(group, held, floors, spectra, self.steps.tick).times(1 / level), trials
 
-    def _held(self, group: Group) -> Compressed:
-        """The stack whole, or in shared bases where it is large."""
+    def _held(self, group: Group, norm: float) -> Compressed:
+        """The stack near 1, whole, or in shared bases where it is large."""
         slices = Slices(group, self.source.slice, self.source.like, self._team(group), tell=self.steps.tick)
         sizes = [group.diagram.sizes[a] for a in group.diagram.open]
         size = math.prod(sizes)
         widest = max(min(n, size // n) for n in sizes)
         whole = size * self.source.like.element_size() <= self.memory and widest <= WIDE
-        return slices.stream(self.seed).held(resized(group, BASIS), whole=whole)
+        return slices.stream(self.seed, norm).held(resized(group, BASIS), whole=whole)
 
     def _team(self, group: Group) -> Team:
         """Who reads a stack's sites: the team together, or each member all of a small one."""
         return self.team if len(group.placements) >= 2 * self.team.size else SOLO
 
-    def _stacked(self, group: Group, held: Compressed) -> Stacked:
+    def _stacked(self, group: Group, held: Compressed, level: float) -> Stacked:
         axes = group.diagram.open
         order = sorted(group.placements, key=lambda p: [p.index[a] for a in group.diagram.coordinates])
         paths = tuple(p.site.path for p in order)
         core = held.core.permute([held.diagram.open.index(a) for a in axes])
         small = held if held.bases else compress(replace(held, diagram=resized(group, BASIS)), seed=self.seed)
         narrow = small.core.permute([small.diagram.open.index(a) for a in axes])
-        norms = torch.tensor([self.sites[path].norm ** 2 for path in paths], dtype=torch.float64)
-        listed = [self.sites[path].singular_values for path in paths]
+        norms = torch.tensor([(self.sites[path].norm * level) ** 2 for path in paths], dtype=torch.float64)
+        listed = [[s * level for s in self.sites[path].singular_values] for path in paths]
         spectra = tuple(leading(narrow.reshape(-1, *narrow.shape[-2:]), listed, RANKS[-1]))
         deltas = None if held.bases else core.reshape(-1, *core.shape[-2:])
         return Stacked(group.name, axes, group.diagram.sizes, paths, narrow, norms, spectra, deltas)

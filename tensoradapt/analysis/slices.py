@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensoradapt.fit.stream import Stream, axes_of, count_of
 from tensoradapt.grouping import Group
-from tensoradapt.linalg import SOLO, Dense, Product, Slice, Stack, Team
+from tensoradapt.linalg import SOLO, Dense, Product, Slice, Stack, Team, level_of
 from tensoradapt.placing import Placement
 from tensoradapt.sites import Site
 
@@ -37,12 +37,12 @@ class Slices:
         """The sites that this member reads: every n-th of them."""
         return list(self.group.placements)[self.team.rank :: self.team.size]
 
-    def stream(self, seed: int) -> Stream:
-        """The stream that a fit reads."""
+    def stream(self, seed: int, norm: float = 0.0) -> Stream:
+        """The stream that a fit reads, its slices near 1 where the norm of them all is known."""
         lead, rows, cols = axes_of(self.group.diagram)
         shape = (count_of(rows), count_of(cols))
         reads = [partial(self._read, placement) for placement in self.mine]
-        stack = Stack(self._pass, count_of(lead), shape, self.like, reads)
+        stack = Stack(self._pass, count_of(lead), shape, self.like, reads).at(level_of(norm, self.like.dtype))
         return Stream(stack, lead, rows, cols, self.team, seed)
 
     def slice(self, placement: Placement) -> Slice:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensoradapt.analysis.noise import EPS, Noise, edge
 from tensoradapt.analysis.ranks import effective_rank, participation_ratio, ranks_of
-from tensoradapt.linalg import Product, Slice, Values, slice_values
+from tensoradapt.linalg import Product, Slice, Values, level_of, slice_values
 from tensoradapt.sites import Site
 
 WHOLE = 1024  # up to this side all singular values are computed
@@ -78,28 +78,30 @@ class SiteReport:
 def site_report(source: Source, site: Site, values: int | None = None, seed: int = 0) -> SiteReport:
     """Norms, singular values and ranks of one site's delta; `values` of them, or as many as are cheap."""
     found = source.slice(site)
-    shape, total = found.shape, found.square
-    known = _values(found, values, seed)
+    shape, norm, noise = found.shape, math.sqrt(found.square), source.noise(site)
+    level = level_of(norm, found.like.dtype)
+    near, total = found if level == 1.0 else found.times(level), found.square * level**2
+    known = _values(near, values, seed)
     s = known.s
-    noise = source.noise(site)
     described = source.described(site)
     first, limit = (float(s[0]) if len(s) else 0.0), min(shape)
+    left = 0.0 if len(s) >= limit else math.sqrt(max(0.0, total - float(s.double().square().sum())))
     return SiteReport(
         shape=shape,
         coordinates=dict(site.coordinates),
         dtypes=described["dtypes"],
-        norm=math.sqrt(total),
-        relative_change=math.sqrt(total) / described["base_norm"] if described["base_norm"] else None,
-        spectral_norm=first,
-        singular_values=tuple(s.tolist()),
+        norm=norm,
+        relative_change=norm / described["base_norm"] if described["base_norm"] else None,
+        spectral_norm=first / level,
+        singular_values=tuple((s if level == 1.0 else s.double() / level).tolist()),
         complete=len(s) >= limit,
-        residual=0.0 if len(s) >= limit else math.sqrt(max(0.0, total - float(s.double().square().sum()))),
+        residual=left / level,
         method=known.method,
         stable_rank=total / first**2 if first else 0.0,
         effective_rank=effective_rank(s, total, limit),
         participation_ratio=participation_ratio(s, total, limit),
         noise={"sigma": noise.sigma, "edge": noise.edge, "scaled": noise.uneven},
-        ranks=ranks_of(s, total, shape, noise_rank(found, known, noise, values, seed)),
+        ranks=ranks_of(s, total, shape, noise_rank(near, known, noise.at(level), values, seed)),
     )
 
 

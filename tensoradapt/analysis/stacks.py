@@ -51,6 +51,16 @@ class StackReport:
     similarity: Mapping[str, Any] = field(default_factory=dict)
     shared_energy: Mapping[str, Any] = field(default_factory=dict)
 
+    def times(self, level: float) -> StackReport:
+        """The report of `level` times the deltas: what has the weights' units is multiplied."""
+        if level == 1.0:
+            return self
+        modes, cuts = (
+            {a: [v * level for v in s] for a, s in of.items()} for of in (self.mode_spectra, self.tt_spectra)
+        )
+        edges = {axis: end * level for axis, end in self.noise_edges.items()}
+        return replace(self, norm=self.norm * level, mode_spectra=modes, tt_spectra=cuts, noise_edges=edges)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)

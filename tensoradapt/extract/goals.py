@@ -108,7 +108,7 @@ def _above(group: Group, stream: Stream, floors: Floors, options: Options) -> Fi
         return None if fit.total and risen(fit.diagram, floors).nothing(fit.spectra) else fit
     ((_, part),) = stream.stack.passes()
     (noise,) = floors.noises.values()
-    rank = rank_above(part, noise, stream.seed)
+    rank = rank_above(part, noise.at(stream.stack.level), stream.seed)
     return fit_stream(stream, grown(group, rank), options) if rank else None
 
 
@@ -214,6 +214,10 @@ class Risen:
             return 0
         floor = (s[..., :1] * self.shares[bond]).clamp(min=self.edges[bond])
         return int((s > floor).sum(-1).max())
+
+    def at(self, level: float) -> Risen:
+        """The policy for a tensor that is multiplied by a level."""
+        return replace(self, edges={bond: edge * level for bond, edge in self.edges.items()})
 
     def nothing(self, spectra: Mapping[str, Tensor]) -> bool:
         """Whether at some bond nothing rises: all of a tensor is noise then."""

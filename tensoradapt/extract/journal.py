@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tensoradapt.analysis.sharing import together
-from tensoradapt.errors import FileError
+from tensoradapt.errors import FileError, TensorAdaptError
 from tensoradapt.io.atomic import atomic, unwritten
 from tensoradapt.io.native import checksum
 from tensoradapt.linalg import SOLO, Team
@@ -96,7 +96,7 @@ def opened(folder: Path, out: Path, work: Mapping[str, Any], team: Team = SOLO) 
     """The journal of an output in its folder, locked by the first of a team.
 
     `work` says what the work is of: all that its result depends on. Where an error ends the work before its first part,
-    the folder goes too. Raises FileError where a journal of other work is there, or another process works on the same
+    or the work itself is refused, the folder goes too. Raises FileError where a journal of other work is there, or another process works on the same
     output.
     """
     journal, stack = Journal(folder), ExitStack()
@@ -104,10 +104,15 @@ def opened(folder: Path, out: Path, work: Mapping[str, Any], team: Team = SOLO) 
         together(team, lambda: _locked(folder, out, work, stack) if team.rank == 0 else None)
         try:
             yield journal
-        except BaseException:
-            if team.rank == 0 and not journal.begun:
+        except BaseException as error:
+            if team.rank == 0 and (_refused(error) or not journal.begun):
                 journal.remove()
             raise
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether the same work would fail again: it is the input's fault, and no file's or machine's."""
+    return isinstance(error, TensorAdaptError) and not isinstance(error, FileError)
 
 
 def _locked(folder: Path, out: Path, work: Mapping[str, Any], stack: ExitStack) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensoradapt.errors import ShapeError
 from tensoradapt.fit.policy import squares
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import Product, Slice
@@ -54,10 +55,17 @@ def compared(
         return site_row(left.square, found.square)
     delta = found.dense()
     if pair is None:
-        return site_row(squares(delta - chain.dense().reshape(delta.shape) * group.scale), found.square)
-    outer = pair[0] * group.scale
-    height = max(1, STRIP // max(1, delta.shape[1]))
-    for start in range(0, len(delta), height):
-        rows = delta[start : start + height]
-        lost += squares(torch.addmm(rows, outer[start : start + height], pair[1], alpha=-1))
+        lost = squares(delta - chain.dense().reshape(delta.shape) * group.scale)
+    else:
+        outer = pair[0] * group.scale
+        height = max(1, STRIP // max(1, delta.shape[1]))
+        for start in range(0, len(delta), height):
+            rows = delta[start : start + height]
+            lost += squares(torch.addmm(rows, outer[start : start + height], pair[1], alpha=-1))
+    if not math.isfinite(lost):
+        raise ShapeError(
+            f"the fitted delta of {placement.site.path} has entries beyond {str(delta.dtype).removeprefix('torch.')}",
+            got=f"a delta of norm {math.sqrt(found.square):.3g}",
+            hint="leave this weight out (exclude), or fit it with a higher rank",
+        )
     return site_row(lost, found.square)

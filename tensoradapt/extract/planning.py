@@ -100,7 +100,7 @@ def check_reach(work: Work, tell: Tell | None = None) -> None:
     for number, name in enumerate(work.groups):
         if tell is not None:
             tell(f"spectra of {name}", number, len(work.groups))
-        climb = climb_of(work.group(name), work.slices(name).stream(work.seed), float(error))
+        climb = climb_of(work.group(name), work.stream(work.slices(name)), float(error))
         if climb is not None and climb.error > error:
             raise RankError(
                 f"no rank brings group {name!r} within the error {error}",

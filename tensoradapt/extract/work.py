@@ -22,12 +22,13 @@ from tensoradapt.analysis.naming import label_of
 from tensoradapt.analysis.noise import Noise, noise_of
 from tensoradapt.analysis.slices import Slices, flat
 from tensoradapt.diagram import Diagram
-from tensoradapt.errors import RankError
+from tensoradapt.errors import RankError, ShapeError
 from tensoradapt.extract.goals import NOISE, Fixed, Goal, fit_group, group_curve
 from tensoradapt.extract.measure import compared, overall, site_row
 from tensoradapt.extract.whole import Whole
 from tensoradapt.fit.curves import Point
 from tensoradapt.fit.result import Fit
+from tensoradapt.fit.stream import Stream
 from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
@@ -134,6 +135,24 @@ class Work:
         """The deltas of a group, as this member of the team reads them."""
         return Slices(self.group(name), self.fetch, self.like, self._team(name))
 
+    def stream(self, slices: Slices) -> Stream:
+        """The deltas of a group as a fit reads them, near 1."""
+        known = self._known_squares(slices.group)
+        return slices.stream(self.seed, math.sqrt(self._square(slices) if known is None else math.fsum(known)))
+
+    def _known_squares(self, group: Group) -> list[float] | None:
+        """The squared norms of a group's deltas, where all of them are whole tensors that were read before."""
+        found = self.whole.squares
+        if not found or any(p.site.index is not None or p.site.rows is not None for p in group.placements):
+            return None
+        names = [self.deltas.pair(self.stored(p.site).path).tuned_name for p in group.placements]
+        return [found.get(name, 0.0) for name in names] if any(name in found for name in names) else None
+
+    def _square(self, slices: Slices) -> float:
+        """The squared norm of a group's deltas."""
+        mine = math.fsum(slices.slice(placement).square for placement in slices.mine)
+        return float(slices.team.add(torch.tensor(mine, dtype=torch.float64)))
+
     def _team(self, name: str) -> Team:
         return self.team if self.shared(name) else SOLO
 
@@ -195,10 +214,9 @@ class Work:
 
     def curve(self, name: str) -> tuple[list[Point], float]:
         """What a group loses at which number of parameters within the budget, and what it loses without an adapter."""
-        stream, budget = self.slices(name).stream(self.seed), self.goal.max_parameters or 0
-        curve = group_curve(self.group(name), stream, budget, self._fixed(name))
-        norm = torch.tensor(math.fsum(part.square for _, part in stream.stack.passes()), dtype=torch.float64)
-        return curve, float(stream.team.add(norm))
+        slices, budget = self.slices(name), self.goal.max_parameters or 0
+        curve = group_curve(self.group(name), self.stream(slices), budget, self._fixed(name))
+        return curve, self._square(slices)
 
     def fit(self, name: str) -> Done:
         """Fit one group, round its factors to their stored dtype, and measure what they leave."""
@@ -209,7 +227,7 @@ class Work:
         goal = self.goal if point is None else Goal()
         if point is not None:
             group = replace(group, diagram=replace(group.diagram, sizes={**group.diagram.sizes, **point.ranks}))
-        stream, floors = slices.stream(self.seed), self.floors(name)
+        stream, floors = self.stream(slices), self.floors(name)
         found = fit_group(group, stream, goal, floors=floors, fixed=self._fixed(name))
         if found is None or found.total == 0.0:
             return self._left_out(name, slices)
@@ -244,10 +262,19 @@ def _stored(found: Fit, group: Group) -> dict[str, Tensor]:
     by = abs(group.scale) ** (-1 / len(free))
     signs = {free[0]: math.copysign(1.0, group.scale)}
     dtype = getattr(torch, group.rule.dtype)
-    return {
+    made = {
         node: (tensor * (by * signs.get(node, 1.0)) if node in free else tensor).to(dtype)
         for node, tensor in found.factors.items()
     }
+    bad = next((node for node, tensor in made.items() if not bool(tensor.isfinite().all())), None)
+    if bad is not None:
+        raise ShapeError(
+            f"node {bad!r} of group {group.name!r} has entries beyond {group.rule.dtype}",
+            got=f"deltas of norm {math.sqrt(found.total):.3g} at {', '.join(group.paths[:3])}",
+            expected=f"entries of at most {torch.finfo(dtype).max:.3g}",
+            hint="write dtype: float32 in its rule, or leave these sites out",
+        )
+    return made
 
 
 def _record(found: Fit, sites: dict[str, Any]) -> dict[str, Any]:

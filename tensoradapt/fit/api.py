@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Ranks, Shape
 from tensoradapt.formats.network import network as network_diagram
-from tensoradapt.linalg import Dense, Stack
+from tensoradapt.linalg import Dense, Stack, level_of, norm_of
 
 Folds = Mapping[str, str | list[int | str]]  # by axis: sizes and names, or `auto:3`
 RANK = 8  # where neither rank, error nor budget is given
@@ -119,11 +120,31 @@ def fit(
     settings = Options(grow=made.at, format=made.name, **told)
     if isinstance(source, Tensor):
         smallest = made.at(1)
-        return _fitted(source.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings)
-    return _streamed(source, shape, made, goal, settings)
+        return _held(_fitted(source.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings))
+    return _held(_streamed(source, shape, made, goal, settings))
+
+
+def _held(found: Fit) -> Fit:
+    """The fit, where its dtype has its factors. Raises ShapeError."""
+    for node, factor in found.factors.items():
+        if not bool(factor.isfinite().all()):
+            raise ShapeError(
+                f"the factor {node!r} has entries beyond {str(factor.dtype).removeprefix('torch.')}",
+                got=f"a tensor of norm {math.sqrt(found.total):.3g}",
+                hint="fit a part of the tensor, or give it in float64",
+            )
+    return found
 
 
 def _fitted(tensor: Tensor, made: _Format, goal: _Goal, settings: Options) -> Fit:
+    level = level_of(norm_of(tensor), tensor.dtype)
+    return _near(tensor * level if level != 1.0 else tensor, made, goal, settings).times(
+        1 / level, settings.fixed or ()
+    )
+
+
+def _near(tensor: Tensor, made: _Format, goal: _Goal, settings: Options) -> Fit:
+    """A tensor of a norm near 1 fitted to a goal."""
     if goal.error is not None:
         tree = linked(made.at(1)) is not None
         policy = _policy(goal.error)(squares(tensor), made.at(1))
@@ -151,10 +172,11 @@ def _streamed(source: Slices, shape: tuple[int, ...], made: _Format, goal: _Goal
     """The slices of a stream, read in passes."""
     axes = made.shape.axes
     like = plain(next(iter(slices_of(source)))).new_zeros(())
+    norm = math.hypot(*(norm_of(plain(part)) for part in slices_of(source)))
     read = lambda: ((k, Dense(plain(part).to(like))) for k, part in enumerate(slices_of(source)))  # noqa: E731
     cuts = [made.shape.folds.get(a, (a,)) for a in _unfolded(made.shape)]
     named = [{axis: made.shape.sizes[axis] for axis in cut} for cut in cuts]
-    stack = Stack(read, count_of(named[0]), (shape[1], shape[2]), like)
+    stack = Stack(read, count_of(named[0]), (shape[1], shape[2]), like).at(level_of(norm, like.dtype))
     stream = Stream(stack, named[0], named[1], named[2], seed=settings.seed)
     assert [axis for cut in cuts for axis in cut] == list(axes)
     if goal.error is not None:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
-from tensoradapt.fit.policy import squares
-from tensoradapt.linalg import as_tensor, empty
+from tensoradapt.linalg import as_tensor, empty, norm_of
 
 Slices = Sequence[Any] | Callable[[], Iterable[Any]]
 ORDER = "the order is ta.fit(tensor, format)"
@@ -46,7 +45,7 @@ def plain(tensor: Any, device: Any = None) -> Tensor:
         raise ShapeError("a fit needs real numbers", got=f"{found.dtype} of shape {tuple(found.shape)}")
     found = found.detach().to(found.device if device is None else empty(device).device)
     found = found if found.dtype in (torch.float32, torch.float64) else found.float()
-    bad = 0 if math.isfinite(squares(found)) else int((~torch.isfinite(found)).sum())
+    bad = 0 if math.isfinite(norm_of(found)) else int((~torch.isfinite(found)).sum())
     if bad:
         raise ShapeError("the tensor is not finite", got=f"{bad} of {found.numel()} entries are NaN or infinite")
     return found

@@ -6,13 +6,14 @@ Invariant: a policy sees a spectrum and what lies beyond it, never the tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tensoradapt.errors import RankError
+from tensoradapt.linalg import norms
 
 
 class Policy(Protocol):
@@ -23,6 +24,9 @@ class Policy(Protocol):
 
     def keep(self, bond: str, s: Tensor, beyond: Tensor | float) -> int:
         """The rank of a bond, given its leading singular values (.., k) and the squared norm beyond them (..)."""
+
+    def at(self, level: float) -> Policy:
+        """The policy for a tensor that is multiplied by a level."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class Given:
     def keep(self, bond: str, s: Tensor, beyond: Tensor | float) -> int:
         """The diagram's size."""
         return self.sizes[bond]
+
+    def at(self, level: float) -> Given:
+        """The same: ranks have no units."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class Within:
         enough = (tails <= self.allowed).nonzero()
         return int(enough[0]) if len(enough) else s.shape[-1]
 
+    def at(self, level: float) -> Within:
+        """The policy for a tensor that is multiplied by a level."""
+        return self if level == 1.0 else replace(self, allowed=self.allowed * level**2)
+
 
 @dataclass(frozen=True)
 class Above:
@@ -77,6 +89,11 @@ class Above:
         """The number of values above the edge, the most of a batch."""
         return int((s > self.edges.get(bond, self.default)).sum(-1).max()) if s.numel() else 0
 
+    def at(self, level: float) -> Above:
+        """The policy for a tensor that is multiplied by a level."""
+        edges = {bond: edge * level for bond, edge in self.edges.items()}
+        return replace(self, edges=edges, default=self.default * level)
+
 
 def relative(error: float, total: float, bonds: int) -> Within:
     """The policy of a relative error: every bond may discard an equal share of its square. Raises RankError."""
@@ -88,4 +105,4 @@ def relative(error: float, total: float, bonds: int) -> Within:
 def squares(tensor: Tensor) -> float:
     """The squared norm, accumulated in float64."""
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
-    return float(torch.linalg.vector_norm(flat, dim=-1).double().square().sum())
+    return float(norms(flat).square().sum())

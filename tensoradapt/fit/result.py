@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from textwrap import wrap
 from typing import Any
 
@@ -48,6 +48,14 @@ class Fit:
         """The factors as a TuckerTensor, TTTensor, CPTensor or TTMatrix. Raises SpecError where there is no class."""
         return from_diagram(self.diagram, self.factors, self.format)
 
+    def times(self, level: float, fixed: Collection[str] = ()) -> Fit:
+        """The fit of `level` times the tensor, a power of two: shared evenly among the nodes that are not `fixed`."""
+        if level == 1.0:
+            return self
+        factors = spread(self.factors, level, fixed)
+        spectra = {bond: s.double() * level for bond, s in self.spectra.items()}
+        return replace(self, factors=factors, total=self.total * level * level, spectra=spectra)
+
     @property
     def num_parameters(self) -> int:
         """The number of entries of all factors."""
@@ -68,3 +76,16 @@ class Fit:
         known = [f"no fit of these ranks is below {self.optimal:.3g}"] if self.optimal is not None else []
         known += [] if self.converged else ["not converged: more `sweeps` or `restarts` may help"]
         return "\n".join(line for text in (*lines, *known) for line in wrap(text, 80, subsequent_indent="  "))
+
+
+def spread(factors: Mapping[str, Tensor], level: float, fixed: Collection[str]) -> dict[str, Tensor]:
+    """Factors of a network that is multiplied by a power of two: its exponent in even parts on all but the fixed."""
+    free = [node for node in factors if node not in fixed]
+    if level == 1.0 or not free:
+        return dict(factors)
+    share, more = divmod(round(math.log2(level)), len(free))
+    powers = {node: math.ldexp(1.0, share + (k < more)) for k, node in enumerate(free)}
+    made = {
+        node: (tensor.double() * powers[node]).to(tensor.dtype) for node, tensor in factors.items() if node in powers
+    }
+    return {**factors, **made}

@@ -20,9 +20,10 @@ from tensoradapt.fit.cp import CP_SWEEPS, fit_cp, is_cp
 from tensoradapt.fit.policy import Given, Policy, Within, squares
 from tensoradapt.fit.polish import polished
 from tensoradapt.fit.reach import EFFORT, effort, reach_of
-from tensoradapt.fit.result import Fit
+from tensoradapt.fit.result import Fit, spread
 from tensoradapt.fit.tree import TreeFit, linked, tree_svd
 from tensoradapt.fit.tucker import GAIN, SWEEPS, evened, hooi, tucker_core
+from tensoradapt.linalg import level_of, norm_of
 from tensoradapt.lower import dense
 
 TRUSTED = 1e-2  # a squared relative error below this is measured, not subtracted: float32 sums lose it
@@ -54,6 +55,12 @@ def fit_diagram(tensor: Tensor, diagram: Diagram, options: Options | None = None
     least squares. Raises RankError where ranks are to be chosen and no spectrum or ladder shows them.
     """
     options = options or Options()
+    level = level_of(norm_of(tensor), tensor.dtype)
+    if level != 1.0:
+        policy = options.policy and options.policy.at(level)
+        return fit_diagram(tensor * level, diagram, replace(options, policy=policy)).times(
+            1 / level, options.fixed or ()
+        )
     whole = Compressed(tensor, diagram, squares(tensor))
     if options.policy is not None and linked(diagram) is None:
         return _climbed(whole, diagram, options)
@@ -159,11 +166,15 @@ def _nothing(diagram: Diagram, held: Compressed, options: Options) -> Fit:
 
 
 def _swept(held: Compressed, options: Options) -> Fit:
-    fixed = dict(options.fixed or {})
+    """Alternating least squares, nodes that are fixed brought near 1 too."""
+    given = dict(options.fixed or {})
+    levels = {node: level_of(norm_of(tensor), tensor.dtype) for node, tensor in given.items()}
+    fixed = {node: tensor if levels[node] == 1.0 else tensor * levels[node] for node, tensor in given.items()}
     more = {k: v for k in ("sweeps", "restarts") if (v := getattr(options, k)) is not None}
     found = als(held.core, held.diagram, start=fixed, fixed=fixed, seed=options.seed, **more)
     error = math.sqrt((squares(held.core - dense(held.diagram, found.factors)) + held.lost) / held.total)
-    fit = Fit(held.diagram, found.factors, error, held.total, "als", options.format)
+    factors = {**spread(found.factors, math.prod(levels.values()), fixed), **given}
+    fit = Fit(held.diagram, factors, error, held.total, "als", options.format)
     return replace(fit, history=found.history, converged=found.converged, agreed=found.agreed)
 
 

@@ -66,6 +66,10 @@ class Stream:
 
 def fit_stream(stream: Stream, diagram: Diagram, options: Options) -> Fit:
     """A diagram of given ranks fitted to a stream."""
+    return _fitted(stream, diagram, options).times(1 / stream.stack.level, options.fixed or ())
+
+
+def _fitted(stream: Stream, diagram: Diagram, options: Options) -> Fit:
     alone = stream.alone(diagram)
     if alone is not None and linked(diagram) is not None:
         return fit_compressed(alone, diagram, options)
@@ -74,6 +78,12 @@ def fit_stream(stream: Stream, diagram: Diagram, options: Options) -> Fit:
 
 def fit_stream_by(stream: Stream, grow: Grow, policy: Callable[[float, Diagram], Policy], options: Options) -> Fit:
     """A fit whose ranks a policy chooses, given the squared norm: bases grow until they hold all that it keeps."""
+    level = stream.stack.level
+    leveled = lambda total, diagram: policy(total / level**2, diagram).at(level)  # noqa: E731
+    return _chosen(stream, grow, leveled, options).times(1 / level, options.fixed or ())
+
+
+def _chosen(stream: Stream, grow: Grow, policy: Callable[[float, Diagram], Policy], options: Options) -> Fit:
     limit = grow(None)
     alone = stream.alone(limit) if linked(limit) is not None and not options.fixed else None
     if alone is not None:
@@ -109,6 +119,10 @@ def curve_of(stream: Stream, grow: Grow, most: int) -> list[Point]:
     Across several bonds the spectra give an estimate alone, which is far off where much is lost: a tree that is not too
     large is cut at some points of the curve and at even ranks, and what it loses there is measured.
     """
+    return [replace(point, lost=point.lost / stream.stack.level**2) for point in _curve(stream, grow, most)]
+
+
+def _curve(stream: Stream, grow: Grow, most: int) -> list[Point]:
     small = grow(1)
     for rank in LADDER:
         small = grow(rank)

@@ -1,6 +1,7 @@
 """Truncated SVDs of matrices and of streams of them, each with the norm of what it leaves out."""
 
 from tensoradapt.linalg.krylov import krylov
+from tensoradapt.linalg.level import level_of, norm_of, norms
 from tensoradapt.linalg.parts import BLOCK, LARGE, LowRank, Seed, as_tensor, empty, orthonormal, square
 from tensoradapt.linalg.pool import each, mapped, pooled
 from tensoradapt.linalg.ranges import Range, Ranges, Stack, find_ranges, range_of
@@ -30,7 +31,10 @@ __all__ = [
     "empty",
     "find_ranges",
     "krylov",
+    "level_of",
     "mapped",
+    "norm_of",
+    "norms",
     "orthonormal",
     "pooled",
     "range_of",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
+from tensoradapt.linalg.level import norms
 
 DEVICES = ("cpu", "cuda", "mps")
 MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "metal": "mps", "apple": "mps"}
@@ -64,6 +65,13 @@ class LowRank:
             self, u=self.u[..., :rank], s=self.s[..., :rank], v=self.v[..., :rank], residual=residual.to(self.s.dtype)
         )
 
+    def times(self, level: float) -> LowRank:
+        """The decomposition of `level` times the matrix, in float64 where the dtype has no such numbers."""
+        s, residual = self.s.double() * level, self.residual.double() * level
+        fits = bool(s.to(self.s.dtype).isfinite().all() & residual.to(self.s.dtype).isfinite().all())
+        kept = self.s.dtype if fits else torch.float64
+        return replace(self, s=s.to(kept), total=self.total * level * level, residual=residual.to(kept))
+
     def turned(self) -> LowRank:
         """The decomposition of the transpose."""
         return replace(self, u=self.v, v=self.u)
@@ -72,7 +80,7 @@ class LowRank:
 def square(a: Tensor) -> Tensor:
     """The squared Frobenius norm of matrices, summed over rows or columns in float64.  Shape: (.., m, n) -> (..)."""
     along = -1 if a.stride(-1) == 1 else -2  # the way the entries lie
-    return torch.linalg.vector_norm(a, dim=along).double().square().sum(-1)
+    return norms(a, along).square().sum(-1)
 
 
 def orthonormal(y: Tensor, basis: Tensor | None = None) -> Tensor:

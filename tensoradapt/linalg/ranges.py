@@ -7,7 +7,7 @@ Krylov iteration on sum_l D_l D_l^T and sum_l D_l^T D_l. Invariant: every slice 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -31,7 +31,8 @@ class Stack:
     """Slices D[l, out, in] that can be read again and again: `passes()` makes one pass over (position, slice).
 
     `count` is the number of all slices, whoever of a team reads them; `like` gives the dtype and the device. `reads`
-    are what reads the slices of a pass one after the other, where they may be read some at a time.
+    are what reads the slices of a pass one after the other, where they may be read some at a time. `level` is the power
+    of two that the slices are multiplied by, which a fit takes out again.
     """
 
     passes: Callable[[], Iterable[tuple[int, Slice]]]
@@ -39,6 +40,14 @@ class Stack:
     shape: tuple[int, int]
     like: Tensor
     reads: Sequence[Callable[[], Iterable[tuple[int, Slice]]]] = ()
+    level: float = 1.0
+
+    def at(self, level: float) -> Stack:
+        """The stack with all of its slices multiplied by a level."""
+        if level == 1.0:
+            return self
+        reads = [_scaled(read, level) for read in self.reads]
+        return replace(self, passes=_scaled(self.passes, level), reads=reads, level=self.level * level)
 
     def each(self, function: Callable[[int, Slice], T]) -> Iterator[T]:
         """The function's values for every position and slice, in the order of a pass."""
@@ -47,6 +56,10 @@ class Stack:
             return
         for values in mapped(lambda read: [function(*found) for found in read()], self.reads):
             yield from values
+
+
+def _scaled(read: Callable[[], Iterable[tuple[int, Slice]]], level: float) -> Callable[[], Iterable[tuple[int, Slice]]]:
+    return lambda: ((position, part.times(level)) for position, part in read())
 
 
 @dataclass(frozen=True)

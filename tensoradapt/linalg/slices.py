@@ -47,6 +47,9 @@ class Slice(Protocol):
     def scaled(self, rows: Tensor, cols: Tensor) -> Slice:
         """rows[i] D[i, j] cols[j].  Shapes: (out), (in)."""
 
+    def times(self, level: float) -> Slice:
+        """The delta multiplied by a level."""
+
     def dense(self) -> Tensor:
         """D itself.  Shape: (out, in)."""
 
@@ -87,6 +90,10 @@ class Dense:
     def scaled(self, rows: Tensor, cols: Tensor) -> Slice:
         """rows[i] D[i, j] cols[j].  Shapes: (out), (in)."""
         return Dense((self.matrix * rows[:, None]).mul_(cols))
+
+    def times(self, level: float) -> Slice:
+        """The delta multiplied by a level."""
+        return Dense(self.matrix * level)
 
     def dense(self) -> Tensor:
         """D itself.  Shape: (out, in)."""
@@ -131,6 +138,10 @@ class Product:
     def scaled(self, rows: Tensor, cols: Tensor) -> Slice:
         """rows[i] D[i, j] cols[j].  Shapes: (out), (in)."""
         return Product(self.outer * rows[:, None], self.inner * cols)
+
+    def times(self, level: float) -> Slice:
+        """The delta multiplied by a level."""
+        return Product(self.outer * level, self.inner)
 
     def dense(self) -> Tensor:
         """D itself.  Shape: (out, in)."""
@@ -183,6 +194,10 @@ class Strips:
             return (self.read(at) * left[:, None]).mul_(right)
 
         return Strips(self.shape, self.parts, read, self.like)
+
+    def times(self, level: float) -> Strips:
+        """The delta multiplied by a level, in strips too."""
+        return Strips(self.shape, self.parts, lambda at: self.read(at) * level, self.like)
 
     @property
     def _tall(self) -> bool:

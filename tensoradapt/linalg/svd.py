@@ -6,6 +6,7 @@ one machine and thread count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,11 +16,13 @@ from torch import Tensor
 from tensoradapt.errors import RankError, ShapeError, SpecError
 from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, Operator, krylov, krylov_space
 from tensoradapt.linalg.lapack import eigh, eigvalsh, svd
+from tensoradapt.linalg.level import level_of, norm_of
 from tensoradapt.linalg.parts import LowRank, Seed, gram_matrix, leftover, signed, square
 from tensoradapt.linalg.slices import Slice
 
 METHODS = ("auto", "krylov", "gram", "exact")
 SMALL = 96  # below this many rows or columns a full decomposition costs no more than the bookkeeping of the others
+SQUARED = 2.0**40  # norms up to it, and down to one over it, may be squared: an iteration does, and no more
 TALL = 4  # from this ratio of rows to columns on a Gram matrix is cheaper than a QR
 
 
@@ -53,8 +56,15 @@ def truncated_svd(
         found = _run(a, wanted, chosen, options)
     except RuntimeError as error:  # LinAlgError and OutOfMemoryError are such, cuSOLVER's failures are nothing more
         finite(a)
-        return _on_cpu(a, wanted, chosen, options, str(error))
-    if not bool(found.total.isfinite().all()):
+        level = level_of(norm_of(a), a.dtype, SQUARED)
+        if level == 1.0:
+            return _on_cpu(a, wanted, chosen, options, str(error))
+        return _run(a * level, wanted, chosen, options).times(1 / level)
+    total = float(found.total.sum())
+    level = level_of(math.sqrt(total) if math.isfinite(total) else norm_of(a), a.dtype, SQUARED)
+    if level != 1.0:
+        return _run(a * level, wanted, chosen, options).times(1 / level)
+    if not math.isfinite(total):
         finite(a)
     return found
 

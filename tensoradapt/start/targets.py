@@ -5,6 +5,7 @@ Invariant: one site's target is in memory at a time, unless all of a group are s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -55,7 +56,9 @@ class Job:
 
     def stream(self, fetch: Fetch, turn: Turn | None = None) -> Stream:
         """The slices of the group (a site in slots is several), each after a turn: a projection or a weighting."""
-        found = Slices(self.group, lambda site: Dense(fetch(site).dense().to(self.like)), self.like).stream(self.seed)
+        slices = Slices(self.group, lambda site: Dense(fetch(site).dense().to(self.like)), self.like)
+        norm = math.sqrt(math.fsum(slices.slice(placement).square for placement in slices.mine))
+        found = slices.stream(self.seed, norm)
         return found if turn is None else turned(found, turn)
 
     def weight(self, site: Site) -> Slice:

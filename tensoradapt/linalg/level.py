@@ -1,0 +1,46 @@
+"""Levels: the powers of two that bring tensors near one, where squares and products neither overflow nor vanish.
+
+A weight may hold any number of its dtype, 1e25 or 1e-25; the square of either is none of float32's. Invariant: numbers
+that are multiplied by a level and divided by it again are what they were, bit for bit, unless they are so much smaller
+than the largest that no sum sees them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+PLAIN = 2.0**20  # tensors with norms from 1/PLAIN to PLAIN are worked on as they are
+FAINT = 1e-24  # a sum of squares below it may have lost some of them
+MOST = {torch.float64: 1000}  # the largest exponent of a level: its inverse is a number of the dtype too
+USUAL = 126
+
+
+def level_of(norm: float, dtype: torch.dtype = torch.float32, plain: float = PLAIN) -> float:
+    """What a tensor of a norm is multiplied by to have one near 1: a power of two, 1 for norms of 1/plain to plain."""
+    if norm == 0.0 or not math.isfinite(norm) or 1 / plain <= norm <= plain:
+        return 1.0
+    most = MOST.get(dtype, USUAL)
+    return math.ldexp(1.0, max(-most, min(most, -math.frexp(norm)[1])))
+
+
+def norms(a: Tensor, dim: int = -1) -> Tensor:
+    """The norms along a dimension, in float64: each of float32's sums, unless those may have lost squares."""
+    found = torch.linalg.vector_norm(a, dim=dim).double()
+    if a.dtype == torch.float64 or bool(((found.square().sum(-1) > FAINT) & found.isfinite().all(-1)).all()):
+        return found
+    return torch.linalg.vector_norm(a, dim=dim, dtype=torch.float64)
+
+
+def norm_of(a: Tensor) -> float:
+    """The Frobenius norm, also of numbers whose squares no dtype has."""
+    flat = a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(1, -1)
+    found = float(torch.linalg.vector_norm(norms(flat)))
+    if not a.numel() or (math.isfinite(found) and found > math.sqrt(FAINT)):
+        return found
+    largest = float(flat.abs().max())
+    if not largest or not math.isfinite(largest):
+        return largest
+    return largest * float(torch.linalg.vector_norm(norms(flat.double() / largest)))
