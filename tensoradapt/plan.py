@@ -24,6 +24,7 @@ from tensoradapt.rows import (
     group_dict,
     group_from,
     larger,
+    layer_notes,
     rank_notes,
     record_of,
     row_of,
@@ -238,7 +239,7 @@ def make_plan(spec: Spec, model: SiteMap, progress: Progress | None = None) -> P
         ]
         groups += _unique(group_sites(rule, mine, model, progress or (lambda *_: None)), groups)
     _check_ranks(spec, groups)
-    notes += rank_notes(groups)
+    notes += [*rank_notes(groups), *layer_notes(groups, model)]
     made = Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes), model.num_parameters)
     return replace(made, notes=(*notes, *size_notes(made.groups, made.num_trainable)))
 

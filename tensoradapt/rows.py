@@ -12,14 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tensoradapt.coordinates import unsure
 from tensoradapt.diagram import Diagram
 from tensoradapt.grouping import Group, asked
 from tensoradapt.layouts import formerly
 from tensoradapt.placing import Placement
-from tensoradapt.sites import Site
+from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 
 SURPLUS = 0.01  # the share of an adapter from which on entries that a weight would not need are spoken of
+NOTED = 3  # so many paths of which the layer is not certain are named
 RUNS = 3  # so many runs of layers are named
 
 
@@ -202,6 +204,18 @@ def rank_notes(groups: Sequence[Group]) -> list[str]:
             if size < wanted[bond]
         )
     return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
+
+
+def layer_notes(groups: Sequence[Group], model: SiteMap) -> list[str]:
+    """What to say of paths with several numbers that may each be the layer."""
+    paths = [p.site.owner for group in groups if not group.rule.pattern for p in group.placements]
+    shapes = {site.owner: site.shape for site in model.sites}
+    found = unsure(shapes, (path for path in paths if path in shapes))
+    return [
+        f"which number of {path} is the layer is not certain, that behind {' or '.join(behind)}: "
+        f"pattern='{behind[-1].replace('*', '{stack}', 1)}.{{layer}}.{{role}}' would say so"
+        for path, behind in found.items()
+    ][:NOTED]
 
 
 def size_notes(groups: Sequence[Group], trainable: int) -> list[str]:

@@ -11,14 +11,14 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tensoradapt.coordinates import Coordinates, locate
 from tensoradapt.errors import FileError, ShapeError, SpecError
 
-Coordinates = Mapping[str, int | str]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ZIPPED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # what torch.save writes, now and formerly
 OTHERS = {
@@ -92,67 +92,6 @@ class SiteMap:
     num_parameters: int = 0  # entries of the model's parameters, tied ones once; 0 where they are not known
 
 
-def locate(paths: Sequence[str]) -> dict[str, Coordinates]:
-    """Coordinates of paths: layer, stack, role and expert.
-
-    `layer` is the first numbered component, `stack` what precedes it, `expert` a number under a name that contains
-    expert, `role` the shortest suffix of the rest that is unique within the layer, and outside the layers in the model
-    (the whole rest where none is). A number that begins a path is no layer where it is the place of a whole model in a
-    container (`0.model.layers.3.q`).
-    """
-    skip = int(_stands_around(paths))
-    split = {path: _split(path, skip) for path in paths}
-    rests: dict[tuple[Any, Any], set[str]] = {}
-    for coords, rest in split.values():
-        rests.setdefault((coords.get("stack"), coords.get("layer")), set()).add(rest)
-    owners = {key: _suffix_owners(group) for key, group in rests.items()}
-    owners[None, None] = _suffix_owners({rest for _, rest in split.values()})
-    return {
-        path: {**c, "role": _shortest(rest, owners[c.get("stack"), c.get("layer")])}
-        for path, (c, rest) in split.items()
-    }
-
-
-def _stands_around(paths: Sequence[str]) -> bool:
-    """Whether the numbers that begin paths are places in a container of unlike parts, with layers further in one."""
-    parts = [path.split(".") for path in paths]
-    if not all(names[0].isdecimal() for names in parts):
-        return False
-    return not _repeats(parts, 0) and any(_repeats(parts, k) for k in range(1, max(map(len, parts), default=0)))
-
-
-def _repeats(parts: Sequence[Sequence[str]], k: int) -> bool:
-    """Whether two paths differ in one number alone, the component k."""
-    numbered = Counter((*names[:k], "", *names[k + 1 :]) for names in parts if len(names) > k and names[k].isdecimal())
-    return any(count > 1 for count in numbered.values())
-
-
-def _split(path: str, skip: int = 0) -> tuple[dict[str, int | str], str]:
-    """A path's numbers, behind the first components that are skipped, as coordinates, and what is left for the role."""
-    parts = path.split(".")
-    coords: dict[str, int | str] = {}
-    for k in reversed(range(1, len(parts))):
-        if parts[k].isdecimal() and "expert" in parts[k - 1]:
-            coords["expert"] = int(parts.pop(k))
-            break
-    layer = next((k for k, part in enumerate(parts) if k >= skip and part.isdecimal()), None)
-    if layer is not None:
-        coords |= {"stack": ".".join(parts[:layer]), "layer": int(parts[layer])}
-        parts = parts[layer + 1 :]
-    return coords, ".".join(parts)
-
-
-def _suffix_owners(rests: Iterable[str]) -> Mapping[str, int]:
-    split = [rest.split(".") for rest in rests]
-    return Counter(".".join(parts[k:]) for parts in split for k in range(len(parts)))
-
-
-def _shortest(rest: str, owners: Mapping[str, int]) -> str:
-    parts = rest.split(".")
-    suffixes = (".".join(parts[k:]) for k in reversed(range(len(parts))))
-    return next((suffix for suffix in suffixes if owners[suffix] == 1), rest)
-
-
 def by_pattern(pattern: str, path: str) -> Coordinates | None:
     """Coordinates by a pattern with named fields, `encoder.layer.{layer}.self.{role}`; None where it does not match."""
     names = re.findall(r"\{(\w*)\}", pattern)
@@ -178,7 +117,7 @@ def expert_sites(tensor: str, shape: Sequence[int], layout: str = "as stored") -
 
 def placed(sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites with their coordinates: by the paths of all of them, and by the index of an expert."""
-    located = locate([site.owner for site in sites])
+    located = locate({site.owner: site.shape for site in sites})
     experts = [{} if site.index is None else {"expert": site.index} for site in sites]
     return tuple(replace(s, coordinates={**located[s.owner], **e}) for s, e in zip(sites, experts, strict=True))
 

@@ -11,7 +11,7 @@ PACKAGE = "tensoradapt"
 TORCH_FREE = (
     *("version", "errors", "paths", "textfiles", "records", "tables", "foreign", "axes"),
     *("diagram", "spec", "folds", "formats", "presets"),
-    *("sites", "layouts", "targets", "roles", "sets", "contraction", "recipe"),
+    *("coordinates", "sites", "layouts", "targets", "roles", "sets", "contraction", "recipe"),
     *("placing", "laws", "grouping", "rows", "plan", "knapsack", "budget"),
 )
 WITH_TORCH = (

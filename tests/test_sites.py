@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -93,6 +94,115 @@ def test_layers_of_a_sequential():
     assert found["0"] == {"stack": "", "layer": 0, "role": ""}
     assert found["2.0"] == {"stack": "", "layer": 2, "role": "0"}
     assert set(sites(model, targets=["0", "2.0"])) == {"0", "2.0"}
+
+
+SIDES = ((0, "SelfAttention.q"), (1, "EncDecAttention.q"), (2, "DenseReluDense.wi"))
+NUMBERED = {
+    "a module in a container": (
+        {f"0.model.encoder.layer.{k}.attention.self.query": (8, 8) for k in range(4)} | {"2.linear": (8, 8)},
+        {"0.model.encoder.layer.3.attention.self.query": ("0.model.encoder.layer", 3), "2.linear": (None, None)},
+    ),
+    "two towers": (
+        {f"towers.{t}.model.layers.{k}.q": (8, 8) for t in range(2) for k in range(4)},
+        {"towers.1.model.layers.3.q": ("towers.1.model.layers", 3)},
+    ),
+    "as many towers as layers": (
+        {f"towers.{t}.model.layers.{k}.q": (8, 8) for t in range(2) for k in range(2)},
+        {"towers.1.model.layers.0.q": ("towers.1.model.layers", 0)},
+    ),
+    "one block of layers": (
+        {f"blocks.0.layers.{k}.q": (8, 8) for k in range(6)},
+        {"blocks.0.layers.5.q": ("blocks.0.layers", 5)},
+    ),
+    "a part of the weights": ({"0.encoder.layer.0.q": (8, 8)}, {"0.encoder.layer.0.q": ("0.encoder.layer", 0)}),
+    "another part": ({"towers.1.layers.4.q": (8, 8)}, {"towers.1.layers.4.q": ("towers.1.layers", 4)}),
+    "stages and blocks": (
+        {f"layers.{s}.blocks.{b}.attn.q": (8 << s,) * 2 for s in range(3) for b in range((1, 2, 6)[s])}
+        | {"layers.1.downsample.reduction": (4, 4)},
+        {
+            "layers.2.blocks.3.attn.q": ("layers.2.blocks", 3),
+            "layers.0.blocks.0.attn.q": ("layers.0.blocks", 0),
+            "layers.1.downsample.reduction": ("layers", 1),
+        },
+    ),
+    "stages and blocks without names": (
+        {f"features.{s}.{b}.mlp.{m}": (8 << s, 4) for s in (1, 3) for b in range(2) for m in (0, 3)},
+        {"features.3.1.mlp.3": ("features.3", 1)},
+    ),
+    "parts of a block": (
+        {f"block.{b}.layer.{k}.{name}": (8, 8) for b in range(3) for k, name in SIDES},
+        {"block.2.layer.1.EncDecAttention.q": ("block", 2)},
+    ),
+    "a sequence in a layer": (
+        {f"layers.{k}.net.{j}": (8, 8) for k in range(2) for j in (0, 2)},
+        {"layers.1.net.2": ("layers", 1)},
+    ),
+    "layers of unlike widths": (
+        {f"layers.{k}.{r}": (8 + k, 8) for k in range(3) for r in ("q", "net.0")},
+        {"layers.2.net.0": ("layers", 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+def test_the_layer_is_the_number_that_runs_through_the_layers(name):
+    shapes, expected = NUMBERED[name]
+    found = {site.path: site.coordinates for site in scan(shapes).sites}
+    assert {p: (found[p].get("stack"), found[p].get("layer")) for p in expected} == expected
+
+
+def inside(model):
+    return nn.ModuleList([nn.Identity(), nn.ModuleDict({"auto_model": model})])
+
+
+@pytest.mark.parametrize("around", [nn.Sequential, inside, lambda m: nn.Sequential(nn.Sequential(m), nn.Linear(16, 3))])
+@pytest.mark.parametrize("make", [tiny.bert, tiny.gpt2, tiny.t5, tiny.mixtral])
+@pytest.mark.parametrize("name", ["lotr_by_role", "lotr", "lora"])
+def test_a_model_in_a_container_has_the_groups_of_the_model(name, make, around):
+    def groups(model):
+        made = ta.plan(ta.preset(name, rank=2, targets="block"), model).groups
+        return [(g.diagram, [tuple(p.index.items()) for p in g.placements]) for g in made]
+
+    assert groups(around(make())) == groups(make())
+
+
+def swin():
+    sizes = {"embed_dim": 8, "depths": [1, 2, 3], "num_heads": [1, 2, 4], "window_size": 4, "image_size": 32}
+    return transformers.SwinModel(transformers.SwinConfig(**sizes, patch_size=2))
+
+
+def segformer():
+    sizes = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 2, 2, 2], "num_attention_heads": [1, 2, 2, 4]}
+    return transformers.SegformerModel(transformers.SegformerConfig(**sizes))
+
+
+@pytest.mark.parametrize("make", [swin, segformer, lambda: nn.Sequential(tiny.bert()), tiny.t5, tiny.mixtral])
+def test_a_live_model_and_its_weights_have_the_same_coordinates(make):
+    model = make()
+    live = {site.path: dict(site.coordinates) for site in scan(model).sites}
+    weights = {n.removesuffix(".weight"): t.shape for n, t in model.named_parameters() if n.endswith("weight")}
+    held = {site.path: dict(site.coordinates) for site in scan({p: s for p, s in weights.items() if len(s) == 2}).sites}
+    assert {p: (c.get("stack"), c.get("layer")) for p, c in held.items()} == {
+        p: (live[p].get("stack"), live[p].get("layer")) for p in held
+    }
+
+
+def test_a_plan_says_where_the_layer_is_not_certain():
+    shapes = {f"net.{t}.part.{k}.{role}": (8, 8) for t in (0, 1) for k in (0, 1) for role in ("query", "value")}
+    made = ta.plan(ta.preset("lora", rank=1, targets=["query"]), shapes)
+    (note,) = [note for note in made.notes if "certain" in note]
+    assert "net.*.part.*.query" in note and "net.{stack}.part.{layer}.{role}" in note
+    told = ta.plan(ta.preset("lora", rank=1, targets=["query"], pattern="net.{stack}.part.{layer}.{role}"), shapes)
+    where = [dict(p.site.coordinates) for g in told.groups for p in g.placements]
+    assert where[-1] == {"stack": 1, "layer": 1, "role": "query"} and not told.notes
+    for sure in (tiny.bert(), tiny.t5(), nn.Sequential(tiny.gpt2()), swin()):
+        notes = ta.plan(ta.preset("lora", rank=1, targets="block"), sure).notes
+        assert not [note for note in notes if "certain" in note]
+
+
+def test_swin_shares_factors_within_a_stage():
+    made = ta.plan(ta.preset("lotr_by_role", rank=2, targets=["q_proj"]), swin())
+    assert {g.labels["layer"] for g in made.groups} == {(0,), (0, 1), (0, 1, 2)}
 
 
 def test_equal_coordinates_in_one_group_are_an_error_that_names_both():

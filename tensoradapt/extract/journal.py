@@ -96,8 +96,8 @@ def opened(folder: Path, out: Path, work: Mapping[str, Any], team: Team = SOLO) 
     """The journal of an output in its folder, locked by the first of a team.
 
     `work` says what the work is of: all that its result depends on. Where an error ends the work before its first part,
-    or the work itself is refused, the folder goes too. Raises FileError where a journal of other work is there, or another process works on the same
-    output.
+    or the work itself is refused, the folder goes too. Raises FileError where a journal of other work is there, or
+    another process works on the same output.
     """
     journal, stack = Journal(folder), ExitStack()
     with stack:
