@@ -23,9 +23,8 @@ from tensoradapt.rows import (
     factor_of,
     group_dict,
     group_from,
+    group_notes,
     larger,
-    layer_notes,
-    rank_notes,
     record_of,
     row_of,
     size_notes,
@@ -239,7 +238,7 @@ def make_plan(spec: Spec, model: SiteMap, progress: Progress | None = None) -> P
         ]
         groups += _unique(group_sites(rule, mine, model, progress or (lambda *_: None)), groups)
     _check_ranks(spec, groups)
-    notes += [*rank_notes(groups), *layer_notes(groups, model)]
+    notes += group_notes(groups, model)
     made = Plan(spec, tuple(groups), model.name, _extras(spec, model), tuple(notes), model.num_parameters)
     return replace(made, notes=(*notes, *size_notes(made.groups, made.num_trainable)))
 

@@ -206,7 +206,12 @@ def rank_notes(groups: Sequence[Group]) -> list[str]:
     return [f"{text} (in {count} groups)" if count > 1 else text for text, count in capped.items()]
 
 
-def layer_notes(groups: Sequence[Group], model: SiteMap) -> list[str]:
+def group_notes(groups: Sequence[Group], model: SiteMap) -> list[str]:
+    """What to say of the ranks of groups, and of the layers of their sites."""
+    return [*rank_notes(groups), *_layer_notes(groups, model)]
+
+
+def _layer_notes(groups: Sequence[Group], model: SiteMap) -> list[str]:
     """What to say of paths with several numbers that may each be the layer."""
     paths = [p.site.owner for group in groups if not group.rule.pattern for p in group.placements]
     shapes = {site.owner: site.shape for site in model.sites}
