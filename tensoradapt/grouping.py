@@ -139,17 +139,29 @@ def _heads(rule: Rule, site: Site, model: SiteMap) -> int | None:
             hint=f"where its parts lie one after the other, parts={{{name!r}: ['q', 'k', 'v']}} takes it apart and "
             f"targets=['{name}[q]', '{name}[v]'] names them; or choose a format without heads",
         )
-    heads = rule.heads or model.heads
+    count, kv, size = model.heads_at.get(site.owner or site.path, (None, None, None))
+    if count is None and size is None:
+        count, kv, size = model.heads, model.kv_heads, model.head_dim
+    heads = rule.heads or count
     # heads that are not the model's say nothing of its keys and values
-    kv_heads = rule.kv_heads or (model.kv_heads if heads == model.heads else None)
-    is_kv = holds(site.path) in ("k", "v", "kv")
-    return kv_heads if kv_heads and is_kv else heads
+    kv_heads = rule.kv_heads or (kv if heads == count else None)
+    letter = holds(site.path)
+    found = kv_heads if kv_heads and letter in ("k", "v", "kv") else heads
+    measured = size and letter in ("q", "k", "v") and site.out % size == 0 and not rule.heads
+    return site.out // size if size and measured and (found is None or site.out % found) else found
 
 
 def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> Group:
     out, inp, kernel = _extent(rule, axes, sites)
     placements, labels = place(rule, axes, sites, (out, inp))
-    heads = _heads(rule, sites[0], model)
+    counts = {_heads(rule, site, model): site.path for site in sites}
+    if len(counts) > 1:
+        raise SpecError(
+            f"the sites of group {name!r} have unlike numbers of heads",
+            got=", ".join(f"{count} on {path}" for count, path in list(counts.items())[:4]),
+            hint="write a rule for each, with heads= and targets of its own",
+        )
+    heads = next(iter(counts))
     folds = {
         axis: fold(axis, size, rule.folds[axis], {"head": heads} if heads else {})
         for axis, size in (("out", out), ("in", inp), ("kernel", kernel))

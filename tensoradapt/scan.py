@@ -19,6 +19,7 @@ from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
 from tensoradapt.calls import computed, conv1d_class, holds_codes, is_plain_call
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Progress
+from tensoradapt.heads import heads_in
 from tensoradapt.host import HOST
 from tensoradapt.io.hub import cached
 from tensoradapt.io.names import plain_names
@@ -172,7 +173,7 @@ def scan_module(model: nn.Module) -> SiteMap:
     kept = [replace(s, delivery="weight") if s.tensor in readers and s.path not in packed else s for s in found]
     sites = placed([site for site in kept if site.path not in refused])
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    made = SiteMap(tuple(_tied(sites, parameters)), **_heads(model), parameters=shapes, refused=refused)
+    made = SiteMap(tuple(_tied(sites, parameters)), **heads_in(model, modules), parameters=shapes, refused=refused)
     made = replace(made, readers=readers, packed=packed)
     return replace(made, ties=_ties(model), num_parameters=_total(found, parameters))
 
@@ -281,20 +282,6 @@ def _tied(sites: Sequence[Site], parameters: Mapping[str, nn.Parameter]) -> list
         others = tuple(name.removesuffix(".weight") for name in names if name != site.tensor)
         result.append(replace(site, tensor=names[0], aliases=others))
     return result
-
-
-def _heads(model: nn.Module) -> dict[str, Any]:
-    """What a model's config says of heads, and its name."""
-    config = getattr(model, "config", None)
-    config = getattr(config, "text_config", None) or config
-    get = lambda *names: next((v for v in (getattr(config, n, None) for n in names) if isinstance(v, int)), None)  # noqa: E731
-    name = getattr(config, "_name_or_path", "") or type(model).__name__
-    return {
-        "heads": get("num_attention_heads", "n_head", "num_heads", "n_heads"),
-        "kv_heads": get("num_key_value_heads"),
-        "head_dim": get("head_dim"),
-        "name": name if isinstance(name, str) else "",
-    }
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

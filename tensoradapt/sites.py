@@ -19,6 +19,7 @@ from typing import Any
 from tensoradapt.coordinates import Coordinates, locate
 from tensoradapt.errors import FileError, ShapeError, SpecError
 
+Heads = tuple[int | None, int | None, int | None]  # of queries, of keys and values, and the size of one
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ZIPPED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")  # what torch.save writes, now and formerly
 OTHERS = {
@@ -83,6 +84,7 @@ class SiteMap:
     heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    heads_at: Mapping[str, Heads] = field(default_factory=dict)  # of the attention around a module, by its path
     name: str = ""
     parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # every parameter's shape, by path
     refused: Mapping[str, str] = field(default_factory=dict)  # path -> why this module cannot be adapted

@@ -26,6 +26,7 @@ WITH_TORCH = (
         "quantised",
         "calls",
         "readers",
+        "heads",
         "scan",
         "fit",
         "init",
