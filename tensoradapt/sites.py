@@ -51,6 +51,7 @@ class Site:
     aliases: tuple[str, ...] = ()  # other modules that hold the same tensor
     joined: tuple[str, ...] = ()  # those of them that the spec adapts too: one site, one delta
     joined_kinds: tuple[str, ...] = ()  # their kinds, as `kind`
+    everywhere: bool = False  # the delta is a tensor's of no known model: of all modules that turn out to hold it
     tensor: str = ""  # the parameter's own name in the model: equal for tied modules
     kind: str = "linear"  # linear, embedding, conv, parameter: which module applies the delta
     dims: int = 0  # of the kernel of a plain convolution, 1 or 2; 0 of another module, or where it is not known

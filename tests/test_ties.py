@@ -19,6 +19,7 @@ from transformers import (
 
 import tensoradapt as ta
 from tensoradapt.folders import merge_folder
+from tensoradapt.io.saved import as_saved
 from tensoradapt.verify import verify
 
 SMALL = {"vocab_size": tiny.WORDS, "max_position_embeddings": 32}
@@ -225,3 +226,43 @@ def test_equal_values_under_two_names_are_one_tensor(tmp_path):
     assert result.whole_error < 1e-5 and result.plan.num_sites == 1
     ta.load(tmp_path / "adapter", base)
     assert close(outputs(base), outputs(tuned))
+
+
+def save_model(model, file):
+    """As safetensors' own save_model: one name of every tie."""
+    kept = {tensor.data_ptr(): (name, tensor) for name, tensor in reversed(list(model.state_dict().items()))}
+    save_file({name: tensor.contiguous() for name, tensor in kept.values()}, file)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama", "bert", "gemma"])
+def test_a_tensor_of_no_known_model_is_that_of_all_modules_that_hold_it(case, tmp_path):
+    """Files without a config, with one name of each tie: the model that the adapter is loaded onto tells the rest."""
+    make, name = MODELS[case]
+    base, tuned = make(), tuned_of(make())
+    for model, file in ((base, "base.safetensors"), (tuned, "tuned.safetensors")):
+        save_model(model, tmp_path / file)
+    given = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    result = ta.extract(*given, ta.preset("lora", rank=16, targets=[name]), tmp_path / "adapter")
+    assert result.whole_error < 1e-5
+    model = make()
+    adapter = ta.load(tmp_path / "adapter", model)
+    assert close(outputs(model), outputs(tuned))
+    adapter.merge_and_detach()
+    assert close(outputs(model), outputs(tuned))
+    alone = untied(make())
+    ta.load(tmp_path / "adapter", alone)  # the head is a weight of its own there
+    assert not close(outputs(alone), outputs(tuned), 1e-2)
+    saved = as_saved(tmp_path / "adapter")
+    assert ta.load(saved, make()).as_saved().plan.groups[0].placements[0].site.joined
+
+
+def test_one_side_of_a_tie_that_was_trained_alone_stays_alone(tmp_path):
+    """An adapter that `attach` made for one module, and PEFT's of one module, change that one."""
+    model = tiny.gpt2()
+    with pytest.warns(UserWarning, match="is tied to"):
+        adapter = ta.attach(model, ta.preset("lora", rank=2, targets=["wte"]))
+    tiny.shake(adapter)
+    adapter.save(tmp_path / "a")
+    again = tiny.gpt2()
+    ta.load(tmp_path / "a", again)
+    assert close(outputs(again), outputs(model), 1e-6)

@@ -66,21 +66,32 @@ def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
     by = sole({site.owner for site in sites}, {site.owner for site in model.sites})
     if by is not None and by.prefix:
         saved = renamed(saved, by, where_known(by, model.parameters))
-    saved = _with_its_twins(saved, model)
+    saved = with_twins(saved, model)
     _check_sites(saved, model, kind)
     _check_trained(saved, model, kind)
     return _stated(saved, model)
 
 
-def _with_its_twins(saved: Saved, model: SiteMap) -> Saved:
-    """The adapter without the tied modules that a model does not have at all: a head that a bare encoder lacks."""
+def with_twins(saved: Saved, model: SiteMap) -> Saved:
+    """The adapter with the tied modules that a model has: not with a head that a bare encoder lacks.
+
+    Where the adapter is of tensors of no known model, all modules that hold one here have its delta.
+    """
     there = {*model.parameters, *model.refused}
-    has = lambda twin: any(f"{name}.".startswith(f"{twin}.") for name in there)  # noqa: E731
+    live = {site.owner: site for site in model.sites if site.index is None}
+    own = {site.owner for group in saved.plan.groups for site in (p.site for p in group.placements)}
+
+    def kinds(site: Site) -> dict[str, str]:
+        """The modules that have the delta too, with their kinds."""
+        rows = dict(zip(site.joined, site.joined_kinds, strict=False))
+        rows = {twin: kind for twin, kind in rows.items() if any(f"{name}.".startswith(f"{twin}.") for name in there)}
+        held = live[site.owner].aliases if site.everywhere and site.owner in live else ()
+        return rows | {twin: live[twin].kind for twin in held if twin in live and twin not in own}
 
     def kept(site: Site) -> Site:
-        rows = [row for row in zip(site.joined, site.joined_kinds, strict=False) if has(row[0])]
-        names, kinds = tuple(name for name, _ in rows), tuple(kind for _, kind in rows)
-        return site if len(names) == len(site.joined) else replace(site, joined=names, joined_kinds=kinds)
+        rows = kinds(site)
+        same = [*rows] == [*site.joined]
+        return site if same else replace(site, joined=tuple(rows), joined_kinds=tuple(rows.values()))
 
     return _with_sites(saved, kept)
 

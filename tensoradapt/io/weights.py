@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,7 +74,7 @@ class Judged:
         tied = self._tied(twins, joined, shape)
         self.pairs += [Pair(replace(site, **tied), base.name, tuned.name, base.dtype, tuned.dtype) for site in sites]
 
-    def _tied(self, twins: Sequence[str], joined: Sequence[str], shape: Shape) -> dict[str, tuple[str, ...]]:
+    def _tied(self, twins: Sequence[str], joined: Sequence[str], shape: Shape) -> dict[str, Any]:
         """The modules that share a tensor of the base, and those of them that share the delta: those that are sites.
 
         Where the model is known a module that stands in two places is one, and its second name is no site.
@@ -89,6 +89,7 @@ class Judged:
             "aliases": tuple(paths.values()),
             "joined": tuple(paths[name] for name in both),
             "joined_kinds": kinds,
+            "everywhere": not self.known.sites,
         }
 
     def _shape(self, tuned: Entry, base: Entry) -> Shape:
@@ -112,6 +113,8 @@ class Judged:
             return [_named(site, name, shape) for site in self._owners[path]], ""
         if owner in self.known.refused or path in self.known.refused:
             return [], self.known.refused.get(path) or self.known.refused[owner]
+        if path in self.known.parameters and len(shape) != 2:
+            return [], f"{len(shape)}-D: no weight of a module that can be adapted"
         return _by_name(name, shape)
 
     @cached_property

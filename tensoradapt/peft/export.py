@@ -24,6 +24,7 @@ from tensoradapt.extract.words import counted
 from tensoradapt.io.atomic import flush
 from tensoradapt.io.card import CARD
 from tensoradapt.io.folder import atomic_folder, check_free
+from tensoradapt.io.renamed import with_twins
 from tensoradapt.io.saved import Savable, Saved, filled
 from tensoradapt.paths import expand
 from tensoradapt.peft.card import Exported, card
@@ -115,6 +116,7 @@ def export_peft(  # noqa: PLR0913
     saved, model = seen_from_within(_exact(filled(open_adapter(source), "export")), model)
     whole = None if model is None else module_of(model)
     known = None if model is None else scan(model if whole is None else whole)
+    saved = saved if known is None else with_twins(saved, known)
     modules = modules_of(saved, known)
     made, zero = _make(saved, modules, whole, known, options)
     check(consumer, made.folder)
