@@ -77,7 +77,7 @@ def _said(saved: Site, here: Site) -> bool | None:
     both = {saved.layout, here.layout}
     if len(here.shape) != 2 or len(saved.shape) != 2 or both in ({AS_STORED}, {EITHER}, {UNSURE}):
         return False
-    if _is_table(saved) != _is_table(here):  # tied to each other: what they share is the tensor
+    if _is_table(saved) != _is_table(here) or _are_twins(saved, here):  # what they share is the tensor
         tells = EITHER not in both or saved.shape == saved.shape[::-1]
         return (saved.layout == IN_OUT) != (here.layout == IN_OUT) if tells else None
     if both <= set(KNOWN):
@@ -92,6 +92,11 @@ def _said(saved: Site, here: Site) -> bool | None:
 def _is_table(site: Site) -> bool:
     """Whether a site is known to be an embedding's; without a layout its kind is but what its name says."""
     return site.kind == "embedding" and site.layout in KNOWN
+
+
+def _are_twins(saved: Site, here: Site) -> bool:
+    """Whether the two are other modules of one tensor: a scaled embedding, which no kind tells, and the head."""
+    return saved.owner != here.owner and (here.owner in saved.aliases or saved.owner in here.aliases)
 
 
 def _fits(saved: Site, here: Site, *, turned: bool) -> bool:

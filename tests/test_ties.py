@@ -88,12 +88,8 @@ def sides(form, base, tuned, place):
     return found
 
 
-NAMELESS = ("t5", "bart")  # `shared` says nothing of what it is
-
-
-@pytest.mark.parametrize(
-    ("case", "form"), [(c, f) for c in MODELS for f in FORMS if f != "state dicts" or c not in NAMELESS]
-)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", MODELS)
 def test_a_tied_weight_is_extracted_for_all_of_its_modules(case, form, tmp_path):
     """Loading, merging, and merging into the folder give the tuned model's output."""
     make, name = MODELS[case]
