@@ -28,6 +28,7 @@ from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.layouts import IN_OUT, KNOWN, turns, viewed
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import plain_weight
+from tensoradapt.offload import Within, loader_of
 from tensoradapt.passes import PassHook
 from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
@@ -203,6 +204,11 @@ def _check_extras(model: nn.Module, plan: Plan) -> None:
                 hint="keep its module out of the quantisation (transformers: llm_int8_skip_modules, "
                 "modules_to_not_convert), or leave it out of train",
             )
+        if loader_of(model, path, owner._parameters[name]) is not None:
+            raise AdapterError(
+                f"{path} cannot be trained whole: it is offloaded by accelerate, and loaded anew at every call",
+                hint="keep its module on a device in the device_map, or leave it out of train",
+            )
         if path in trained:
             raise AdapterError(
                 f"{path} is trained by the adapter {trained[path]!r} already", hint="leave it out of train"
@@ -210,10 +216,12 @@ def _check_extras(model: nn.Module, plan: Plan) -> None:
 
 
 def _device(model: nn.Module, group: Group) -> torch.device:
-    owner, name = owner_of(model, parameter_of(model, group.placements[0].site))
+    key = parameter_of(model, group.placements[0].site)
+    owner, name = owner_of(model, key)
     held = owner._parameters.get(name)
     held = held if held is not None else next(model.parameters(), None)
-    return held.device if held is not None else torch.device("cpu")
+    loader = loader_of(model, key, held)
+    return loader.device if loader else held.device if held is not None else torch.device("cpu")
 
 
 def _initial(model: nn.Module, plan: Plan, adapter: Adapter, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -261,9 +269,14 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
             )
             adapter._handles.append(module_at(model, site.owner).register_forward_hook(hook, with_kwargs=True))
     for key in dict.fromkeys((*adapter._weighted, *adapter.plan.extras)):
-        shadow = WeightHook(adapter, key, *owner_of(model, key))
+        owner, leaf = owner_of(model, key)
+        loader = loader_of(model, key, owner._parameters.get(leaf))
+        shadow = WeightHook(adapter, key, owner, leaf, loaded=loader is not None)
         for path in adapter._callers[key]:
             caller = module_at(model, path)
+            if loader is not None and loader.path == path:
+                adapter._handles.append(Within(caller, shadow.before, shadow.after))
+                continue
             adapter._handles.append(caller.register_forward_pre_hook(shadow.before))
             adapter._handles.append(caller.register_forward_hook(shadow.after, always_call=True, prepend=True))
     watching = PassHook(adapter)

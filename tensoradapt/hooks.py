@@ -111,6 +111,7 @@ class OutputHook:
         chain = self.source.chain(site.path, y)
         scale = site.scale * self.source.scale
         at_in, at_code = self._dropout()
+        x = x if x.device == y.device else x.to(y.device)  # accelerate moves it within the call
         if x.is_floating_point():
             x = x.to(y.dtype)
             x = F.dropout(x, at_in) if at_in else x
@@ -137,24 +138,27 @@ class WeightHook:
     The calls of several modules may do so, one within another: the outermost forms the sum.
     """
 
-    def __init__(self, source: Source, key: str, owner: nn.Module, name: str) -> None:
+    def __init__(self, source: Source, key: str, owner: nn.Module, name: str, *, loaded: bool = False) -> None:
         self.source, self.key, self.name = source, key, name
         self.owner = [owner]  # in a list: a hook is no module, and must not look like one
+        self.loaded = loaded  # for the length of a call: outside it there is nothing to add to
         self.shadowed: list[Any] = []
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Put what the adapter makes of the parameter in its place."""
         held: Any = self.owner[0]._parameters
-        self.shadowed.append(held[self.name])
-        if len(self.shadowed) > 1:
-            return
-        if self.source.active:
-            held[self.name] = self.source.in_place_of(self.key, held[self.name])
-        else:
-            watched = watch(self.source, held[self.name])
-            held[self.name] = held[self.name] if watched is None else watched
+        now = held[self.name]
+        absent = self.loaded and now.is_meta
+        first = not absent and all(each is None for each in self.shadowed)
+        self.shadowed.append(None if absent else now)
+        if first and self.source.active:
+            held[self.name] = self.source.in_place_of(self.key, now)
+        elif first:
+            watched = watch(self.source, now)
+            held[self.name] = now if watched is None else watched
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Put the parameter back, also when the call has failed."""
-        if self.shadowed:
-            self.owner[0]._parameters[self.name] = self.shadowed.pop()
+        before = self.shadowed.pop() if self.shadowed else None
+        if before is not None:
+            self.owner[0]._parameters[self.name] = before

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensoradapt.calls import computed
 from tensoradapt.chain import Chain
 from tensoradapt.errors import AdapterError
+from tensoradapt.offload import said
 from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site
@@ -102,8 +103,9 @@ def plain_weight(model: nn.Module, site: Site) -> Tensor:
     """
     owner, name = owner_of(model, parameter_of(model, site))
     held = owner._parameters.get(name)
-    if held is not None and held.is_meta:
-        raise AdapterError(f"{site.path} is on the meta device: it has no weight to start from", hint="load it first")
+    absent = said(model, parameter_of(model, site), held)
+    if absent is not None:
+        raise AdapterError(f"{site.path} has no weight to start from: it is {absent[0]}", hint=absent[1])
     made = computed(owner, name)
     if made is not None:
         raise AdapterError(f"{site.path} has no parameter to start from: it is {made[0]}", hint=f"call {made[1]} first")
@@ -167,6 +169,10 @@ def merge(model: nn.Module, targets: Sequence[Target], keep: str | None, *, unti
     untied. Without kept originals a merge could not be undone, so it is tried in full first.
     """
     keep_original(torch.empty(0), keep)
+    for target in targets:
+        absent = said(model, target.name, target.parameter)
+        if absent is not None:
+            raise AdapterError(f"{target.name} has nothing to merge into: it is {absent[0]}", hint=absent[1])
     holders = _holders(model)
     apart = {target.name: _tied(target, holders, untie) for target in targets}
     parted = [id(target.parameter) for target in targets if apart[target.name]]
@@ -223,10 +229,6 @@ def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie:
             f"{target.name} is no plain weight to merge into: it is quantised or sharded",
             got=f"{kind_of(parameter)}, in a {type(target.places[0][0]).__name__}",
             hint="dequantise the base first, or serve the adapter unmerged",
-        )
-    if parameter.is_meta:
-        raise AdapterError(
-            f"{target.name} is on the meta device: there is nothing to merge into", hint="load the weights first"
         )
     others = [path for path, place in holders.get(id(parameter), ()) if place not in target.places]
     if others and not untie:

@@ -28,6 +28,7 @@ WITH_TORCH = (
         "readers",
         "heads",
         "scan",
+        "offload",
         "fit",
         "init",
     ),
