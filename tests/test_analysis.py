@@ -233,6 +233,17 @@ def test_sites_are_stacked_by_their_places(case):
     check_report(report.to_dict())
 
 
+def test_convolutions_of_one_shape_that_are_served_unlike_have_stacks_of_their_own():
+    def made():
+        one, two = nn.Conv2d(4, 4, 3), nn.Conv2d(8, 4, 3, groups=2)
+        return nn.ModuleDict({"one": one, "two": two})
+
+    layers = [nn.ModuleDict({"layers": nn.ModuleList([made(), made()])}) for _ in range(2)]
+    report = ta.analyze(*layers, candidates=False)
+    sites = {frozenset(group.sites) for group in report.groups.values()}
+    assert sites == {frozenset(f"layers.{k}.{name}" for k in range(2)) for name in ("one", "two")}
+
+
 def test_shapes_have_stacks_of_their_own():
     deltas = {f"layers.{i}.{r}": random(*s) for i in (0, 1) for r, s in {"q": (8, 8), "up": (16, 8)}.items()}
     report = analysed(deltas)

@@ -75,7 +75,8 @@ def stacks_of(sites: tuple[Site, ...], model: SiteMap) -> list[Group]:
     for site in sites:
         place = site.coordinates
         alone = () if "layer" in place else (site.path,)
-        buckets.setdefault((place.get("stack"), site.shape, "expert" in place, alone), []).append(site)
+        kind = site.kind == "conv", "expert" in place
+        buckets.setdefault((place.get("stack"), site.shape, kind, alone), []).append(site)
     names = stack_names(list(buckets.values()))
     return [replace(_stack(members, model), name=name) for members, name in zip(buckets.values(), names, strict=True)]
 
