@@ -36,6 +36,7 @@ from tensoradapt.merging import (
     restore_all,
     rows_of,
     targets_of,
+    with_copies,
 )
 from tensoradapt.passes import Passes, Reach, dry_run
 from tensoradapt.plan import START, Plan
@@ -257,8 +258,7 @@ class Adapter(nn.Module):
         planned = [sites[path] for group in self.plan.groups for path in group.paths]
         extras = {path: self.extra[slashed(path)] for path in self.plan.extras}
         found = targets_of(model, planned, sites, lambda path: partial(self._rows, path))
-        adapted = [replace(target, trained=extras.pop(target.name, None)) for target in found]
-        return adapted + [Target(path, (owner_of(model, path),), trained=copy) for path, copy in extras.items()]
+        return with_copies(found, {path: (owner_of(model, path), copy) for path, copy in extras.items()})
 
     def _rows(self, path: str) -> Rows:
         """Blocks of rows of a site's delta, computed in float32 at least."""

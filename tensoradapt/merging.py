@@ -6,7 +6,7 @@ Invariant: a merge that is refused changes nothing; an unmerge restores the kept
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,14 @@ def targets_of(
         Target(name, tuple(dict.fromkeys(places[name])), tuple((one, rows(one.path)) for one in mine))
         for name, mine in parts.items()
     ]
+
+
+def with_copies(targets: Sequence[Target], copies: Mapping[str, tuple[Place, Tensor]]) -> list[Target]:
+    """The targets, with the copies of their parameters that were trained whole, and those of other parameters."""
+    of = lambda target: [path for path, (place, _) in copies.items() if place in target.places]  # noqa: E731
+    adapted = [replace(target, trained=next((copies[path][1] for path in of(target)), None)) for target in targets]
+    apart = copies.keys() - {path for target in targets for path in of(target)}
+    return adapted + [Target(path, (place,), trained=copy) for path, (place, copy) in copies.items() if path in apart]
 
 
 @dataclass

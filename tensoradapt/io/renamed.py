@@ -5,6 +5,7 @@ Invariant: groups keep their names, their order and their tensors; only paths of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from tensoradapt.layouts import KNOWN, check_rows, turns
 from tensoradapt.sites import Site, SiteMap
 
 Names = Callable[[str], str]
+TELLS = "model= tells"  # how a note ends of what an import took a shape to be
 
 
 def renamed(saved: Saved, by: Names, trained: Names) -> Saved:
@@ -68,8 +70,27 @@ def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
         saved = renamed(saved, by, where_known(by, model.parameters))
     saved = with_twins(saved, model)
     _check_sites(saved, model, kind)
+    saved = _replaced_where_tied(saved, model)
     _check_trained(saved, model, kind)
     return _stated(saved, model)
+
+
+def _replaced_where_tied(saved: Saved, model: SiteMap) -> Saved:
+    """The adapter with a weight that it both replaces and adapts replaced in every module that is tied to it.
+
+    PEFT, whose adapters alone do both, restores such a weight in place.
+    """
+    adapted = {placement.site.tensor for group in saved.plan.groups for placement in group.placements}
+    twins = {
+        f"{twin}.weight": path
+        for site in model.sites
+        for path in (f"{site.owner}.weight",)
+        if path in saved.plan.extras and path in adapted
+        for twin in site.aliases
+    }
+    extras = {twin: saved.plan.extras[path] for twin, path in twins.items()} | dict(saved.plan.extras)
+    tensors = {f"extra.{twin}": saved.tensors[f"extra.{path}"] for twin, path in twins.items()} | dict(saved.tensors)
+    return replace(saved, plan=replace(saved.plan, extras=extras), tensors=tensors) if twins else saved
 
 
 def with_twins(saved: Saved, model: SiteMap) -> Saved:
@@ -117,15 +138,31 @@ def _stated(saved: Saved, model: SiteMap) -> Saved:
     Deltas that lie as the stored tensor does, the other way round than in the model, stay as they are.
     """
     live = {(site.owner, site.index): site for site in model.sites}
+    guessed = next((note for note in saved.plan.notes if note.endswith(TELLS)), None)
 
     def stated(site: Site) -> Site:
         here = live[site.owner, site.index]
+        if _is_flat_kernel(site, here):
+            return replace(site, shape=here.shape, kind=here.kind, dims=here.dims, layout=here.layout)
+        if guessed and site.shape != here.shape:
+            raise FileError(
+                f"{site.path} has another shape than in {saved.where}",
+                got=here.shape,
+                expected=site.shape,
+                hint=f"import_peft(folder, model=...) first, as {guessed}",
+            )
         turned = turns(site, here, saved.where)
         check_rows(site, here, turned=turned)
         known = here.layout in KNOWN and site.layout not in KNOWN and not turned
         return replace(site, layout=here.layout, kind=here.kind) if known else site
 
     return _with_sites(saved, stated)
+
+
+def _is_flat_kernel(site: Site, here: Site) -> bool:
+    """Whether a saved delta has the kernel of a convolution here among its inputs, or along other axes."""
+    flat = math.prod(site.shape[1:]) == math.prod(here.shape[1:])
+    return len(here.shape) == 4 and site.shape != here.shape and site.out == here.out and flat and site.rows is None
 
 
 def _check_trained(saved: Saved, model: SiteMap, kind: str) -> None:

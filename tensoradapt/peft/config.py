@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.errors import FileError, SpecError
-from tensoradapt.peft.patterns import valued
+from tensoradapt.peft.patterns import ends, valued
 from tensoradapt.peft.trained import Trained
 from tensoradapt.sites import check_regular, read_object
 
@@ -30,7 +30,7 @@ _KNOWN = {
     *("init_lora_weights", "init_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "runtime_config"),
     *("use_effective_conv2d", "decompose_both", "decompose_factor", "projection_prng_key", "save_projection"),
-    *("d_initial", "ensure_weight_tying", "enable_lora", "merge_weights"),
+    *("target_parameters", "d_initial", "ensure_weight_tying", "enable_lora", "merge_weights"),
 }
 # Options that make a delta other than the family's.
 _REFUSED = {
@@ -39,7 +39,6 @@ _REFUSED = {
     "use_qalora": "QALoRA pools the input",
     "layer_replication": "layers are repeated",
     "trainable_token_indices": "single rows of the embedding are trained",
-    "target_parameters": "parameters without a module are adapted",
     "alora_invocation_tokens": "aLoRA acts on some tokens alone",
     "use_bdlora": "BD-LoRA has block-diagonal factors",
     "arrow_config": "Arrow routes between adapters",
@@ -48,6 +47,18 @@ _REFUSED = {
 }
 # Initialisations that change the base weight, so that B A alone is not the delta.
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Methods that change no weight that PEFT could merge into: prompts, and modules that act beside the model's.
+_BY_INPUT = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+)
+_BY_INPUT += ("XLORA", "POLY", "LILY", "SHADOW", "alora_invocation_tokens", "arrow_config")
+BY_INPUT = "it changes no weight, and PEFT cannot merge it: serve it with PEFT, or train a LoRA"
 MERGE_FIRST = "merge it with PEFT (merge_and_unload) and extract the delta of the merged model"
 
 
@@ -69,6 +80,9 @@ class Config:
         return float(self._own("alpha_pattern", path, self.values.get(_FAMILIES[self.family], 8)))
 
     def _own(self, patterns: str, path: str, default: Any) -> Any:
+        path = path.partition(".base_layer")[0]
+        parameters = self.values.get("target_parameters") or ()
+        path = f"{path}.weight" if any(ends(name, f"{path}.weight") for name in parameters) else path
         try:
             return valued(self.values.get(patterns) or {}, path, default)
         except SpecError as error:
@@ -92,7 +106,7 @@ def read_config(folder: Path) -> Config:
             f"peft_type in {file} is not served",
             got=repr(family)[:80],
             expected=f"{', '.join(_FAMILIES)}, in capitals as PEFT wants it",
-            hint=MERGE_FIRST,
+            hint=BY_INPUT if family in _BY_INPUT else MERGE_FIRST,
         )
     _check_values(file, family, values)
     unknown = sorted(key for key, value in values.items() if key not in {*_KNOWN, *_REFUSED} and value)
@@ -120,10 +134,18 @@ def _check_values(file: Path, family: str, values: Mapping[str, Any]) -> None:
     for key, value, good, expected in checks:
         if not good(value):
             raise FileError(f"{key} in {file} is no {key.partition('[')[0]}", got=repr(value)[:80], expected=expected)
+    bare = [name for name in values.get("target_parameters") or () if name.rpartition(".")[2] != "weight"]
+    if bare:
+        raise FileError(
+            f"target_parameters in {file} cannot be imported: {bare[0]} is no weight of a module, but experts, say",
+            hint=MERGE_FIRST,
+        )
     for key, reason in _REFUSED.items():
         if values.get(key):
             raise FileError(
-                f"{key} in {file} cannot be imported: {reason}", got=repr(values[key])[:80], hint=MERGE_FIRST
+                f"{key} in {file} cannot be imported: {reason}",
+                got=repr(values[key])[:80],
+                hint=BY_INPUT if key in _BY_INPUT else MERGE_FIRST,
             )
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGING):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import FileError
-from tensoradapt.peft.config import Config
+from tensoradapt.peft.config import MERGE_FIRST, Config
 
 Tensors = Mapping[str, Tensor]
 
@@ -31,6 +31,7 @@ class Found:
     factors: Tensors = field(default_factory=dict)
     dims: int = 0  # of a convolution's kernel, as it is stored; 0 where that is flat
     layout: str = ""  # how the model stores the weight; empty where no model tells
+    joined: tuple[str, ...] = ()  # linear modules that are tied to it, and adapted with it
 
 
 def lora(config: Config, path: str, held: Tensors) -> Found:
@@ -78,6 +79,12 @@ def lokr(config: Config, path: str, held: Tensors) -> Found:
     """D = alpha/r W1 (x) W2, each whole or a product; a core of W2, and W1's product, are contracted."""
     one = held["lokr_w1"] if "lokr_w1" in held else _product(config, path, held["lokr_w1_a"], held["lokr_w1_b"])
     second, inputs, kernel = _second(config, path, held)
+    if len(kernel) == 1:
+        raise FileError(
+            f"the LoKr of {path} beside {config.file} is no Kronecker product of its weight",
+            got="W1 (a, c) and the W2 (b, d, k) of a Conv1d, which PEFT takes as (b, a d, c k) for a kernel",
+            hint=MERGE_FIRST,
+        )
     if one.dim() != 2 or len(kernel) not in (0, 2):
         raise _misfit(
             config, path, {k: tuple(t.shape) for k, t in held.items()}, "W1 (a, c), W2 (b, d) or (b, d, kh, kw)"

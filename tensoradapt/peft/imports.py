@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import FileError
+from tensoradapt.io.renamed import TELLS
 from tensoradapt.io.saved import Saved
 from tensoradapt.io.shards import open_shard
 from tensoradapt.layouts import EITHER, IN_OUT, OUT_IN
 from tensoradapt.paths import expand
+from tensoradapt.peft.attention import INNER, NOTE, as_added, is_parameter, weights_of
 from tensoradapt.peft.config import CONFIG, WEIGHTS, Config, read_config
 from tensoradapt.peft.families import FAMILIES, Found, projections
-from tensoradapt.peft.keys import Keys, sort_keys
+from tensoradapt.peft.keys import EMBEDDINGS, HEADS, Keys, sort_keys
 from tensoradapt.peft.patterns import ends, targeted
+from tensoradapt.peft.restored import kept
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import preset
 from tensoradapt.scan import Model, scan
@@ -47,13 +50,17 @@ def import_peft(path: str | Path, *, out: str | Path | None = None, model: Model
     keys = sort_keys(str(folder / WEIGHTS), config, tensors)
     live = {site.owner: site for site in scan(model).sites if site.index is None} if model is not None else None
     notes = _check_targets(config, keys, live)
-    found = {name: _module(config, name, held, tensors, live) for name, held in keys.modules.items()}
+    paths = {name: weights_of(name, keys.modules) for name in keys.modules}
+    found = {paths[name]: _module(config, name, paths[name], keys, tensors, live) for name in keys.modules}
+    found = _joined(found) if config.values.get("ensure_weight_tying") else found
     shared = {part: tensors[key] for part, key in keys.shared.items()}
     found, guessed = _with_inputs(config, found, shared, live)
-    extras = {f"extra.{name}": tensors[key] for name, key in keys.extras.items()}
+    restored, compared = kept({name: tensors[key] for name, key in keys.restored.items()}, model)
+    whole = {name: tensors[key] for name, key in keys.extras.items()} | restored
+    extras = {f"extra.{name}": tensor for name, tensor in whole.items()}
     plan = _plan(config, found, extras)
-    plan = replace(plan, notes=(*plan.notes, *config.notes, *keys.notes, *notes, *guessed))
-    for note in (*config.notes, *keys.notes, *notes, *guessed):
+    plan = replace(plan, notes=(*plan.notes, *config.notes, *compared, *notes, *guessed))
+    for note in (*config.notes, *compared, *notes, *guessed):
         warnings.warn(note, stacklevel=2)
     base = {"name": plan.model, "revision": config.values.get("revision") or ""}
     saved = Saved.of(plan, _stored(config, plan, found, shared) | extras, base)
@@ -85,7 +92,9 @@ def _read(folder: Path) -> dict[str, Tensor]:
 def _check_targets(config: Config, keys: Keys, live: Mapping[str, Site] | None) -> tuple[str, ...]:
     """Notes on targets without factors. Raises FileError on factors that PEFT would drop, or not find."""
     values, file = config.values, config.file
-    stray = [path for path in keys.modules if not _targeted(config, path)]
+    tied = (*EMBEDDINGS, *HEADS) if values.get("ensure_weight_tying") else ()
+    own = [path for path in keys.modules if path.rpartition(".")[2] not in tied]
+    stray = [path for path in own if not _targeted(config, path.partition(".base_layer")[0])]
     if stray:
         raise FileError(
             f"target_modules in {file} does not name {stray[0]}: PEFT would drop its factors without a word",
@@ -93,11 +102,12 @@ def _check_targets(config: Config, keys: Keys, live: Mapping[str, Site] | None) 
             hint="add it to target_modules, or remove its keys",
         )
     absent = [path for path in live or () if path not in keys.modules and _targeted(config, path)]
-    if absent and values.get("target_modules"):
+    if absent and values.get("target_modules") not in (None, [], "all-linear"):
         raise FileError(f"target_modules in {file} names {absent[0]}, and the folder has no factors of it")
     names = values.get("target_modules")
     bare = [n for n in names if not any(ends(n, path) for path in keys.modules)] if isinstance(names, list) else []
-    return (f"target_modules names {', '.join(sorted(bare))}, and no factors are there",) if bare else ()
+    twice = (NOTE,) if any(path.endswith(INNER) for path in keys.modules) else ()
+    return (*twice, *([f"target_modules names {', '.join(sorted(bare))}, and no factors are there"] if bare else []))
 
 
 def _targeted(config: Config, path: str) -> bool:
@@ -108,17 +118,18 @@ def _targeted(config: Config, path: str) -> bool:
 
 
 def _module(
-    config: Config, path: str, held: Mapping[str, str], tensors: Mapping[str, Tensor], live: Mapping[str, Site] | None
+    config: Config, name: str, path: str, keys: Keys, tensors: Mapping[str, Tensor], live: Mapping[str, Site] | None
 ) -> Found:
-    """One module's factors in float32, with the shape and kind that the model has for it."""
+    """The factors of one of PEFT's modules in float32, with the shape and kind that the model has for its weight."""
+    held = keys.modules[name]
     parts = {part: tensors[key].float() for part, key in held.items()}
     least = 1 if config.family == "VERA" else 2
     flat = next((part for part, tensor in parts.items() if tensor.dim() < least), None)
     if flat is not None:
         raise FileError(f"{held[flat]!r} beside {config.file} is no matrix", got=tuple(parts[flat].shape))
-    found = FAMILIES[config.family](config, path, parts)
+    found = as_added(name, FAMILIES[config.family](config, name, parts))
     if live is None:
-        return found
+        return replace(found, kind="parameter") if is_parameter(path) else found
     if path not in live:
         raise FileError(f"{config.file.parent} adapts {path}, which the model lacks", hint="give the model it is for")
     site = live[path]
@@ -126,6 +137,20 @@ def _module(
     if unlike or site.out != found.shape[0]:
         raise FileError(f"{path} has another shape than in {config.file.parent}", got=site.shape, expected=found.shape)
     return replace(found, shape=site.shape, kind=site.kind, layout=site.layout, dims=site.dims)
+
+
+def _joined(found: dict[str, Found]) -> dict[str, Found]:
+    """Modules with every head joined to the embedding whose factors it has, turned: PEFT tied the two."""
+    tables = {path: module for path, module in found.items() if module.kind == "embedding"}
+    result = dict(found)
+    for path, module in found.items():
+        ours = module.factors
+        for other, table in tables.items():
+            a, b = table.factors["core_in"], table.factors["core_out"]
+            if path != other and torch.equal(ours["core_out"], a.mT) and torch.equal(ours["core_in"], b.mT):
+                result[other] = replace(result[other], joined=(*result[other].joined, path))
+                result.pop(path, None)
+    return result
 
 
 def _with_inputs(
@@ -140,7 +165,7 @@ def _with_inputs(
             hint="give model=, or the projections",
         )
     width = shared["vera_A"].shape[-1]
-    note = f"every module of the VeRA is taken to have {width} inputs, as its file does not say: model= tells"
+    note = f"every module of the VeRA is taken to have {width} inputs, as its file does not say: {TELLS}"
     return {path: replace(f, shape=(f.shape[0], width)) for path, f in found.items()}, (note,)
 
 
@@ -156,9 +181,13 @@ def _plan(config: Config, found: Mapping[str, Found], extras: Mapping[str, Tenso
             f.shape,
             layout=_layout(config, f),
             owner=path,
-            tensor=f"{path}.weight",
+            tensor=path if is_parameter(path) else f"{path}.weight",
             kind=f.kind,
             dims=f.dims,
+            delivery="weight" if f.kind == "parameter" else "output",
+            aliases=f.joined,
+            joined=f.joined,
+            joined_kinds=tuple("linear" for _ in f.joined),
         )
         for path, f in found.items()
     ]

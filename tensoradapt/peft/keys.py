@@ -24,7 +24,8 @@ WHOLE: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "shared")
-_HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out")
+IDLE = (".lora_velora_embed",)  # what no delta is made of: VeLoRA's projection in the backward pass
 _REASONS = {
     "lora_magnitude_vector": "DoRA scales the rows of the tuned weight: its delta depends on the base",
     "lora_B.bias": "a bias beside B is no change of a weight",
@@ -34,12 +35,15 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a file by their meaning: parts of modules, parts shared by all, and parameters trained whole."""
+    """The keys of a file by their meaning: parts of modules, parts shared by all, and parameters trained whole.
+
+    `restored` are weights of the base's own that PEFT puts back when it loads the folder, by their names in the model.
+    """
 
     modules: Mapping[str, Mapping[str, str]]
     shared: Mapping[str, str]
     extras: Mapping[str, str]
-    notes: tuple[str, ...]
+    restored: Mapping[str, str]
 
 
 def sort_keys(file: str, config: Config, keys: Iterable[str]) -> Keys:
@@ -51,6 +55,8 @@ def sort_keys(file: str, config: Config, keys: Iterable[str]) -> Keys:
     for key in keys:
         path = _within(file, config, key)
         part = next((part for part in parts if path.endswith(f".{part}")), None)
+        if path.endswith(IDLE):
+            continue
         if not path:
             shared[key.rpartition(".")[2]] = key
         elif part is None:
@@ -59,10 +65,10 @@ def sort_keys(file: str, config: Config, keys: Iterable[str]) -> Keys:
             modules.setdefault(path.removesuffix(f".{part}"), {})[part] = key
     for path, held in modules.items():
         _check_whole(file, config, path, held)
-    extras, notes = _extras(file, config, modules, rest)
+    extras, restored = _extras(file, config, modules, rest)
     if not modules:
         raise FileError(f"{file} adapts no module", got=f"{len(rest)} other tensors", expected=f"a {config.family}")
-    return Keys(modules, shared, extras, notes)
+    return Keys(modules, shared, extras, restored)
 
 
 def _within(file: str, config: Config, key: str) -> str:
@@ -94,16 +100,16 @@ def _check_whole(file: str, config: Config, path: str, held: Mapping[str, str]) 
 
 def _extras(
     file: str, config: Config, modules: Mapping[str, object], rest: Mapping[str, str]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Parameters that were trained whole, and a note of copies of the base's own."""
-    extras, copies = {}, []
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Parameters that were trained whole, and those of the base's own that PEFT puts back beside its factors."""
+    extras, restored = {}, {}
     for path, key in rest.items():
         owner, _, leaf = path.rpartition(".")
         module = owner.removesuffix(".base_layer")
-        if leaf == "weight" and module != owner and module in modules:
-            copies.append(key)  # PEFT saves the base's embedding beside its factors
-        elif _trained(config, module, leaf):
+        if _trained(config, module, leaf):
             extras[f"{module}.{leaf}"] = key
+        elif module in modules if module != owner else module.rpartition(".")[2] in (*EMBEDDINGS, *HEADS):
+            restored[f"{module}.{leaf}"] = key
         else:
             reason = next((why for name, why in _REASONS.items() if name in path), None)
             raise FileError(
@@ -111,11 +117,12 @@ def _extras(
                 expected=f"factors of a {config.family}, or parameters under modules_to_save",
                 hint=MERGE_FIRST if reason else "PEFT would drop it without a word: remove it, or mend the config",
             )
-    return extras, tuple(f"{key} is a copy of the base's own weight, and was not imported" for key in copies)
+    return extras, restored
 
 
 def _trained(config: Config, module: str, leaf: str) -> bool:
-    """Whether PEFT trains a parameter whole: under modules_to_save, a bias, or a resized embedding."""
-    named = any(f".{name}." in f".{module}." for name in config.values.get("modules_to_save") or ())
-    bias = leaf == "bias" and (config.values.get("bias") or "none") != "none"
-    return named or bias or (leaf == "weight" and module.rpartition(".")[2] in (*EMBEDDINGS, *_HEADS))
+    """Whether PEFT trains a parameter whole: a bias, or within a module whose name ends in one of modules_to_save."""
+    names = tuple(config.values.get("modules_to_save") or ())
+    parts = module.split(".")
+    named = any(".".join(parts[: k + 1]).endswith(names) for k in range(len(parts)))
+    return named or (leaf == "bias" and (config.values.get("bias") or "none") != "none")

@@ -101,6 +101,10 @@ def targeted(config: Mapping[str, Any], path: str) -> bool:
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if config.get("exclude_modules") and named(config["exclude_modules"], path):
         return False
+    if any(f".{name}." in f".{path}." for name in config.get("modules_to_save") or ()):
+        return False
+    if any(ends(name, f"{path}.weight") for name in config.get("target_parameters") or ()):
+        return True
     if targets is None or targets == "all-linear":
         return True
     if isinstance(targets, str) or path in targets or not layers and layers != 0:
@@ -111,9 +115,10 @@ def targeted(config: Mapping[str, Any], path: str) -> bool:
 
 
 def _layer(patterns: str | Sequence[str] | None, path: str) -> int | None:
-    """The number of the layer that a path lies in: the first one, behind a list that is named or any."""
+    """The number of the layer that a path lies in: behind a list that is named, or any but at the root."""
     lists = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-    search: Callable[[str], Any] = lambda name: compiled(name, len(path), r"(?:^|.*?\.){}\.(\d+)\.").match(path)  # noqa: E731
+    before = r"(?:^|.*?\.)" if patterns else r".*?\."
+    search: Callable[[str], Any] = lambda name: compiled(name, len(path), before + r"{}\.(\d+)\.").match(path)  # noqa: E731
     found = next((match for match in map(search, lists) if match), None)
     return int(found[1]) if found else None
 
