@@ -255,7 +255,7 @@ def _take(target: Target, keep: str | None, *, apart: bool) -> Merged:
     own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     for owner, leaf in target.places:
         owner._parameters[leaf] = own
-    return Merged(target.places, None, tied=parameter)
+    return Merged(target.places, None, tied=parameter)  # type: ignore[arg-type]
 
 
 def _write(target: Target, *, write: bool = True) -> None:

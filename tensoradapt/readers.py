@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
 
 from tensoradapt.calls import forward_of
@@ -223,6 +224,8 @@ class _Walk:
                 self._called(path, handed, depth)
             return
         first, *rest = names
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # compiled, and refused
         children = module._modules if first == ITEM else {first: module._modules.get(first)}
         inner = [path for path in map(self._path, children.values()) if path is not None]
         for other in inner:
@@ -233,10 +236,9 @@ class _Walk:
             if path != self.reader and not (rest and rest[0] in ASKS):
                 self.found.add(_join(path, first))
         elif rest[:1] == [GIVES]:
-            given = getattr(module, first, _nothing)()
-            other = self._path(given)
-            if other is not None:
-                self._follow(other, tuple(rest[1:]), handed, depth)
+            given = self._path(getattr(module, first, _nothing)())
+            if given is not None:
+                self._follow(given, tuple(rest[1:]), handed, depth)
         else:
             self._method(path, inspect.getattr_static(type(module), first, None), handed, depth)
 
@@ -266,7 +268,8 @@ class _Walk:
             path: str | None = bound[chain[0]]
             for name in chain[1:]:
                 path = self._path(self.modules[path]._modules.get(name)) if path is not None else None
-            yield from [path] if path is not None else []
+            if path is not None:
+                yield path
 
 
 def _nothing() -> None:

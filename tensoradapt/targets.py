@@ -72,6 +72,10 @@ def refuse(model: SiteMap, rule: Rule) -> None:
     for path, reason in model.refused.items():
         if _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be adapted: {reason}", hint=f"exclude=[{path!r}]")
+        inside = [name for name in model.parameters if name.startswith(f"{path}.")]
+        named = [t for t in rule.targets if not set(t) & set("*?:") and any(matches(t, name) for name in inside)]
+        if named:
+            raise SiteError(f"{named[0]} cannot be adapted: {reason}", hint=f"leave {named[0]!r} out of targets")
     for path, reason in model.packed.items() if rule.delivery else ():
         if asks_weight(rule, path) and _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be delivered by weight: {reason}", hint=f"leave {path!r} out of delivery")

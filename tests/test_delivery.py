@@ -545,6 +545,14 @@ def test_what_cannot_be_served_is_refused_by_name(make, target):
     assert adapter.plan.num_sites == 1
 
 
+@pytest.mark.parametrize("target", ["weight_ih_l0", "inner.weight_ih_l0"])
+def test_a_weight_that_a_fused_kernel_takes_is_refused_by_its_own_name_too(target):
+    model = Wrapped(nn.GRU(4, 4))
+    model.head = nn.Linear(4, 4)
+    with pytest.raises(ta.SiteError, match=f"{target} cannot be adapted: GRU hands(?s:.*)out of targets"):
+        ta.plan(ta.preset("lora", rank=1, targets=[target, "head"]), model)
+
+
 def test_a_parametrised_linear_is_served_by_its_output():
     model = Wrapped(nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)))
     before = model(X)

@@ -25,7 +25,7 @@ def inside(module: nn.Module) -> nn.Module:
 
 def _held(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None where it is no wrapper."""
-    if (found := next((name for name in module._modules if name in PARTS), None)) is not None:
+    if (found := next((name for name, _ in module._modules.items() if name in PARTS), None)) is not None:
         return found
     holder = any(kind.__name__ in HOLDERS for kind in type(module).__mro__)
     return "module" if holder and "module" in module._modules else None
