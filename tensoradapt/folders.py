@@ -173,9 +173,11 @@ def _changes(saved: Saved, stored: Stored, *, tied: bool) -> tuple[dict[str, Cha
     missing: list[str] = []
     unfit: list[str] = []
     for site in sites:
-        here = {name: stored.site(source.entries[name], site) for name in stored_names(site, names_of(site), find)}
-        if not here or not all(whole is not None and fits(site, whole) for whole in here.values()):
-            (unfit if here else missing).append(site.path)
+        names = stored_names(site, names_of(site), find)
+        wholes = {name: stored.site(source.entries[name], site) for name in names}
+        here = {name: whole for name, whole in wholes.items() if whole is not None and fits(site, whole)}
+        if not names or len(here) < len(names):
+            (unfit if names else missing).append(site.path)
             continue
         for name, whole in here.items():
             found.setdefault(name, Change(source.entries[name])).sites.append(viewed(site, whole, saved.where))
@@ -184,15 +186,15 @@ def _changes(saved: Saved, stored: Stored, *, tied: bool) -> tuple[dict[str, Cha
         if change.entry.dtype not in FLOATS:
             raise quantised(change.entry, source.name)
     for path, tensor in extras.items():
-        name = find(path)
-        if name is None and is_of_another_module(path, source.entries):
+        held = find(path)
+        if held is None and is_of_another_module(path, source.entries):
             added[path] = tensor
-        elif name is None:
+        elif held is None:
             missing.append(path)
-        elif source.entries[name].shape != tuple(tensor.shape):
+        elif source.entries[held].shape != tuple(tensor.shape):
             unfit.append(path)
         else:
-            found[name] = Change(source.entries[name], trained=tensor)
+            found[held] = Change(source.entries[held], trained=tensor)
     _check_found(saved, source, missing, unfit)
     return found, appendable(added, saved.where, [change.entry.dtype for change in found.values()])
 

@@ -262,3 +262,27 @@ def test_one_side_of_a_tie_that_was_trained_alone_stays_alone(tmp_path):
     again = tiny.gpt2()
     ta.load(tmp_path / "a", again)
     assert close(outputs(again), outputs(model), 1e-6)
+
+
+@pytest.mark.parametrize("target", ["wte", "lm_head"])
+def test_an_export_of_one_side_of_a_tie_says_what_its_reader_does(target, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny.gpt2()
+    with pytest.warns(UserWarning, match="is tied to"):
+        adapter = ta.attach(model, ta.preset("lora", rank=2, targets=[target]))
+    tiny.shake(adapter)
+    said = str(ta.export_peft(adapter, tmp_path / "peft"))
+    assert "adds to" in said and "alone, and changes all of them when it merges" in " ".join(said.split())
+    opened = peft.PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "peft")
+    assert close(outputs(opened), outputs(model), 1e-5)
+    merged = opened.merge_and_unload()
+    assert not close(outputs(merged), outputs(model), 1e-2)
+
+
+def test_an_export_of_an_extracted_tie_is_read_as_both(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, tuned = tiny.gpt2(), tuned_of(tiny.gpt2())
+    ta.extract(base, tuned, ta.preset("lora", rank=16, targets=["wte"]), tmp_path / "adapter")
+    ta.export_peft(tmp_path / "adapter", tmp_path / "peft", model=base)
+    opened = peft.PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "peft")
+    assert close(outputs(opened), outputs(tuned))

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def export_peft(  # noqa: PLR0913
         result = replace(_write(temporary, saved, made, whole, options), path=expand(out))
         dropped = () if extras else tuple(saved.plan.extras)
         notes = (*_notes(made, zero, dropped, known=known is not None), *_dilated(made, whole))
-        notes = (*notes, *_assumed(assumed(saved, known)))
+        notes = (*notes, *_assumed(assumed(saved, known)), *_parted(saved, made, known))
         result = replace(result, dropped=dropped, notes=notes)
         (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")
     return result
@@ -148,6 +148,19 @@ def _notes(made: _Made, zero: Sequence[str], dropped: Sequence[str], *, known: b
         *([] if known else [_names(made)]),
         *(["parameters trained whole are not in the folder: extras=True writes them"] if dropped else []),
     )
+
+
+def _parted(saved: Saved, made: _Made, known: SiteMap | None) -> Iterator[str]:
+    """What a reader does with a module that is tied to others which the folder leaves out."""
+    tied = {site.owner: site.aliases for site in known.sites} if known else {}
+    written = {module.path for module in made.factored}
+    for site in (placement.site for _, placement in saved.sites.values()):
+        others = [twin for twin in tied.get(site.owner, site.aliases) if twin not in written]
+        if others and site.owner in written:
+            yield (
+                f"{site.owner} is tied to {', '.join(others)}, not in the folder: PEFT, as the adapter here, adds to "
+                f"{site.owner} alone, and changes all of them when it merges"
+            )
 
 
 def _names(made: _Made) -> str:
