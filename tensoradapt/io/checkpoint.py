@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,13 @@ class Checkpoint:
         if name not in self.entries:
             raise FileError(f"{self.name} has no tensor {name!r}", expected=", ".join(list(self.entries)[:5]))
         return self.view.read(name, index)
+
+    def under(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names: from those here to others; what is not given stays."""
+        by = lambda name: names.get(name, name)  # noqa: E731
+        entries = {by(name): replace(entry, name=by(name)) for name, entry in self.entries.items()}
+        aliases = {by(name): by(first) for name, first in self.aliases.items()}
+        return replace(self, entries=entries, aliases=aliases, view=self.view.renamed(names))
 
     def check(self, name: str) -> None:
         """Raise FileError where the tensor's file was changed since it was opened."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.checkpoint import Checkpoint
-from tensoradapt.io.names import not_merged, shift, unmerged
+from tensoradapt.io.names import as_others, not_merged, shift, unmerged
 from tensoradapt.io.weights import Judged, Pair, Reshaped, is_packed, quantised
 from tensoradapt.sites import Site, SiteMap, placed
 
@@ -73,7 +73,7 @@ def match(
     _same_model(base, tuned, found)
     kept = _once(base, tuned, found)
     known = model or SiteMap(())
-    judged = Judged(rows, known, shift(tuned.entries, known.parameters), (base.name, tuned.name))
+    judged = Judged(rows, known, shift(tuned.entries, known.parameters, prefix), (base.name, tuned.name))
     twins = _Twins(base, tuned, found)
     for name, other in kept.items():
         judged.take(tuned.entries[name], base.entries[other], *twins.of(name))
@@ -93,6 +93,19 @@ def match(
     )
 
 
+def named_like(tuned: Checkpoint, base: Checkpoint, model: SiteMap | None, prefix: str) -> Checkpoint:
+    """The tuned side under the names of the model that is known, or else of the base where these are longer."""
+    others, whose = (model.parameters, "model") if model is not None and model.parameters else (base.entries, "base")
+    names = as_others(tuned.entries, others, prefix, only_longer=whose == "base")
+    if not names:
+        return tuned
+    name, other = next(iter(names.items()))
+    longer, shorter = ("the other", "the tuned side") if other.endswith(name) else ("the tuned side", "the other")
+    more = other.removesuffix(name) if other.endswith(name) else name.removesuffix(other)
+    note = f"{longer} has {more!r} before its names, and {shorter} not: names are the {whose}'s"
+    return replace(tuned.under(names), notes=(*tuned.notes, note))
+
+
 def _check_merged(base: Checkpoint, tuned: Checkpoint) -> None:
     """Raise FileError where one side alone has the names of adapters that PEFT has not merged."""
     inside = [(side, unmerged(side.entries)) for side in (base, tuned)]
@@ -103,7 +116,7 @@ def _check_merged(base: Checkpoint, tuned: Checkpoint) -> None:
 
 def _shared(base: Checkpoint, tuned: Checkpoint, prefix: str) -> tuple[dict[str, str], list[str]]:
     """Tuned name -> base name of what both sides hold, in the tuned side's order, and how the names differ."""
-    by = shift(tuned.entries, base.entries, prefix)
+    by = shift(tuned.entries, base.entries, prefix, tell=True)
     found = {name: other for name in tuned.entries if (other := by(name)) in base.entries}
     taken = set(found.values())
     found |= {name: name for name in tuned.entries if name in base.entries and name not in found and name not in taken}

@@ -90,23 +90,51 @@ class Shift:
         return name.removeprefix(self.prefix) if name.startswith(self.prefix) else ""
 
 
-def shift(names: Collection[str], others: Collection[str], prefix: str = "auto") -> Shift:
-    """How names become the others' names. Raises FileError on a given prefix that neither side has."""
+def shift(names: Collection[str], others: Collection[str], prefix: str = "auto", *, tell: bool = False) -> Shift:
+    """How names become the others' names; not at all where two prefixes would do, which `tell` makes an error.
+
+    Raises FileError on a given prefix that neither side has.
+    """
     if prefix == "auto":
-        return _found(names, others)
+        return _found(names, others, tell)
     prefix = f"{prefix.rstrip('.')}." if prefix else ""
     found = [Shift(prefix, strip=True), Shift(prefix)]
+    if prefix and _matched(Shift(), names, others) >= ENOUGH * min(len(names), len(others)):
+        return Shift()  # it was found, and taken off or put before, when the names became the modules'
     if prefix and not any(_matched(by, names, others) for by in found):
         raise FileError(f"no name is the other side's with {prefix!r} before it", hint='prefix="auto" looks for one')
     return max(found, key=lambda by: _matched(by, names, others)) if prefix else Shift()
 
 
-def _found(names: Collection[str], others: Collection[str]) -> Shift:
+def _found(names: Collection[str], others: Collection[str], tell: bool) -> Shift:
     candidates = [Shift(prefix, strip=True) for prefix in _prefixes(names, others)]
     candidates += [Shift(prefix) for prefix in _prefixes(others, names)]
     best = max(candidates, key=lambda by: _matched(by, names, others), default=Shift())
     enough = max(_matched(Shift(), names, others) + 1, ENOUGH * min(len(names), len(others)))
-    return best if _matched(best, names, others) >= enough else Shift()
+    if _matched(best, names, others) < enough:
+        return Shift()
+    same = [by for by in candidates if _matched(by, names, others) == _matched(best, names, others)]
+    images = {by: {(name, by(name)) for name in names if by(name) in others} for by in same}
+    other = next((by for by in same if images[by] != images[best]), None)
+    if other is not None and tell:
+        raise FileError(
+            f"{len(images[best])} names are the other side's with {best.prefix!r} before, or with {other.prefix!r}",
+            hint=f'prefix="{best.prefix.rstrip(".")}" (--prefix) says which of the two parts is meant',
+        )
+    return best if other is None else Shift()
+
+
+def as_others(
+    names: Collection[str], others: Collection[str], prefix: str = "auto", *, only_longer: bool = False
+) -> dict[str, str]:
+    """Names -> what others call them, with the prefix of one side; those that have no counterpart stay.
+
+    `only_longer`: names become longer, or stay. Raises FileError where two prefixes would do.
+    """
+    by = shift(names, others, prefix, tell=True)
+    if not by.prefix or (only_longer and by.strip):
+        return {}
+    return {name: other for name in names if (other := by(name)) in others and other not in names}
 
 
 def sole(names: Collection[str], others: Collection[str]) -> Shift | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
-from tensoradapt.io.matching import Match, Pair, match
+from tensoradapt.io.matching import Match, Pair, match, named_like
 from tensoradapt.sites import Site, SiteMap
 
 BLOCK = 1 << 18  # entries that are converted at a time: a block and its copies stay in the cache
@@ -226,6 +226,7 @@ def open_deltas(
     if nonfinite not in ("error", "skip"):
         raise FileError(f"nonfinite={nonfinite!r} is no choice", expected="error or skip")
     sides = open_checkpoint(base, base_revision), open_checkpoint(tuned, tuned_revision)
+    sides = (sides[0], named_like(sides[1], sides[0], model, prefix))
     found = Deltas(*sides, match(*sides, rows=rows, prefix=prefix, model=model))
     return found if nonfinite == "error" else _finite(found)
 

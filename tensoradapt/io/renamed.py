@@ -65,9 +65,12 @@ def fitted(saved: Saved, model: SiteMap, kind: str) -> Saved:
     """
     saved = plainly(saved)
     sites = [placement.site for group in saved.plan.groups for placement in group.placements]
-    by = sole({site.owner for site in sites}, {site.owner for site in model.sites})
+    live = {site.owner for site in model.sites}
+    strange = {site.owner for site in sites} - live  # a head may have its name while all else has a prefix more
+    by = sole(strange, live) if strange else None
     if by is not None and by.prefix:
-        saved = renamed(saved, by, where_known(by, model.parameters))
+        beside = lambda name: name if name in live or _owner(name) in live else by(name)  # noqa: E731
+        saved = renamed(saved, beside, where_known(by, model.parameters))
     saved = with_twins(saved, model)
     _check_sites(saved, model, kind)
     saved = _replaced_where_tied(saved, model)
@@ -91,6 +94,11 @@ def _replaced_where_tied(saved: Saved, model: SiteMap) -> Saved:
     extras = {twin: saved.plan.extras[path] for twin, path in twins.items()} | dict(saved.plan.extras)
     tensors = {f"extra.{twin}": saved.tensors[f"extra.{path}"] for twin, path in twins.items()} | dict(saved.tensors)
     return replace(saved, plan=replace(saved.plan, extras=extras), tensors=tensors) if twins else saved
+
+
+def _owner(path: str) -> str:
+    """The module of a path: without the number of an expert, and the name of its weight."""
+    return path.partition("[")[0].removesuffix(".weight")
 
 
 def with_twins(saved: Saved, model: SiteMap) -> Saved:

@@ -98,6 +98,12 @@ class View:
         first = {name: self.others.get(other, other) for name, other in others.items()}
         return replace(self, others={**self.others, **first})
 
+    def renamed(self, names: Mapping[str, str]) -> View:
+        """The same tensors under other names; those that are not given stay."""
+        by = lambda name: names.get(name, name)  # noqa: E731
+        pieces = [replace(piece, here=tuple((by(n), k) for n, k in piece.here)) for piece in self.pieces]
+        return View(self.store, tuple(pieces), {by(name): by(other) for name, other in self.others.items()})
+
     def names(self, name: str) -> tuple[str, ...]:
         """The names under which a tensor here is stored, or its parts are."""
         parts = self._here[self.others.get(name, name)]
