@@ -23,9 +23,9 @@ from tensoradapt.io.appended import appendable, appended, is_of_another_module, 
 from tensoradapt.io.beside import INDEX, check_apart, check_room, files_in, folder_of, others_of
 from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
 from tensoradapt.io.conversion import named_as
+from tensoradapt.io.finding import finder, names_of
 from tensoradapt.io.folder import atomic_folder, check_free
 from tensoradapt.io.held import as_bytes
-from tensoradapt.io.names import shift
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved
 from tensoradapt.io.shards import Shard, open_shard
@@ -129,9 +129,8 @@ def merge_folder(
         others, left = others_of(source)
         ours = {file.name for file in source.files} | {other.parts[0] for other in others}
         check_free(target, ours, overwrite=overwrite)
-        source, known = as_modules(source)
+        saved, source, known = _under_one_kind_of_names(plainly(as_saved(adapter)), source)
         known = known if model is None else scan(model)
-        saved = named_as(plainly(as_saved(adapter)), source.conversion)
         changes, added = _changes(saved, Stored(source, known or SiteMap(())), tied=tied)
         added = {f"{_before(source)}{name}": tensor for name, tensor in added.items()}
         shards = [open_shard(file) for file in source.files]
@@ -199,15 +198,19 @@ def _changes(saved: Saved, stored: Stored, *, tied: bool) -> tuple[dict[str, Cha
     return found, appendable(added, saved.where, [change.entry.dtype for change in found.values()])
 
 
-def names_of(site: Site) -> tuple[str, ...]:
-    """What a checkpoint may call the tensor of a site, likeliest first."""
-    return (site.tensor, f"{site.owner}.weight", site.owner, *(f"{alias}.weight" for alias in site.aliases))
+def _under_one_kind_of_names(saved: Saved, stored: Checkpoint) -> tuple[Saved, Checkpoint, SiteMap | None]:
+    """An adapter and a base under the names of modules; or of the files, where the adapter was made of such."""
+    modules, known = as_modules(stored)
+    if modules.conversion is not None and _lacks(modules, saved) and not _lacks(stored, saved):
+        return saved, stored, None
+    return named_as(saved, modules.conversion), modules, known
 
 
-def finder(names: Sequence[str], entries: Mapping[str, object]) -> Callable[..., str | None]:
-    """A function from such names to the first of them that the entries have, with the prefix of one side or without."""
-    by = shift(names, entries.keys())
-    return lambda *wanted: next((n for name in wanted for n in (by(name), name) if n in entries), None)
+def _lacks(source: Checkpoint, saved: Saved) -> bool:
+    """Whether a base has no tensor of some site."""
+    sites = [placement.site for _, placement in saved.sites.values()]
+    find = finder([site.tensor for site in sites], source.entries)
+    return any(find(*names_of(site)) is None for site in sites)
 
 
 def _check_found(saved: Saved, source: Checkpoint, missing: Sequence[str], unfit: Sequence[str]) -> None:

@@ -21,8 +21,9 @@ from tensoradapt.errors import FileError, SpecError
 from tensoradapt.extract.holding import gaps
 from tensoradapt.extract.whole import change_of
 from tensoradapt.extract.words import apart, counted, little, percent, wrapped
-from tensoradapt.folders import delta_rows, finder
+from tensoradapt.folders import delta_rows
 from tensoradapt.io.conversion import named_as
+from tensoradapt.io.finding import finder
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled

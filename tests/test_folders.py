@@ -304,6 +304,10 @@ def test_a_trained_norm_under_another_name_is_no_module_to_add(tmp_path):
     state = load_file(folder / "model.safetensors")
     renamed = {name.replace("s.LayerNorm.weight", "s.LayerNorm.gamma"): tensor for name, tensor in state.items()}
     save_file(renamed, folder / "model.safetensors")
+    ta.merge_folder(folder, adapter, tmp_path / "merged")  # transformers knows the old name, and the file keeps it
+    trained = adapter.as_saved().tensors["extra.embeddings.LayerNorm.weight"]
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["embeddings.LayerNorm.gamma"], trained)
+    (folder / "config.json").unlink()
     refused(tmp_path, r"lacks 1 of the 6(.|\n)*no embeddings.LayerNorm.weight", folder, adapter)
 
 

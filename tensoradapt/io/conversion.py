@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensoradapt.errors import FileError
 from tensoradapt.io.checkpoint import Checkpoint, Entry
 from tensoradapt.io.renamed import renamed
 from tensoradapt.io.saved import Saved
@@ -45,11 +46,9 @@ class Conversion:
 
     def name(self, stored: str) -> tuple[str, str | None]:
         """What the model calls a stored tensor, and the pattern of the converter that makes it; itself if nothing."""
-        found, pattern = self._renamed(stored, self.renamings, self.converters)
-        if found not in self.own and stored in self.own:
-            found, pattern = stored, None
-        elif found not in self.own:
-            found, pattern = self._renamed(stored, (), ())
+        found, pattern = self._renamed(stored)
+        if found not in self.own:  # it may have the model's own name, but for a prefix
+            found, pattern = self._prefixed(stored), None
         return (found, pattern) if found in self.own else (stored, None)
 
     def path(self, name: str) -> str:
@@ -63,13 +62,15 @@ class Conversion:
                 return f"{found.removesuffix(suffix)}{bracket}{index}"
         return name
 
-    def _renamed(self, stored: str, renamings: Sequence[Any], converters: Sequence[Any]) -> tuple[str, str | None]:
-        pattern = None
-        for expression, replacement in self.patterns.items() if renamings or not self.renamings else ():
-            stored = re.sub(expression, replacement, stored)
-        for renaming in renamings:
+    def _renamed(self, stored: str) -> tuple[str, str | None]:
+        for expression, replacement in self.patterns.items():
+            stored, times = re.subn(expression, replacement, stored)
+            if times:
+                break
+        for renaming in self.renamings:
             stored, _ = renaming.rename_source_key(stored)
-        for converter in converters:
+        pattern = None
+        for converter in self.converters:
             stored, pattern = converter.rename_source_key(stored)
             if pattern is not None:
                 break
@@ -102,9 +103,19 @@ def conversion_of(model: nn.Module) -> Conversion | None:
 
 
 def named_as(saved: Saved, conversion: Conversion | None) -> Saved:
-    """An adapter under the names of a model's modules, where it has those under which the weights are stored."""
+    """An adapter under the names of a model's modules, where it has those under which the weights are stored.
+
+    Raises FileError where a weight that is stored by itself is a part of one of the model's.
+    """
     if conversion is None:
         return saved
+    for _, placement in saved.sites.values():
+        name, pattern = conversion.name(placement.site.tensor)
+        if pattern is not None and placement.site.tensor not in conversion.own:
+            raise FileError(
+                f"{saved.where} adapts {placement.site.path} as it is stored: the model holds it as a part of {name}",
+                hint="extract it again from the two folders, each with its config.json: it then has the model's names",
+            )
     names = [*saved.sites, *saved.plan.extras]
     return renamed(saved, conversion.path, conversion.path) if any(conversion.path(n) != n for n in names) else saved
 
@@ -250,16 +261,22 @@ class Making:
             ]
         forth = Made(self, self.patterns, names)
         keys: tuple[Key, ...] = tuple((name, None) for name in names)
-        return [Piece(tuple(raw[entry.name] for entry in self.entries), keys, forth, forth.undone)]
+        deep = {entry.shape[:1] if len(entry.shape) > 2 else () for entry in self.entries}
+        along = deep == {self.blank[names[0]].shape[:1]} and _within(self.converter.operations)
+        return [Piece(tuple(raw[entry.name] for entry in self.entries), keys, forth, forth.undone, along)]
 
     def _each_alone(self) -> bool:
         """Whether the tensors of a list are stacked first, and nothing then reaches across the stack."""
         first, *others = self.converter.operations
-        across = [getattr(each, name) for each in others for name in ("dim", "dim0", "dim1") if hasattr(each, name)]
-        plain = all(type(each).__name__ in ("Concatenate", "Transpose", "Interleave") for each in others)
-        checks = any(getattr(each, "check_dims", False) for each in others)
-        stacks = type(first).__name__ == "MergeModulelist" and first.dim == 0
-        return stacks and plain and not checks and all(dim > 0 for dim in across)
+        return type(first).__name__ == "MergeModulelist" and first.dim == 0 and _within(others)
+
+
+def _within(operations: Sequence[Any]) -> bool:
+    """Whether operations leave the first axis alone, whatever its length."""
+    dims = [getattr(each, name) for each in operations for name in ("dim", "dim0", "dim1") if hasattr(each, name)]
+    plain = all(type(each).__name__ in ("Concatenate", "Chunk", "Transpose", "Interleave") for each in operations)
+    checks = any(getattr(each, "check_dims", False) for each in operations)
+    return plain and not checks and all(dim > 0 for dim in dims)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,9 @@ def shift(names: Collection[str], others: Collection[str], prefix: str = "auto",
         return _found(names, others, tell)
     prefix = f"{prefix.rstrip('.')}." if prefix else ""
     found = [Shift(prefix, strip=True), Shift(prefix)]
-    if prefix and _matched(Shift(), names, others) >= ENOUGH * min(len(names), len(others)):
-        return Shift()  # it was found, and taken off or put before, when the names became the modules'
+    plain = _matched(Shift(), names, others) >= ENOUGH * min(len(names), len(others))
+    if prefix and plain and any(name.startswith(prefix) for name in names):
+        return Shift()  # both have it since their names are those of modules
     if prefix and not any(_matched(by, names, others) for by in found):
         raise FileError(f"no name is the other side's with {prefix!r} before it", hint='prefix="auto" looks for one')
     return max(found, key=lambda by: _matched(by, names, others)) if prefix else Shift()

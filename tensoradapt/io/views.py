@@ -58,13 +58,14 @@ class Piece:
     """Stored tensors that together are one or several here.
 
     `forth` makes these of them; `back` gives, for what became of these, what is stored instead of the stored tensors,
-    which it gets too.
+    which it gets too. `along`: one entry along the first axis of all is made of the same entry of each.
     """
 
     stored: tuple[str, ...]
     here: tuple[Key, ...]
     forth: Turn = as_it_is
     back: Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]] = as_it_is
+    along: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,19 @@ class View:
         name = self.others.get(name, name)
         parts = self._here[name]
         if None in parts:
+            if index is not None and parts[None].along:
+                return self._made(name, None, slice(index, index + 1))[0]
             whole = self._made(name, None)
             return whole if index is None else whole[index]
         if index is not None:
             return self._made(name, index)
         return torch.stack([self._made(name, k) for k in range(len(parts))])
 
-    def _made(self, name: str, index: int | None) -> Tensor:
+    def _made(self, name: str, index: int | None, at: slice | None = None) -> Tensor:
         piece = self._here[name][index]
-        return piece.forth([self.store.read(stored) for stored in piece.stored])[piece.here.index((name, index))]
+        read = [self.store.read(stored) for stored in piece.stored]
+        made = piece.forth(read if at is None else [tensor[at] for tensor in read])
+        return made[piece.here.index((name, index))]
 
     def __iter__(self) -> Iterator[Listing]:
         """Name, shape, dtype and file of every tensor here, in stored order."""
