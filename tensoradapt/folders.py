@@ -216,9 +216,10 @@ def _lacks(source: Checkpoint, saved: Saved) -> bool:
 def _check_found(saved: Saved, source: Checkpoint, missing: Sequence[str], unfit: Sequence[str]) -> None:
     total = len(saved.sites) + len(saved.plan.extras)
     if missing:
+        why = "".join(f" ({note})" for note in source.notes if "names" in note or "read" in note)
         raise FileError(
             f"{source.name} lacks {len(missing)} of the {total} weights that {saved.where} changes",
-            got=f"no {_listed(missing)}; it has {_listed(list(source.entries))}",
+            got=f"no {_listed(missing)}; it has {_listed(list(source.entries))}{why}",
             hint="give the base that the adapter is of; where its files name weights otherwise than the model, load "
             "the model, merge there and save it",
         )
