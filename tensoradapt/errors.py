@@ -11,6 +11,7 @@ class TensorAdaptError(ValueError):
     """Base of all errors: `what`, and on lines of their own what was got, what was expected and what to do next."""
 
     told = False  # whether another process of a team tells the user of it
+    lasting = True  # whether the same input would be refused again, so that work begun on it is of no use
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str | None = None) -> None:
         lines = [what]
@@ -38,6 +39,8 @@ class SiteError(TensorAdaptError):
 
 class FileError(TensorAdaptError):
     """A file or folder is missing, damaged, of another version, or for another model."""
+
+    lasting = False
 
 
 class AdapterError(TensorAdaptError):

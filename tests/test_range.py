@@ -172,6 +172,21 @@ def test_factors_that_their_dtype_cannot_hold_are_refused_by_name_and_nothing_st
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "far"])
+def test_a_weight_that_is_refused_after_others_were_fitted_leaves_nothing_behind(bad, tmp_path):
+    base, tuned = pair()
+    spec = ta.preset("lora", rank=2, targets=list(ROLES))
+    broken = {name: weight.clone() for name, weight in tuned.items()}
+    if bad == "far":
+        base[NAMES[-1]], broken[NAMES[-1]] = torch.full((24, 16), -3e38), torch.full((24, 16), 3e38)
+    else:
+        broken[NAMES[-1]][3, 4] = bad
+    with pytest.raises(ta.FileError, match="layer.2.value is not finite"):
+        ta.extract(base, broken, spec, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert ta.extract(*pair(), spec, tmp_path / "out").relative_error < 1
+
+
 @pytest.mark.parametrize("power", [-83, 83])
 def test_adapters_of_any_size_are_changed_merged_and_begun_as_others(power, tmp_path):
     base, tuned = pair(power)

@@ -112,7 +112,7 @@ def opened(folder: Path, out: Path, work: Mapping[str, Any], team: Team = SOLO) 
 
 def _refused(error: BaseException) -> bool:
     """Whether the same work would fail again: it is the input's fault, and no file's or machine's."""
-    return isinstance(error, TensorAdaptError) and not isinstance(error, FileError)
+    return isinstance(error, TensorAdaptError) and error.lasting
 
 
 def _locked(folder: Path, out: Path, work: Mapping[str, Any], stack: ExitStack) -> None:

@@ -134,11 +134,15 @@ class Deltas:
         names = (pair.base_name, self.base.name), (pair.tuned_name, self.tuned.name)
         size = pair.site.numel
         bad = [f"{k} of {size} in {n} of {where}" for k, (n, where) in zip(counts, names, strict=True) if k]
-        raise FileError(
+        error = FileError(
             f"{pair.site.path} is not finite",
             got=f"NaN or infinite entries: {', '.join(bad)}" if bad else f"a difference beyond {str(dtype)[6:]}",
-            hint='use another checkpoint, or leave such tensors out with nonfinite="skip"' if bad else "use float64",
+            hint='use another checkpoint, or leave such tensors out with nonfinite="skip"'
+            if bad
+            else "leave this weight out: name others in targets=, or it in exclude=",
         )
+        error.lasting = True
+        raise error
 
     def close(self) -> None:
         """Close both checkpoints."""
