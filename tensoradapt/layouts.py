@@ -26,7 +26,7 @@ READ = {
     EITHER: "(out, in): how it is stored is not known",
     UNSURE: "from a version that judged layouts by names",
 }
-STATE = "give what tells the layout: model= (--model), or a base in a folder with the model's config.json"
+STATE = "give what tells the layout: model=, or a base in a folder with the model's config.json"
 AGAIN = "make the adapter again with this version, from its checkpoints or its PEFT folder"
 
 
@@ -59,7 +59,7 @@ def check_rows(site: Site, here: Site, *, turned: bool) -> None:
             f"{site.path} is a range of the inputs of {here.path}, which is stored as (in, out)",
             got=f"rows {site.rows[0]} to {site.rows[1]} of the tensor as it is stored",
             expected="a range of its outputs",
-            hint=f"make the adapter again with what tells the layout: model=, or layout={{{here.path!r}: 'in out'}}",
+            hint="make the adapter again with what tells the layout: a module, model=, or the rule's layout",
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from tensoradapt.coordinates import unsure
 from tensoradapt.diagram import Diagram
 from tensoradapt.grouping import Group, asked
-from tensoradapt.layouts import formerly
+from tensoradapt.layouts import AS_STORED, UNSURE, formerly
 from tensoradapt.placing import Placement
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
@@ -208,7 +208,16 @@ def rank_notes(groups: Sequence[Group]) -> list[str]:
 
 def group_notes(groups: Sequence[Group], model: SiteMap) -> list[str]:
     """What to say of the ranks of groups, and of the layers of their sites."""
-    return [*rank_notes(groups), *_layer_notes(groups, model)]
+    return [*rank_notes(groups), *_layer_notes(groups, model), *_side_notes(groups)]
+
+
+def _side_notes(groups: Sequence[Group]) -> list[str]:
+    """One note on weights whose sides are told apart by folds or parts, though no layout tells them."""
+    cut = [p.site.path for g in groups for p in g.placements if g.diagram.folds or p.site.rows is not None]
+    paths = {p.site.path for g in groups for p in g.placements if p.site.layout in (AS_STORED, UNSURE)}
+    mine = [path for path in cut if path in paths]
+    hint = "a module, model= or the rule's layout tells"
+    return [f"taken to be stored (out, in), as nothing tells: {enumerated(mine)}; {hint}"] if mine else []
 
 
 def _layer_notes(groups: Sequence[Group], model: SiteMap) -> list[str]:

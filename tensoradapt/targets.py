@@ -28,7 +28,7 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
         raise SiteError(
             "a rule has no targets", hint=f"write targets=['query', 'value'], or one of the sets {', '.join(SETS)}"
         )
-    sites = [part for site in sites for part in split_rows(_turned(site, rule.layout), rule.parts)]
+    sites = [part for site in sites for part in parts_of(site, rule)]
     for target in rule.targets:
         _check_match("target", target, sites)
     wanted, left = _meant(rule.targets, sites), _meant(rule.exclude, sites)
@@ -73,13 +73,13 @@ def refuse(model: SiteMap, rule: Rule) -> None:
         if _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be adapted: {reason}", hint=f"exclude=[{path!r}]")
         inside = [name for name in model.parameters if name.startswith(f"{path}.")]
-        named = [t for t in rule.targets if not set(t) & set("*?:") and any(matches(t, name) for name in inside)]
-        if named:
-            raise SiteError(f"{named[0]} cannot be adapted: {reason}", hint=f"leave {named[0]!r} out of targets")
+        within = [t for t in rule.targets if not set(t) & set("*?:") and any(matches(t, name) for name in inside)]
+        if within:
+            raise SiteError(f"{within[0]} cannot be adapted: {reason}", hint=f"leave {within[0]!r} out of targets")
     for path, reason in model.packed.items() if rule.delivery else ():
         if asks_weight(rule, path) and _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be delivered by weight: {reason}", hint=f"leave {path!r} out of delivery")
-    split = [part for site in model.sites for part in split_rows(_turned(site, rule.layout), rule.parts)]
+    split = [part for site in model.sites for part in parts_of(site, rule)]
     refused = [Site(path, (1, 1)) for path in model.refused]
     asked = () if rule.delivery == "weight" else tuple(rule.delivery)
     named = (
@@ -152,6 +152,11 @@ def _check_match(field: str, name: str, sites: Sequence[Site]) -> None:
         if close
         else "names are paths, suffixes, globs or 're:' expressions",
     )
+
+
+def parts_of(site: Site, rule: Rule) -> list[Site]:
+    """The site, or its row ranges, in the layout that a rule states for it."""
+    return split_rows(_turned(site, rule.layout), rule.parts)
 
 
 def split_rows(site: Site, parts: Mapping[str, list[str] | dict[str, int]]) -> list[Site]:

@@ -8,6 +8,7 @@ import math
 import pytest
 import tiny
 import torch
+from torch import nn
 from toys import Convolutions
 
 import tensoradapt as ta
@@ -189,10 +190,12 @@ def test_a_plan_made_of_shapes_does_not_know_what_differs():
 def test_a_network_many_times_larger_than_its_weight_is_no_adapter_of_it(tmp_path):
     """A vocabulary that is a prime number has no folds: one gate over all of it would have its square of parameters."""
     base = {"embed_tokens.weight": tiny.noise(1009, 8), "layers.0.q_proj.weight": tiny.noise(8, 8)}
-    result = ta.extract(base, tuned_of(base), "quanta", tmp_path / "a")
+    layer = nn.ModuleDict({"q_proj": nn.Linear(8, 8, bias=False)})
+    model = nn.ModuleDict({"embed_tokens": nn.Embedding(1009, 8), "layers": nn.ModuleList([layer])})
+    result = ta.extract(base, tuned_of(base), "quanta", tmp_path / "a", model=model)
     row = result.change.not_held["embed_tokens.weight"]
     assert result.change.held_tensors == 1 and "parameters for 8,072 entries" in row["reason"]
     with pytest.raises(ta.errors.TensorAdaptError, match="parameters for 8,072 entries"):
         alone = {name: side["embed_tokens.weight"] for name, side in (("base", base), ("tuned", tuned_of(base)))}
         one, two = ({"embed_tokens.weight": tensor} for tensor in alone.values())
-        ta.extract(one, two, "quanta", tmp_path / "b")
+        ta.extract(one, two, "quanta", tmp_path / "b", model=model)

@@ -22,6 +22,7 @@ from tensoradapt.errors import AdapterError
 from tensoradapt.gauge import Network, added, truncatable
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved, as_saved
+from tensoradapt.layouts import READ, turns
 
 EXAMPLE = "write ta.combine([one, two], [0.5, 0.5])"
 
@@ -91,6 +92,18 @@ def _check_same(one: Saved, two: Saved) -> None:
                 got=right,
                 expected=left,
                 hint="convert one to the other's spec first",
+            )
+    _check_alike(one, two)
+
+
+def _check_alike(one: Saved, two: Saved) -> None:
+    """Raise AdapterError where the deltas of one weight lie the other way round; FileError as `turns`."""
+    for path, (_, mine) in one.sites.items():
+        if path in two.sites and turns(two.sites[path][1].site, mine.site, two.where):
+            raise AdapterError(
+                f"the deltas of {path} lie the other way round in one of the adapters: they have no sum",
+                got=[READ[saved.sites[path][1].site.layout] for saved in (one, two)],
+                hint="make both with what tells the layout: a module, a config or model=",
             )
 
 

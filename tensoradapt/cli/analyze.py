@@ -16,6 +16,7 @@ from tensoradapt.cli.options import (
     PrefixOption,
     RowsOption,
     SeedOption,
+    TellingOption,
 )
 
 
@@ -46,6 +47,7 @@ def analyze(
     rows: RowsOption = "error",
     prefix: PrefixOption = "auto",
     nonfinite: NonfiniteOption = "error",
+    model: TellingOption = None,
     seed: SeedOption = 0,
     wide: Annotated[
         bool, typer.Option("--wide", help="A row for every weight with all of its numbers, wider than 80 columns.")
@@ -65,5 +67,5 @@ def analyze(
     from tensoradapt.cli.run.analyze import run
 
     options = {"values": values, "targets": target or (), "candidates": candidates, "seed": seed}
-    reading = {"rows": rows, "prefix": prefix, "nonfinite": nonfinite}
+    reading = {"rows": rows, "prefix": prefix, "nonfinite": nonfinite, "model": model}
     run(base, tuned, adapter or (), out, device=device, options=options, reading=reading, wide=wide, as_json=as_json)

@@ -22,6 +22,7 @@ from tensoradapt.cli.options import (
     SeedOption,
     SetOption,
     SpecOption,
+    TellingOption,
     TunedArgument,
 )
 
@@ -56,6 +57,7 @@ def extract(
     rows: RowsOption = "error",
     prefix: PrefixOption = "auto",
     nonfinite: NonfiniteOption = "error",
+    model: TellingOption = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the memory it will need.")] = False,
@@ -64,8 +66,7 @@ def extract(
 ) -> None:
     """Extract the adapter that holds a fine-tuning.
 
-    With its error over the whole change. Interrupted work goes on where it stopped when the same command is given
-    again.
+    With its error over the whole change. Interrupted work goes on where it stopped, given the same command again.
 
     Example: tensoradapt extract base tuned --preset lora --error 0.1 --out lora
 
@@ -73,14 +74,8 @@ def extract(
     """
     from tensoradapt.cli.run.extract import run
 
-    options = {
-        "max_parameters": count(max_parameters),
-        "rows": rows,
-        "prefix": prefix,
-        "nonfinite": nonfinite,
-        "seed": seed,
-        "overwrite": overwrite,
-    }
+    reading = {"rows": rows, "prefix": prefix, "nonfinite": nonfinite, "model": model}
+    options = {"max_parameters": count(max_parameters), "seed": seed, "overwrite": overwrite, **reading}
     choice = Choice(preset, rank, target, spec, set_)
     shown = {"dry_run": dry_run, "wide": wide, "as_json": as_json}
     run(base, tuned, out, choice, error=share_or_noise(error), device=device, options=options, **shown)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tensoradapt.cli.options import AdapterArgument, BaseArgument, JsonOption
+from tensoradapt.cli.options import AdapterArgument, BaseArgument, JsonOption, TellingOption
 
 
 def merge(
@@ -18,6 +18,7 @@ def merge(
     tied: Annotated[
         bool, typer.Option("--tied", help="Merge into tensors that other modules share: both change.")
     ] = False,
+    model: TellingOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge an adapter into the weights of a model folder.
@@ -28,4 +29,4 @@ def merge(
     """
     from tensoradapt.cli.run.merge import run
 
-    run(base, adapter, out, overwrite=overwrite, tied=tied, as_json=as_json)
+    run(base, adapter, out, overwrite=overwrite, tied=tied, model=model, as_json=as_json)

@@ -35,6 +35,10 @@ ModelOption = Annotated[
         help="A config.json, a model folder, a safetensors file, or a cached hub id[@revision].",
     ),
 ]
+TellingOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="A config.json or model folder that tells how weights are stored."),
+]
 PresetOption = Annotated[
     str | None,
     typer.Option(

@@ -14,6 +14,7 @@ from tensoradapt.cli.options import (
     NonfiniteOption,
     PrefixOption,
     RowsOption,
+    TellingOption,
     TunedArgument,
 )
 
@@ -36,6 +37,7 @@ def verify(
     rows: RowsOption = "error",
     prefix: PrefixOption = "auto",
     nonfinite: NonfiniteOption = "error",
+    model: TellingOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare an adapter with all that differs between two checkpoints.
@@ -52,5 +54,6 @@ def verify(
         "rows": rows,
         "prefix": prefix,
         "nonfinite": nonfinite,
+        "model": model,
     }
     run(adapter, base, tuned, options=options, as_json=as_json)

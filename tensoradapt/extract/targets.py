@@ -16,7 +16,7 @@ from tensoradapt.presets import expand
 from tensoradapt.sets import names_of, resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule, Spec
-from tensoradapt.targets import select, split_rows
+from tensoradapt.targets import parts_of, select
 
 WASTE = 10  # times the entries of its weights: a network of more parameters is no adapter of them
 
@@ -70,7 +70,7 @@ def _claims(rules: Sequence[Rule], free: Sequence[Site], model: SiteMap) -> list
 
 
 def _parts(rule: Rule, sites: Sequence[Site]) -> list[Site]:
-    return [part for site in sites for part in split_rows(site, rule.parts)]
+    return [part for site in sites for part in parts_of(site, rule)]
 
 
 def _left(rule: Rule, sites: list[Site], model: SiteMap) -> list[Site]:

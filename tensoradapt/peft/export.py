@@ -174,7 +174,7 @@ def _names(made: _Made) -> str:
 def _assumed(paths: Sequence[str]) -> tuple[str, ...]:
     """A note of weights whose layout nothing tells: PEFT adds to the wrong sides of a Conv1D that they are of."""
     first = f"{counted(len(paths), 'weight')} ({', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''})"
-    return (f"{first}: taken to be stored as an nn.Linear is, outputs first; model= (--model) tells",) if paths else ()
+    return (f"{first}: taken to be stored as an nn.Linear is, outputs first; model= tells",) if paths else ()
 
 
 def _dilated(made: _Made, model: nn.Module | None) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def _check_named(site: Site) -> None:
         raise AdapterError(
             f"{site.path} has the name of a Conv1D, and the adapter was made without its model",
             got=f"a delta of {site.shape}, {READ[site.layout]}",
-            hint="give model= (--model): PEFT has B A with the outputs first",
+            hint="give model=: PEFT has B A with the outputs first",
         )
 
 

@@ -17,6 +17,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.change.targets import attached
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.init import require_seed
+from tensoradapt.layouts import turns
 from tensoradapt.start.activations import Activations
 from tensoradapt.start.data import corda, corda_minor, eva, from_delta, lora_ga, lora_one
 from tensoradapt.start.gradients import Gradients
@@ -137,3 +138,9 @@ def _check_adapter(adapter: Adapter) -> None:
             )
         if not group.scale:
             raise SpecError(f"the scale of group {group.name!r} is zero: no factors give a delta")
+        turned = [p.site.path for p in group.placements if turns(p.site, adapter._lines[p.site.path][1])]
+        if turned:
+            raise AdapterError(
+                f"the factors of {turned[0]} lie as its weight is stored, (in, out): no start is made for them",
+                hint="attach the spec anew, or extract the adapter with what tells the layout: a module or model=",
+            )

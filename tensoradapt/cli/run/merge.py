@@ -10,9 +10,9 @@ from tensoradapt.folders import merge_folder
 from tensoradapt.peft import open_adapter
 
 
-def run(base: str, adapter: str, out: Path, *, overwrite: bool, tied: bool, as_json: bool) -> None:
+def run(base: str, adapter: str, out: Path, *, overwrite: bool, tied: bool, model: str | None, as_json: bool) -> None:
     """Merge, and print what was written."""
     with progress("merge") as tell:
         saved = open_adapter(adapter)
-        result = merge_folder(base, saved, out, overwrite=overwrite, tied=tied, progress=tell)
+        result = merge_folder(base, saved, out, overwrite=overwrite, tied=tied, model=model, progress=tell)
     show(result, as_json=as_json)
