@@ -113,7 +113,7 @@ class Judged:
             return [_named(site, name, shape) for site in self._owners[path]], ""
         if owner in self.known.refused or path in self.known.refused:
             return [], self.known.refused.get(path) or self.known.refused[owner]
-        if path in self.known.parameters and len(shape) != 2:
+        if len(shape) != 2 and {path, self.by(name)} & self.known.parameters.keys():
             return [], f"{len(shape)}-D: no weight of a module that can be adapted"
         return _by_name(name, shape)
 
