@@ -649,7 +649,7 @@ def test_fields_of_one_of_several_rules_go_to_it():
 
 
 def test_a_field_that_makes_another_network_points_to_rules():
-    with fault(ta.SpecError, "preset 'lora' has no parameter 'axes'", "write a ta.Rule"):
+    with fault(ta.SpecError, "preset 'lora' has no parameter 'axes'", "write a rule with a format of its own"):
         ta.preset("lora", axes=["layer", "out", "in"])
 
 

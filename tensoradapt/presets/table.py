@@ -223,7 +223,9 @@ def preset(name: str | Preset, /, **parameters: Any) -> Spec:
             f"preset {family!r} has no parameter {unknown[0]!r}",
             got=f"{unknown[0]}={parameters[unknown[0]]!r}",
             expected=f"its own: {', '.join(row.parameters) or 'none'}; of every rule: {', '.join(COMMON)}",
-            hint="it would be another network: write a ta.Rule" if unknown[0] in Rule.model_fields else None,
+            hint="it would be another network: write a rule with a format of its own"
+            if unknown[0] in Rule.model_fields
+            else None,
         )
     own = {key: value for key, value in parameters.items() if key in row.parameters}
     extra = {key: value for key, value in parameters.items() if key not in row.parameters}
