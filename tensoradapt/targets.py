@@ -69,13 +69,14 @@ def _turned(site: Site, layouts: Mapping[str, str]) -> Site:
 
 def refuse(model: SiteMap, rule: Rule) -> None:
     """Raise SiteError where a rule's targets mean a module that cannot be adapted, or its other names mean nothing."""
+    inside = _inside(model)
+    literal = [target for target in rule.targets if not set(target) & set("*?:")]
     for path, reason in model.refused.items():
         if _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be adapted: {reason}", hint=f"exclude=[{path!r}]")
-        inside = [name for name in model.parameters if name.startswith(f"{path}.")]
-        within = [t for t in rule.targets if not set(t) & set("*?:") and any(matches(t, name) for name in inside)]
-        if within:
-            raise SiteError(f"{within[0]} cannot be adapted: {reason}", hint=f"leave {within[0]!r} out of targets")
+        meant = [target for target in literal if any(matches(target, name) for name in inside.get(path, ()))]
+        if meant:
+            raise SiteError(f"{meant[0]} cannot be adapted: {reason}", hint=f"leave {meant[0]!r} out of targets")
     for path, reason in model.packed.items() if rule.delivery else ():
         if asks_weight(rule, path) and _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be delivered by weight: {reason}", hint=f"leave {path!r} out of delivery")
@@ -90,6 +91,17 @@ def refuse(model: SiteMap, rule: Rule) -> None:
     for field, names, sites in (*named, ("parts", rule.parts, model.sites)):
         for name in names:
             _check_match(field, name, sites)
+
+
+def _inside(model: SiteMap) -> dict[str, list[str]]:
+    """The parameters under every module that cannot be adapted."""
+    found: dict[str, list[str]] = {}
+    for name in model.parameters if model.refused else ():
+        parts = name.split(".")
+        for path in (".".join(parts[:k]) for k in range(1, len(parts))):
+            if path in model.refused:
+                found.setdefault(path, []).append(name)
+    return found
 
 
 def _relocate(site: Site, pattern: str) -> Site:

@@ -162,3 +162,12 @@ def test_an_adapter_that_is_not_merged_is_no_tuned_model(form, tmp_path):
     assert ta.extract(base, given(), ta.preset("lora", rank=2), tmp_path / "a").whole_error < 1e-5
     adapter.unmerge()
     assert ta.analyze(given(), base).answer is None  # a base's own weights are what they are
+
+
+def test_what_no_adapter_reaches_is_refused_with_the_reason(tmp_path):
+    """Weights of a fused kernel are matrices in a file; the model that they are loaded onto tells what they are."""
+    model = torch.nn.ModuleDict({"rnn": torch.nn.GRU(4, 4), "out": torch.nn.Linear(4, 4)})
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ta.extract(state, moved(state), ta.preset("lora", rank=2), tmp_path / "a")
+    with pytest.raises(FileError, match=r"no adapter can change in this model(.|\n)*GRU hands its weights"):
+        ta.load(tmp_path / "a", model)

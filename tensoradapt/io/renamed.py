@@ -131,6 +131,13 @@ def _check_sites(saved: Saved, model: SiteMap, kind: str) -> None:
     sites = [placement.site for group in saved.plan.groups for placement in group.placements]
     twins = [(twin, None, twin) for site in sites for twin in site.joined]
     for owner, index, path in [*((s.owner, s.index, s.path) for s in sites), *twins]:
+        refused = next((model.refused[p] for p in (owner, owner.rpartition(".")[0]) if p in model.refused), None)
+        if (owner, index) not in live and refused is not None:
+            raise FileError(
+                f"{saved.where} adapts {path}, which no adapter can change in this model",
+                got=refused,
+                hint="exclude it where the adapter is made; train= trains a module whole",
+            )
         if (owner, index) not in live:
             raise FileError(
                 f"{saved.where} adapts {path}, which the model lacks",
