@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensoradapt.scan import module_at
+from tensoradapt.io.wrapped import inside
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,20 @@ def loader_of(model: nn.Module, parameter: str, held: Tensor | None) -> Loader |
     if held is None or not held.is_meta:
         return None
     parts = parameter.split(".")[:-1]
-    for k in reversed(range(len(parts) + 1)):
-        path = ".".join(parts[:k])
-        for hook in _hooks(module_at(model, path)):
+    module = inside(model)
+    found = None
+    for k in range(len(parts) + 1):
+        for hook in _hooks(module):
             loads = getattr(hook, "offload", False) and (k == len(parts) or getattr(hook, "place_submodules", False))
             if loads and hook.execution_device is not None:
-                return Loader(path, torch.device(hook.execution_device))
-    return None
+                found = Loader(".".join(parts[:k]), torch.device(hook.execution_device))
+        module = inside(module._modules[parts[k]]) if k < len(parts) else module  # type: ignore[arg-type]
+    return found
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
     hook = vars(module).get("_hf_hook")
-    return tuple(getattr(hook, "hooks", (hook,)))
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def said(model: nn.Module, parameter: str, held: Tensor | None) -> tuple[str, str] | None:

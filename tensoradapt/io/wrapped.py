@@ -7,6 +7,7 @@ Invariant: the names of a wrapped model are those of the model inside; a module 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 from torch import nn
 
@@ -25,10 +26,17 @@ def inside(module: nn.Module) -> nn.Module:
 
 def _held(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None where it is no wrapper."""
-    if (found := next((name for name, _ in module._modules.items() if name in PARTS), None)) is not None:
-        return found
-    holder = any(kind.__name__ in HOLDERS for kind in type(module).__mro__)
-    return "module" if holder and "module" in module._modules else None
+    children = module._modules
+    if not len(children):
+        return None
+    if not PARTS.isdisjoint(children.keys()):
+        return next(name for name, _ in children.items() if name in PARTS)
+    return "module" if "module" in children and _holds(type(module)) else None
+
+
+@lru_cache(maxsize=4096)
+def _holds(kind: type) -> bool:
+    return any(above.__name__ in HOLDERS for above in kind.__mro__)
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
