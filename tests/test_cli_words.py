@@ -105,7 +105,7 @@ BAD = [
     *("convert lora --preset lora --error 2 --out new", "convert lora --preset lora_xs --out new"),
     *("convert lora --preset lora --max-parameters 2 --out new", "convert ttm --preset lora --out file"),
     *("export lora --to onnx --out new", "export lora --layout wide --out new"),
-    *("export lora --dtype int8 --out new", "export lora --for tgi --out new", "export lora --rank 0 --out new"),
+    *("export lora --dtype int8 --out new", "export lora --for ollama --out new", "export lora --rank 0 --out new"),
     *("export lora --task-type X --out new", "export lora --task-type SEQ_CLS --out new", "export lora --out tuned"),
     *("export nowhere --out new", "export lora --model llama --out new"),
     *("merge tied_base tied --out new", "merge base lora --out base", "merge other lora --out new"),

@@ -9,6 +9,10 @@ import typer
 
 from tensoradapt.cli.options import AdapterArgument, JsonOption
 
+ZerosOption = Annotated[
+    bool, typer.Option("--zeros", help="Write unchanged modules and their siblings too, with zero factors.")
+]
+
 
 def export(
     adapter: AdapterArgument,
@@ -22,7 +26,10 @@ def export(
         ),
     ] = "portable",
     consumer: Annotated[
-        str | None, typer.Option("--for", metavar="SERVER", help="Refuse what this server does: vllm or llama.cpp.")
+        str | None,
+        typer.Option(
+            "--for", metavar="SERVER", help="Refuse what this server does: vllm, llama.cpp, sglang, tgi, lorax."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.")] = "float32",
     model: Annotated[
@@ -42,6 +49,7 @@ def export(
     extras: Annotated[
         bool, typer.Option("--extras", help="Write modules trained whole too, as modules_to_save.")
     ] = False,
+    zeros: ZerosOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a PEFT folder that is there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,5 +68,5 @@ def export(
         "consumer": consumer,
         "base_name": base_name,
     }
-    options |= {"task_type": task, "overwrite": overwrite, "rank": rank, "extras": extras}
+    options |= {"task_type": task, "overwrite": overwrite, "rank": rank, "extras": extras, "zeros": zeros}
     run(adapter, out, to, options=options, as_json=as_json)

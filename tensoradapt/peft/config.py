@@ -59,6 +59,7 @@ _BY_INPUT = (
 )
 _BY_INPUT += ("XLORA", "POLY", "LILY", "SHADOW", "alora_invocation_tokens", "arrow_config")
 BY_INPUT = "it changes no weight, and PEFT cannot merge it: serve it with PEFT, or train a LoRA"
+FROM_PEFT = "imported from a PEFT folder, whose factors an export keeps"
 MERGE_FIRST = "merge it with PEFT (merge_and_unload) and extract the delta of the merged model"
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
-from tensoradapt.extract.words import counted
 from tensoradapt.io.atomic import flush
 from tensoradapt.io.card import CARD
 from tensoradapt.io.folder import atomic_folder, check_free
@@ -28,18 +27,20 @@ from tensoradapt.io.renamed import with_twins
 from tensoradapt.io.saved import Savable, Saved, filled
 from tensoradapt.paths import expand
 from tensoradapt.peft.card import Exported, card
-from tensoradapt.peft.config import CONFIG, TASKS, WEIGHTS, config_of
-from tensoradapt.peft.factors import Factored, balanced, truncated
+from tensoradapt.peft.config import CONFIG, FROM_PEFT, TASKS, WEIGHTS, config_of
+from tensoradapt.peft.factors import Factored, balanced, nothing, truncated, unchanged
 from tensoradapt.peft.keys import PREFIX
-from tensoradapt.peft.lint import Folder, advice, check
+from tensoradapt.peft.lint import STACKING, Folder, check, tables_of
 from tensoradapt.peft.modules import Module, assumed, modules_of
+from tensoradapt.peft.notes import dilated, left_open, notes_of, parted
 from tensoradapt.peft.opening import open_adapter
 from tensoradapt.peft.patterns import keyed, target_modules
 from tensoradapt.peft.reopen import errors_of
+from tensoradapt.peft.siblings import siblings_of
 from tensoradapt.peft.taken import taken_for_experts
 from tensoradapt.peft.trained import Trained, check_head, trained_of
 from tensoradapt.peft.within import seen_from_within
-from tensoradapt.scan import Model, module_at, module_of, scan
+from tensoradapt.scan import Model, module_of, scan
 from tensoradapt.sites import SiteMap
 
 LAYOUTS = ("portable", "compact")
@@ -57,6 +58,7 @@ class _Options:
     task_type: str | None
     rank: int | None
     extras: bool
+    zeros: bool = False
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -99,18 +101,21 @@ def export_peft(  # noqa: PLR0913
     overwrite: bool = False,
     rank: int | None = None,
     extras: bool = False,
+    zeros: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
     """Write an adapter as a PEFT LoRA folder: `W += B A`, re-opened and compared module by module before it is there.
 
     `portable` gives every module one rank, padded with zeros, and alpha = rank: every server applies it alike;
     `compact` states ranks by pattern, for PEFT and newer vLLM. `model` (a module, config or folder; an attached
-    adapter's own) lets target_modules be suffixes. `consumer` (vllm, llama.cpp) refuses what that server does;
-    `rank` truncates, and makes a LoRA of formats of full matrix rank; `extras` writes modules trained whole as
-    modules_to_save. Raises AdapterError on deltas that LoRA cannot hold, FileError where the folder cannot be written
-    or its deltas differ, SpecError on other options.
+    adapter's own) lets target_modules be suffixes. `consumer` (vllm, llama.cpp, sglang, tgi, lorax) refuses what that
+    server does; `zeros`, which the last three have in any case, writes unchanged modules and their siblings too;
+    `rank` truncates, and makes a LoRA of formats of full matrix rank; `extras` writes modules trained whole.
+    Raises AdapterError on deltas that LoRA cannot hold, FileError where the folder cannot be written or its deltas
+    differ, SpecError on other options.
     """
-    options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, progress)
+    zeros = zeros or consumer in STACKING
+    options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, zeros, progress)
     check_free(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite)
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
     saved, model = seen_from_within(_exact(filled(open_adapter(source), "export")), model)
@@ -125,65 +130,14 @@ def export_peft(  # noqa: PLR0913
     with atomic_folder(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
         result = replace(_write(temporary, saved, made, whole, options), path=expand(out))
         dropped = () if extras else tuple(saved.plan.extras)
-        notes = (*_notes(made, zero, dropped, known=known is not None), *_dilated(made, whole))
-        notes = (*notes, *_assumed(assumed(saved, known)), *_parted(saved, made, known))
+        notes = (
+            *notes_of(made.factored, made.folder, zero, dropped, known=known is not None),
+            *dilated(made.factored, whole),
+        )
+        notes = (*notes, *left_open(assumed(saved, known)), *parted(saved, made.factored, known))
         result = replace(result, dropped=dropped, notes=notes)
         (temporary / CARD).write_text(card(result, made.config), encoding="utf-8")
     return result
-
-
-def _notes(made: _Made, zero: Sequence[str], dropped: Sequence[str], *, known: bool) -> tuple[str, ...]:
-    """What to know of a folder, beside its errors."""
-    left = [f"{module.path} by {f.left:.1%}" for module, f in made.factored.items() if f.left]
-    twins = [module.path for module in made.factored if module.parts[0].path.partition("[")[0] != module.path]
-    return (
-        *advice(made.folder),
-        *([f"truncated: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}"] if left else []),
-        *([f"left out, their delta is zero: {', '.join(zero)}"] if zero else []),
-        *(
-            [f"{', '.join(twins)} tied to another module: PEFT, too, adds to one weight twice when it merges"]
-            if twins
-            else []
-        ),
-        *([] if known else [_names(made)]),
-        *(["parameters trained whole are not in the folder: extras=True writes them"] if dropped else []),
-    )
-
-
-def _parted(saved: Saved, made: _Made, known: SiteMap | None) -> Iterator[str]:
-    """What a reader does with a module that is tied to others which the folder leaves out."""
-    tied = {site.owner: site.aliases for site in known.sites} if known else {}
-    written = {module.path for module in made.factored}
-    for site in (placement.site for _, placement in saved.sites.values()):
-        others = [twin for twin in tied.get(site.owner, site.aliases) if twin not in written]
-        if others and site.owner in written:
-            yield (
-                f"{site.owner} is tied to {', '.join(others)}, not in the folder: PEFT, as the adapter here, adds to "
-                f"{site.owner} alone, and changes all of them when it merges"
-            )
-
-
-def _names(made: _Made) -> str:
-    """What to say of names that were taken as the adapter has them: PEFT looks for modules of just these names."""
-    return (
-        f"PEFT finds modules by name: load it onto a model that has {next(iter(made.factored)).path}; "
-        "given another model (--model), the export has the names of that one"
-    )
-
-
-def _assumed(paths: Sequence[str]) -> tuple[str, ...]:
-    """A note of weights whose layout nothing tells: PEFT adds to the wrong sides of a Conv1D that they are of."""
-    first = f"{counted(len(paths), 'weight')} ({', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''})"
-    return (f"{first}: taken to be stored as an nn.Linear is, outputs first; model= tells",) if paths else ()
-
-
-def _dilated(made: _Made, model: nn.Module | None) -> tuple[str, ...]:
-    """A note of convolutions whose dilation PEFT's own convolution does not have (as of 0.21)."""
-    if model is None:
-        return ()
-    convolutions = {m.path: module_at(model, m.path) for m in made.factored if m.kind == "conv"}
-    wide = [path for path, module in convolutions.items() if set(module.dilation) != {1}]  # type: ignore[arg-type]
-    return (f"PEFT forgets the dilation of {', '.join(wide)} unless it merges",) if wide else ()
 
 
 def _exact(saved: Saved) -> Saved:
@@ -198,19 +152,28 @@ def _exact(saved: Saved) -> Saved:
     return replace(saved, tensors=wide)
 
 
-def _make(
-    saved: Saved, modules: Sequence[Module], whole: nn.Module | None, known: SiteMap | None, options: _Options
-) -> tuple[_Made, tuple[str, ...]]:
-    """Factors, config and patterns; and the modules left out since their delta is zero."""
+def _found(
+    saved: Saved, modules: Sequence[Module], known: SiteMap | None, options: _Options
+) -> tuple[dict[Module, Factored], tuple[str, ...]]:
+    """The modules that are written, with their factors, and those left out since their delta is zero."""
     found: dict[Module, Factored] = {}
     for module in modules:
         options.tell(f"factors of {module.path}", len(found), len(modules))
         found[module] = _factored(saved, module, options.rank)
-    zero = tuple(module.path for module, factored in found.items() if not factored.rank)
-    found = {module: factored for module, factored in found.items() if factored.rank}
-    if not found:
+    if not any(factored.rank for factored in found.values()):
         raise AdapterError("every delta is zero: there is nothing to export", got=saved.where)
-    ranks = {module.path: factored.rank for module, factored in found.items()}
+    if options.zeros:
+        return found | {m: nothing(*m.flat) for m in siblings_of(modules, known)}, ()
+    zero = tuple(module.path for module, factored in found.items() if not factored.rank)
+    return {module: factored for module, factored in found.items() if factored.rank}, zero
+
+
+def _make(
+    saved: Saved, modules: Sequence[Module], whole: nn.Module | None, known: SiteMap | None, options: _Options
+) -> tuple[_Made, tuple[str, ...]]:
+    """Factors, config and patterns; and the modules left out since their delta is zero."""
+    found, zero = _found(saved, modules, known, options)
+    ranks = {module.path: factored.rank or 1 for module, factored in found.items()}
     rank = max(ranks.values())
     taken = taken_for_experts(ranks, whole)
     patterns = _patterns(ranks, taken) if options.layout == "compact" else {}
@@ -228,7 +191,8 @@ def _make(
         turned=all(module.kind == "linear" and module.layout == "in out" for module in found),
         trained=trained,
     ) | ({"target_parameters": [f"{path}.weight" for path in taken]} if taken else {})
-    return _Made(found, config, Folder(list(found), rank, patterns, trained.said, base), trained), zero
+    tables = tables_of(found, known, "" if whole is None else type(whole).__name__)
+    return _Made(found, config, Folder(list(found), rank, patterns, trained.said, base, tables), trained), zero
 
 
 def _patterns(ranks: Mapping[str, int], taken: Sequence[str]) -> dict[str, int]:
@@ -239,6 +203,10 @@ def _patterns(ranks: Mapping[str, int], taken: Sequence[str]) -> dict[str, int]:
 
 def _factored(saved: Saved, module: Module, rank: int | None) -> Factored:
     pair = module.factors(saved)
+    if pair is not None and rank is None and FROM_PEFT in saved.plan.notes and len(module.parts) == 1:
+        group, part = saved.sites[module.parts[0].path][0], module.parts[0]
+        if set(group.diagram.nodes) == {"core_out", "core_in"} and not part.turned and group.scale:
+            return unchanged(pair, group.scale)
     if pair is not None:
         return balanced(pair, rank)
     if rank is None:
@@ -270,7 +238,7 @@ def _tensors(made: _Made, dtype: torch.dtype, *, pad: bool) -> dict[str, Tensor]
     """Every key of the file with its tensor: A and B in PEFT's shapes, padded with zeros to one rank."""
     found: dict[str, Tensor] = {}
     for module, factored in made.factored.items():
-        more = made.folder.rank - factored.rank if pad else 0
+        more = made.folder.rank - factored.rank if pad else int(not factored.rank)
         a = torch.nn.functional.pad(factored.a, (0, 0, 0, more)).to(dtype)
         b = torch.nn.functional.pad(factored.b, (0, more)).to(dtype)
         if module.kind == "conv":

@@ -80,6 +80,17 @@ def balanced(pair: Pair, rank: int | None = None) -> Factored:
     return _kept(q_out @ u, s, q_in @ vh.mT, rank)
 
 
+def nothing(out: int, inp: int) -> Factored:
+    """The factors of no change at all, of rank 0."""
+    return Factored(torch.zeros(out, 0), torch.zeros(0, inp))
+
+
+def unchanged(pair: Pair, scale: float) -> Factored:
+    """The factors as they are, the scale in equal parts on both, as PEFT has it when it adds adapters up (linear)."""
+    root = abs(scale) ** 0.5
+    return Factored(pair[0] / root, pair[1] * root)
+
+
 def truncated(delta: Tensor, rank: int) -> Factored:
     """The best B A of a rank for a delta that has no factors.  Shape: (out, in)."""
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)

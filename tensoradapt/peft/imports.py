@@ -24,7 +24,7 @@ from tensoradapt.io.shards import open_shard
 from tensoradapt.layouts import EITHER, IN_OUT, OUT_IN
 from tensoradapt.paths import expand
 from tensoradapt.peft.attention import INNER, NOTE, as_added, is_parameter, weights_of
-from tensoradapt.peft.config import CONFIG, WEIGHTS, Config, read_config
+from tensoradapt.peft.config import CONFIG, FROM_PEFT, WEIGHTS, Config, read_config
 from tensoradapt.peft.families import FAMILIES, Found, projections
 from tensoradapt.peft.keys import EMBEDDINGS, HEADS, Keys, sort_keys
 from tensoradapt.peft.patterns import ends, targeted
@@ -59,7 +59,7 @@ def import_peft(path: str | Path, *, out: str | Path | None = None, model: Model
     whole = {name: tensors[key] for name, key in keys.extras.items()} | restored
     extras = {f"extra.{name}": tensor for name, tensor in whole.items()}
     plan = _plan(config, found, extras)
-    plan = replace(plan, notes=(*plan.notes, *config.notes, *compared, *notes, *guessed))
+    plan = replace(plan, notes=(*plan.notes, FROM_PEFT, *config.notes, *compared, *notes, *guessed))
     for note in (*config.notes, *compared, *notes, *guessed):
         warnings.warn(note, stacklevel=2)
     base = {"name": plan.model, "revision": config.values.get("revision") or ""}

@@ -5,14 +5,37 @@ Invariant: a server that is named gets a folder that it serves as it is meant, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.peft.keys import HEADS
 from tensoradapt.peft.modules import Module
+from tensoradapt.sites import SiteMap
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 _VLLM_HEADS = ("classifier", "score")
+
+
+STACKING = ("sglang", "tgi", "lorax")  # servers that want all of a stack, or a role in all layers
+# Of vLLM's classes, those that serve a LoRA on the embedding or the head: they have `embedding_modules`.
+_VLLM_TABLES = ("Llama", "Mistral", "Mixtral", "Granite", "GraniteMoe", "Exaone", "Nemotron", "Jamba", "Phi3")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The embeddings and heads among the modules, those of them that are tied, and the model's class, where known."""
+
+    paths: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
+    kind: str = ""
+
+
+def tables_of(modules: Iterable[Module], known: SiteMap | None, kind: str) -> Tables:
+    """The modules that hold a vocabulary: embeddings, and heads by their names; ties are the model's."""
+    paths = tuple(m.path for m in modules if m.kind == "embedding" or m.path.rpartition(".")[2] in HEADS)
+    tied = {site.owner for site in known.sites if site.aliases} if known else set()
+    return Tables(paths, tuple(path for path in paths if path in tied), kind)
 
 
 @dataclass(frozen=True)
@@ -24,6 +47,7 @@ class Folder:
     patterns: Mapping[str, int]
     saved: Sequence[str]
     base: str | None
+    tables: Tables
 
 
 def check(consumer: str | None, folder: Folder) -> None:
@@ -48,11 +72,32 @@ def _vllm(folder: Folder) -> list[str]:
         *([f"rank {folder.rank} is above {VLLM_RANKS[-1]}: rank= truncates"] if folder.rank > VLLM_RANKS[-1] else []),
         *(["older versions drop rank_pattern, and scale wrongly: layout portable"] if folder.patterns else []),
         *([f"modules trained whole are refused: {', '.join(heads)}"] if heads else []),
+        *_vllm_tables(folder.tables),
+    ]
+
+
+def _vllm_tables(tables: Tables) -> list[str]:
+    served = not tables.kind or tables.kind.removesuffix("ForCausalLM") in _VLLM_TABLES
+    says = f"vLLM's {tables.kind} has no LoRA of embeddings and heads: {', '.join(tables.paths)}"
+    return [says] if tables.paths and not served else []
+
+
+def _stacking(folder: Folder) -> list[str]:
+    """SGLang, TGI and LoRAX, as they are documented: LoRA of linear modules, one scale for all."""
+    tables = [module.path for module in folder.modules if module.kind == "embedding"]
+    return [
+        *_kernels(folder, "the server"),
+        *(["ranks by pattern are not read: layout portable"] if folder.patterns else []),
+        *([f"modules trained whole are refused: {', '.join(folder.saved)}"] if folder.saved else []),
+        *([f"no LoRA of an embedding is read: {', '.join(tables)}"] if tables else []),
     ]
 
 
 def _llama_cpp(folder: Folder) -> list[str]:
-    tied = [m.path for m in folder.modules if m.path.rpartition(".")[2] == "lm_head" and m.parts[0].path != m.path]
+    twins = [
+        m.path for m in folder.modules if m.path.rpartition(".")[2] in HEADS and m.parts and m.parts[0].path != m.path
+    ]
+    tied = dict.fromkeys((*twins, *folder.tables.tied))
     return [
         *_kernels(folder, "llama.cpp"),
         *(
@@ -61,7 +106,7 @@ def _llama_cpp(folder: Folder) -> list[str]:
             else []
         ),
         *([f"modules trained whole are refused: {', '.join(folder.saved)}"] if folder.saved else []),
-        *([f"{', '.join(tied)} is tied to the embedding"] if tied else []),
+        *([f"{', '.join(tied)}: tied, one tensor for embedding and head, and the reader aborts"] if tied else []),
     ]
 
 
@@ -70,7 +115,10 @@ def _kernels(folder: Folder, server: str) -> list[str]:
     return [f"{server} has no LoRA of convolutions: {', '.join(convolutions[:4])}"] if convolutions else []
 
 
-_CONSUMERS: Mapping[str, Callable[[Folder], list[str]]] = {"vllm": _vllm, "llama.cpp": _llama_cpp}
+_CONSUMERS: Mapping[str, Callable[[Folder], list[str]]] = {
+    **{"vllm": _vllm, "llama.cpp": _llama_cpp},
+    **dict.fromkeys(STACKING, _stacking),
+}
 
 
 def advice(folder: Folder) -> tuple[str, ...]:
@@ -78,5 +126,11 @@ def advice(folder: Folder) -> tuple[str, ...]:
     fits = next((rank for rank in VLLM_RANKS if rank >= folder.rank), None)
     vllm = f"vLLM: --enable-lora --max-lora-rank {fits}" if fits else f"vLLM serves ranks up to {VLLM_RANKS[-1]}"
     uneven = ("the ranks differ: PEFT and newer versions of vLLM alone read them right",) if folder.patterns else ()
+    tables = folder.tables
+    tie = (
+        ("llama.cpp aborts where the head is tied to the embedding: model= tells",)
+        if tables.paths and not tables.kind
+        else ()
+    )
     nameless = () if folder.base else ("no base is named: llama.cpp's converter wants --base, and servers its name",)
-    return (vllm, *uneven, *nameless)
+    return (vllm, *uneven, *tie, *nameless)

@@ -54,7 +54,7 @@ class Module:
     def delta(self, saved: Saved) -> Tensor:
         """The module's delta as a matrix, from the deltas of its sites."""
         deltas = [(part, saved.delta(part.path).flatten(1)) for part in self.parts]
-        whole = torch.zeros(self.flat, dtype=deltas[0][1].dtype)
+        whole = torch.zeros(self.flat, dtype=deltas[0][1].dtype if deltas else torch.float64)
         for part, delta in deltas:
             delta = delta.mT if part.turned else delta
             whole[part.start : part.start + len(delta)] += delta.cpu()

@@ -49,7 +49,7 @@ def errors_of(
     for module in modules:
         tell(f"{module.path}, read back", len(found), len(modules))
         ours = module.delta(saved).double()
-        found[module.path] = float((theirs(module).double() - ours).norm() / ours.norm())
+        found[module.path] = float((theirs(module).double() - ours).norm() / (ours.norm() or 1.0))
     for path, tensor in trained.tensors.items():
         if not torch.equal(held[f"{PREFIX}{trained.names[path]}"], tensor):
             raise FileError(f"{path} is not in {folder} as it was trained")
