@@ -240,6 +240,8 @@ def whole(it: Specimen, folder: Path, without: Sequence[str]) -> None:
     change({name: p for name, p in tuned.named_parameters() if name in it.matrices})
     nudge(tuned, set(it.matrices))
     result = ta.extract(it.base, tuned, ta.preset("lora", rank=RANK), folder)
+    if result.path is None:
+        raise Wrong(f"nothing was extracted: {result}")
     model = it.fresh()
     adapter = ta.load(result.path, model)
     adapter.merge()
@@ -275,8 +277,10 @@ JOBS: dict[str, Job] = {
 
 
 def everything(it: Specimen, without: Sequence[str], paths: Sequence[str] = ()) -> ta.Spec:
-    """A LoRA on every matrix of the model, by path."""
-    names = [n for name in it.matrices for n in (name, *it.tied.get(name, ()))]
+    """A LoRA on every matrix of the model, by path, but those of fused recurrent networks."""
+    fused = {path for path, module in it.base.named_modules() if isinstance(module, nn.RNNBase)}
+    mine = [name for name in it.matrices if name.rpartition(".")[0] not in fused]
+    names = [n for name in mine for n in (name, *it.tied.get(name, ()))]
     targets = paths or [name.removesuffix(".weight") for name in names]
     return ta.preset("lora", rank=RANK, targets=list(targets), exclude=list(without))
 
