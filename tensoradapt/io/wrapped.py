@@ -31,7 +31,7 @@ def _held(module: nn.Module) -> str | None:
         return None
     if not PARTS.isdisjoint(children.keys()):
         return next(name for name, _ in children.items() if name in PARTS)
-    return "module" if "module" in children and _holds(type(module)) else None
+    return "module" if "module" in children and _holds(type(module)) else None  # type: ignore[arg-type]  # classes are hashable
 
 
 @lru_cache(maxsize=4096)

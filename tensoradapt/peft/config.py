@@ -49,15 +49,9 @@ _REFUSED = {
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Methods that change no weight that PEFT could merge into: prompts, and modules that act beside the model's.
 _BY_INPUT = (
-    "PROMPT_TUNING",
-    "MULTITASK_PROMPT_TUNING",
-    "P_TUNING",
-    "PREFIX_TUNING",
-    "CPT",
-    "ADAPTION_PROMPT",
-    "CARTRIDGE",
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE"),
+    *("XLORA", "POLY", "LILY", "SHADOW", "alora_invocation_tokens", "arrow_config"),
 )
-_BY_INPUT += ("XLORA", "POLY", "LILY", "SHADOW", "alora_invocation_tokens", "arrow_config")
 BY_INPUT = "it changes no weight, and PEFT cannot merge it: serve it with PEFT, or train a LoRA"
 FROM_PEFT = "imported from a PEFT folder, whose factors an export keeps"
 MERGE_FIRST = "merge it with PEFT (merge_and_unload) and extract the delta of the merged model"
