@@ -41,7 +41,7 @@ def test_a_table_that_is_tied_is_refused_for_llama_cpp(target, tmp_path):
     apart = shaken(tiny.llama(), target)
     assert export_peft(apart, tmp_path / "out", consumer="llama.cpp").max_error < 1e-6
     bare = export_peft(apart.as_saved(), tmp_path / "bare", consumer="llama.cpp")
-    assert any("llama.cpp aborts where the head is tied" in note for note in bare.notes)
+    assert any("llama.cpp refuses this where the head is tied" in note for note in bare.notes)
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -83,7 +83,7 @@ def _vllm_tables(tables: Tables) -> list[str]:
 
 
 def _stacking(folder: Folder) -> list[str]:
-    """SGLang, TGI and LoRAX, as they are documented: LoRA of linear modules, one scale for all."""
+    """SGLang, TGI and LoRAX, as their loaders were read: LoRA of linear modules, one scale for all."""
     tables = [module.path for module in folder.modules if module.kind == "embedding"]
     return [
         *_kernels(folder, "the server"),
@@ -106,7 +106,7 @@ def _llama_cpp(folder: Folder) -> list[str]:
             else []
         ),
         *([f"modules trained whole are refused: {', '.join(folder.saved)}"] if folder.saved else []),
-        *([f"{', '.join(tied)}: tied, one tensor for embedding and head, and the reader aborts"] if tied else []),
+        *([f"{', '.join(tied)}: tied, one tensor for embedding and head, which llama.cpp refuses"] if tied else []),
     ]
 
 
@@ -128,7 +128,7 @@ def advice(folder: Folder) -> tuple[str, ...]:
     uneven = ("the ranks differ: PEFT and newer versions of vLLM alone read them right",) if folder.patterns else ()
     tables = folder.tables
     tie = (
-        ("llama.cpp aborts where the head is tied to the embedding: model= tells",)
+        ("llama.cpp refuses this where the head is tied to the embedding: model= tells",)
         if tables.paths and not tables.kind
         else ()
     )
