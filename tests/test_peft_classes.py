@@ -99,6 +99,52 @@ def test_what_peft_refuses_of_a_model_type_is_refused_by_name(name, tmp_path):
     assert export_peft(alone, tmp_path / "out").max_error < 1e-6
 
 
+class Listed(nn.Module):
+    """Calls its layers from a plain list, so that a layer put in a module's place is not called."""
+
+    def __init__(self, held=list) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.layers = held([self.first]) if held is not dict else {"a": self.first}
+
+    def forward(self, x):
+        layers = self.layers.values() if isinstance(self.layers, dict) else self.layers
+        for layer in layers:
+            x = layer(x)
+        return self.last(x)
+
+
+class Twice(nn.Module):
+    """Calls one module by two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.again = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.again(self.first(x)))
+
+
+@pytest.mark.parametrize("make", [Listed, lambda: Listed(tuple), lambda: Listed(dict), Twice])
+def test_a_module_that_is_called_from_two_places_is_refused_where_peft_wraps_one(make, tmp_path):
+    adapter = shaken(make(), ["first", "last"])
+    with pytest.raises(ta.AdapterError, match=r"(?s)first in one of its places alone.*(layers|again)"):
+        export_peft(adapter, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    model = make()
+    alone = shaken(model, ["last"])
+    export_peft(alone, tmp_path / "out")
+    x = tiny.noise(3, 4)
+    torch.testing.assert_close(PeftModel.from_pretrained(make_alike(model, make), tmp_path / "out")(x), model(x))
+
+
+def make_alike(model: nn.Module, make) -> nn.Module:
+    made = make()
+    made.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("tensoradapt")})
+    return made
+
+
 def test_without_a_model_the_export_says_that_only_the_file_was_checked(tmp_path):
     shaken(tiny.llama(), ["q_proj"]).save(tmp_path / "saved")
     result = export_peft(tmp_path / "saved", tmp_path / "out")

@@ -101,7 +101,8 @@ def _check_targets(config: Config, keys: Keys, live: Mapping[str, Site] | None) 
             got=str(values.get("target_modules"))[:200],
             hint="add it to target_modules, or remove its keys",
         )
-    absent = [path for path in live or () if path not in keys.modules and _targeted(config, path)]
+    modules = [path for path, site in (live or {}).items() if site.tensor != path]  # a bare parameter is no target
+    absent = [path for path in modules if path not in keys.modules and _targeted(config, path)]
     if absent and values.get("target_modules") not in (None, [], "all-linear"):
         raise FileError(f"target_modules in {file} names {absent[0]}, and the folder has no factors of it")
     names = values.get("target_modules")

@@ -65,6 +65,7 @@ def reopened(folder: Path, modules: Sequence[Module], trained: Trained, model: n
     if model is not None:
         loaded = _opened(folder, emptied(model, trained.tensors))
         _check_received(loaded, modules)
+        _check_shared(loaded)
         _check_trained(loaded, trained)
         return f"PEFT {version('peft')} on {type(model).__name__}", _by_layers(loaded)
     clash = nn.Module()
@@ -122,6 +123,29 @@ def _check_received(loaded: nn.Module, modules: Sequence[Module]) -> None:
                 got=f"{len(wrong)} modules: {', '.join(wrong[:4])}",
                 hint=LEFT_OUT,
             )
+
+
+def _check_shared(loaded: nn.Module) -> None:
+    """No module that PEFT wraps is called from a place where the wrapper does not stand: another name, a plain list."""
+    everywhere = dict(loaded.named_modules(remove_duplicate=False))
+    inside = {id(layer.base_layer): path for path, layer in everywhere.items() if _holds(layer)}
+    places = [(path, module) for path, module in everywhere.items() if not path.endswith(".base_layer")]
+    places += [(f"{path}.{name}", held) for path, module in everywhere.items() for name, held in _listed(module)]
+    other, wrapped = next(((place, inside[id(held)]) for place, held in places if id(held) in inside), ("", ""))
+    if other:
+        raise AdapterError(
+            f"PEFT adapts {wrapped} in one of its places alone: nothing was written",
+            got=f"the module is in {other} too, which would call it without its delta",
+            hint=LEFT_OUT,
+        )
+
+
+def _listed(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module holds in attributes that are no modules of its own: lists of layers, say."""
+    for name, value in vars(module).items():
+        if name != "_modules":
+            held = value.values() if hasattr(value, "values") else value if isinstance(value, list | tuple) else [value]
+            yield from ((name, each) for each in held if isinstance(each, nn.Module))
 
 
 def _check_trained(loaded: nn.Module, trained: Trained) -> None:
