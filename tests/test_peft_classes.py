@@ -121,6 +121,7 @@ class Twice(nn.Module):
         super().__init__()
         self.first = self.again = nn.Linear(4, 4)
         self.last = nn.Linear(4, 4)
+        self.scales = torch.ones(2)  # a tensor has a method `values`, and is no mapping
 
     def forward(self, x):
         return self.last(self.again(self.first(x)))

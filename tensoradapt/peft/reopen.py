@@ -144,7 +144,8 @@ def _listed(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module holds in attributes that are no modules of its own: lists of layers, say."""
     for name, value in vars(module).items():
         if name != "_modules":
-            held = value.values() if hasattr(value, "values") else value if isinstance(value, list | tuple) else [value]
+            several = value.values() if isinstance(value, Mapping) else value
+            held = several if isinstance(value, Mapping | list | tuple) else [value]
             yield from ((name, each) for each in held if isinstance(each, nn.Module))
 
 
