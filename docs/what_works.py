@@ -70,13 +70,19 @@ def _table(section: str, notes: dict[str, int]) -> str:
         ]
         rows.setdefault(tuple(cells), []).append(f"`{name}`")
     whole = rows.pop(("✓",) * len(COLUMNS), [])
-    head = f"| model | {' | '.join(COLUMNS)} |\n| --- |{' :---: |' * len(COLUMNS)}"
+    shown = [k for k in range(len(COLUMNS)) if any(cells[k] != "✓" for cells in rows)]
+    names = [list(COLUMNS)[k] for k in shown]
+    head = f"| model | {' | '.join(names)} |\n| --- |{' :---: |' * len(shown)}"
     body = [
-        f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()
+        f"| {', '.join(models)} | {' | '.join(cells[k] for k in shown)} |"
+        for cells, models in rows.items()
     ]
     parts = [f"## {section[0].upper()}{section[1:]}"]
     parts += [f"A tick in every column: {', '.join(whole)}."] if whole else []
-    parts += ["\n".join([head, *body])] if body else []
+    others = (
+        "The others have one" if whole else "A tick"
+    ) + " in every column that is not shown:"
+    parts += ["\n".join([others, "", head, *body])] if body else []
     return "\n\n".join(parts)
 
 
