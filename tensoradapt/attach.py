@@ -25,7 +25,7 @@ from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
 from tensoradapt.io.conversion import conversion_of, named_as
 from tensoradapt.io.renamed import fitted
 from tensoradapt.io.saved import Savable, as_saved
-from tensoradapt.layouts import IN_OUT, KNOWN, turns, viewed
+from tensoradapt.layouts import KNOWN, crossed, turns, viewed
 from tensoradapt.lower import Line, line
 from tensoradapt.merging import plain_weight
 from tensoradapt.offload import Within, loader_of
@@ -179,8 +179,7 @@ def _live(saved: Site, mine: Site, *, turned: bool) -> Site:
 
 def _joined(group: Group, placement: Placement, twin: Site, *, turned: bool) -> tuple[Group, Site, Line]:
     """The line of a tied module: the same tensor, the other way round where the layouts differ."""
-    crossed = (twin.layout == IN_OUT) != (placement.site.layout == IN_OUT)
-    return group, twin, line(group, placement, twin.kind, transpose=crossed != turned)
+    return group, twin, line(group, placement, twin.kind, transpose=crossed(twin, placement.site) != turned)
 
 
 def _check_apart(model: nn.Module, plan: Plan) -> None:

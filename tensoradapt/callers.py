@@ -9,6 +9,7 @@ from torch import nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import SiteError
+from tensoradapt.io.names import upwards
 from tensoradapt.passes import Held
 from tensoradapt.scan import module_at, owner_of, parameter_of
 from tensoradapt.sites import SiteMap
@@ -43,8 +44,7 @@ def _own_caller(model: nn.Module, parameter: str, *, needed: bool) -> list[str]:
 
 def _above(path: str) -> list[str]:
     """The modules that a parameter lies in, by path, its owner first and the model last."""
-    parts = path.split(".")[:-1]
-    return [".".join(parts[:k]) for k in reversed(range(len(parts) + 1))]
+    return [*upwards(path)][1:]
 
 
 def held_by(model: nn.Module, adapter: Adapter) -> tuple[Held, ...]:

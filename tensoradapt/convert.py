@@ -26,7 +26,7 @@ from tensoradapt.extract.work import Done, Work
 from tensoradapt.init import WEIGHT
 from tensoradapt.io.native import file_of
 from tensoradapt.io.saved import Savable, Saved, filled
-from tensoradapt.layouts import IN_OUT
+from tensoradapt.layouts import crossed
 from tensoradapt.linalg import Dense, Product, Slice, empty
 from tensoradapt.peft import open_adapter
 from tensoradapt.plan import Plan
@@ -167,7 +167,7 @@ class _Conversion(Work):
             raise SiteError(f"{site.path} is no site of the adapter", hint="convert keeps sites as they are: no parts")
         group, placement = self.source.sites[site.path]
         pair = self.source.chain(site.path).low_rank
-        turned = (site.layout == IN_OUT) != (placement.site.layout == IN_OUT)  # stated by a rule
+        turned = crossed(site, placement.site)  # stated by a rule
         if pair is None:
             delta = flat(self.source.delta(site.path)).to(self.like)
             return Dense(delta.mT.contiguous() if turned else delta)

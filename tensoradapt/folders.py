@@ -38,6 +38,7 @@ from tensoradapt.merging import Rows, add_rows, rows_of, view
 from tensoradapt.paths import expand
 from tensoradapt.scan import Model, scan
 from tensoradapt.sites import Site, SiteMap
+from tensoradapt.tables import first_of
 
 SHOWN = 5  # names in an error or a note
 KEPT = 4  # tensors that were made before it is their turn to be written
@@ -309,4 +310,4 @@ def _check_written(folder: Path, source: Checkpoint, added: Mapping[str, Tensor]
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return first_of(names, SHOWN)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from tensoradapt.io.names import upwards
 from tensoradapt.sites import Heads
 
 COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads")
@@ -36,11 +37,11 @@ def _around(modules: Mapping[str, nn.Module]) -> dict[str, Heads]:
     said = {path: found for path, module in modules.items() if any(found := _own(module))}
     under: dict[str, set[Heads]] = {}
     for path, found in said.items():
-        for above in _upwards(path):
+        for above in upwards(path):
             under.setdefault(above, set()).add(found)
     result = {}
     for path in modules:
-        near = next((above for above in _upwards(path) if above in under), None)
+        near = next((above for above in upwards(path) if above in under), None)
         if near in said:
             result[path] = said[near]
         elif near is not None and len(under[near]) == 1:
@@ -71,11 +72,3 @@ def _read(holder: Any, name: str) -> Any:
     with suppress(Exception):
         return getattr(holder, name, None)
     return None
-
-
-def _upwards(path: str) -> Iterator[str]:
-    """A path, and all that it lies in, to the model itself."""
-    yield path
-    while path:
-        path = path.rpartition(".")[0]
-        yield path

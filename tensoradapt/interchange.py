@@ -221,6 +221,11 @@ def values_for(group: str, held: Mapping[str, Tensor], given: Mapping[str, Any])
     return made
 
 
+def rounded(held: Mapping[str, Tensor], computed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values that were computed in more digits, in the dtypes of those held: there is nothing to warn of."""
+    return {node: tensor.to(held[node].dtype) for node, tensor in computed.items()}
+
+
 def _fitted(what: str, tensor: Tensor, held: Tensor) -> Tensor:
     """A tensor in the dtype and on the device of another. Raises ShapeError where that cannot hold its numbers."""
     if tensor.is_complex():

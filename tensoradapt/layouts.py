@@ -47,6 +47,11 @@ def turns(saved: Site, here: Site, where: str = "the adapter") -> bool:
     return turned
 
 
+def crossed(one: Site, two: Site) -> bool:
+    """Whether the deltas of two sites lie the other way round in one stored tensor, as their layouts say."""
+    return (one.layout == IN_OUT) != (two.layout == IN_OUT)
+
+
 def fits(saved: Site, here: Site) -> bool:
     """Whether a saved site can be a part of `here`, one way round or the other."""
     return any(_fits(saved, here, turned=turned) for turned in (False, True))
@@ -68,8 +73,8 @@ def viewed(saved: Site, here: Site, where: str = "the adapter") -> Site:
 
     Raises FileError as `turns` does.
     """
-    crossed = turns(saved, here, where) != (here.layout == IN_OUT)
-    return replace(saved, layout=IN_OUT if crossed else OUT_IN)
+    inside = turns(saved, here, where) != (here.layout == IN_OUT)
+    return replace(saved, layout=IN_OUT if inside else OUT_IN)
 
 
 def _said(saved: Site, here: Site) -> bool | None:
@@ -79,7 +84,7 @@ def _said(saved: Site, here: Site) -> bool | None:
         return False
     if _is_table(saved) != _is_table(here) or _are_twins(saved, here):  # what they share is the tensor
         tells = EITHER not in both or saved.shape == saved.shape[::-1]
-        return (saved.layout == IN_OUT) != (here.layout == IN_OUT) if tells else None
+        return crossed(saved, here) if tells else None
     if both <= set(KNOWN):
         return False
     if EITHER in both:

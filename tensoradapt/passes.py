@@ -23,6 +23,7 @@ from tensoradapt.errors import AdapterError
 from tensoradapt.quantised import is_plain
 from tensoradapt.readers import ASKS, LIKE
 from tensoradapt.scan import owner_of
+from tensoradapt.tables import first_of
 
 SHOWN = 6  # paths in a message
 
@@ -79,7 +80,7 @@ NEXT = "attach with delivery='weight', or delivery={target: 'weight'}, in the sp
 
 def listed(paths: Sequence[str]) -> str:
     """Paths, the first of many."""
-    return ", ".join(paths[:SHOWN]) + (f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else "")
+    return first_of(paths, SHOWN)
 
 
 class _Counting(TorchFunctionMode):

@@ -42,12 +42,18 @@ def scan(model: Model) -> SiteMap:
 
     A hub id, `org/name` or `org/name@revision`, is looked for in the local cache. Raises FileError.
     """
-    if isinstance(model, SiteMap):
-        return model
+    return told_by(model)[1]
+
+
+def told_by(model: Model) -> tuple[nn.Module | None, SiteMap]:
+    """The module that a model means, itself or what its config describes on the meta device, and its sites.
+
+    No module where shapes alone are known: a mapping, or files without a config. Raises FileError.
+    """
     if isinstance(model, nn.Module):
-        return scan_module(model)
-    if isinstance(model, Mapping):
-        return from_mapping(model)
+        return model, scan_module(model)
+    if isinstance(model, SiteMap | Mapping):
+        return None, model if isinstance(model, SiteMap) else from_mapping(model)
     given: Any = model
     if not isinstance(given, str | Path):
         swapped = "the spec comes first: ta.plan(spec, model)" if isinstance(given, Spec | Rule) else None
@@ -55,11 +61,12 @@ def scan(model: Model) -> SiteMap:
     path = expand(model)
     config = config_in(path)
     if config is not None:
-        return described_by(config)[1]
+        return described_by(config)
     if path.exists():
-        return from_headers(path, plain_names)
+        return None, from_headers(path, plain_names)
     folder, name, _ = cached(str(model), None, "model", SOURCES)
-    return replace(scan(folder), name=name)
+    module, found = told_by(folder)
+    return module, replace(found, name=name)
 
 
 def plan(spec: SpecLike, model: Model, *, progress: Progress | None = None) -> Plan:
@@ -105,22 +112,6 @@ def config_in(path: Path) -> Path | None:
     with suppress(OSError, ValueError, RecursionError):
         foreign = path != config and "_class_name" in read_object(config.read_bytes())
     return None if foreign else config
-
-
-def module_of(model: Model) -> nn.Module | None:
-    """The module that a model means: itself, or the class that its config describes, built on the meta device.
-
-    None where shapes alone are known: a mapping, or files without a config. Raises FileError.
-    """
-    if isinstance(model, nn.Module):
-        return model
-    if isinstance(model, SiteMap | Mapping):
-        return None
-    path = expand(model)
-    config = config_in(path)
-    if config is not None:
-        return _built(config)
-    return None if path.exists() else module_of(cached(str(model), None, "model", SOURCES)[0])
 
 
 def described_by(path: Path) -> tuple[nn.Module, SiteMap]:

@@ -8,6 +8,11 @@ from collections.abc import Sequence
 WIDTH = 80
 
 
+def first_of(names: Sequence[str], limit: int) -> str:
+    """Names in a line, the first of many: `a, b and 3 more`."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def columns(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, text: Sequence[str] = (), drop: Sequence[str] = ()
 ) -> list[str]:

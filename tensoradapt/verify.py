@@ -21,6 +21,7 @@ from tensoradapt.errors import FileError, SpecError
 from tensoradapt.extract.holding import gaps
 from tensoradapt.extract.whole import change_of
 from tensoradapt.extract.words import apart, counted, little, percent, wrapped
+from tensoradapt.fit.policy import squares
 from tensoradapt.folders import delta_rows
 from tensoradapt.io.conversion import named_as
 from tensoradapt.io.finding import finder
@@ -28,7 +29,6 @@ from tensoradapt.io.pairs import Deltas
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved, filled
 from tensoradapt.layouts import turns
-from tensoradapt.linalg import norms
 from tensoradapt.merging import add_rows
 from tensoradapt.plots.unmatched import equal
 from tensoradapt.sites import Site
@@ -290,9 +290,3 @@ class _Run:
         """The base's tensor of a name of the tuned side."""
         names = self.deltas.match.names
         return self.deltas.base.read(names[name]) if name in names else None
-
-
-def squares(tensor: Tensor) -> float:
-    """The sum of the squares, in float64 over the rows."""
-    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[None]
-    return float(norms(rows).square().sum())

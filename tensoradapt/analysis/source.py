@@ -21,7 +21,7 @@ from tensoradapt.io.conversion import Conversion, conversion_of, converted
 from tensoradapt.io.pairs import Deltas, open_deltas
 from tensoradapt.io.ties import with_ties
 from tensoradapt.plots.unmatched import unmatched
-from tensoradapt.scan import config_in, described_by, module_of, scan
+from tensoradapt.scan import config_in, described_by, scan, told_by
 from tensoradapt.sites import SiteMap
 
 ENOUGH = 0.9  # below this share of the smaller side's weights a warning says how many have a counterpart
@@ -109,7 +109,7 @@ class About:
 
 def _given(model: Any) -> About:
     """The model that both sides are of, as the user says."""
-    known, module = scan(model), module_of(model)
+    module, known = told_by(model)
     conversion = None if module is None else conversion_of(module)
     return About(known, (known, known), (conversion, conversion))
 

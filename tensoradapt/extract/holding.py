@@ -13,7 +13,7 @@ from typing import Any
 from tensoradapt.extract.whole import Whole
 from tensoradapt.fit.policy import squares
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.layouts import IN_OUT
+from tensoradapt.layouts import crossed
 from tensoradapt.sites import Site
 
 UNTARGETED = "not among the targets"
@@ -106,7 +106,7 @@ def _uncovered(deltas: Deltas, site: Site, rows: Sequence[Fitted]) -> float:
     if None in ranges:
         return 0.0
     whole = deltas.delta(site.path).flatten(1)
-    if any((row.site.layout == IN_OUT) != (site.layout == IN_OUT) for row in rows):  # stated by a rule
+    if any(crossed(row.site, site) for row in rows):  # stated by a rule
         whole = whole.mT
     return math.fsum(squares(whole[begin:end]) for begin, end in gaps([r for r in ranges if r], len(whole)))
 

@@ -32,7 +32,7 @@ from tensoradapt.fit.stream import Stream
 from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.layouts import IN_OUT
+from tensoradapt.layouts import crossed
 from tensoradapt.linalg import SOLO, Dense, Slice, Team
 from tensoradapt.plan import Plan
 from tensoradapt.rows import Factor, factor_of
@@ -137,8 +137,7 @@ class Work:
 
     def stream(self, slices: Slices) -> Stream:
         """The deltas of a group as a fit reads them, near 1."""
-        known = self._known_squares(slices.group)
-        return slices.stream(self.seed, math.sqrt(self._square(slices) if known is None else math.fsum(known)))
+        return slices.stream(self.seed, math.sqrt(self._square(slices)))
 
     def _known_squares(self, group: Group) -> list[float] | None:
         """The squared norms of a group's deltas, where all of them are whole tensors that were read before."""
@@ -149,7 +148,10 @@ class Work:
         return [found.get(name, 0.0) for name in names] if any(name in found for name in names) else None
 
     def _square(self, slices: Slices) -> float:
-        """The squared norm of a group's deltas."""
+        """The squared norm of a group's deltas, measured where it is not known."""
+        known = self._known_squares(slices.group)
+        if known is not None:
+            return math.fsum(known)
         mine = math.fsum(slices.slice(placement).square for placement in slices.mine)
         return float(slices.team.add(torch.tensor(mine, dtype=torch.float64)))
 
@@ -168,7 +170,7 @@ class Work:
     def _view(self, whole: Tensor, site: Site) -> Tensor:
         """What a site of the plan is of a stored one: its rows, in its layout."""
         part = flat(whole)
-        if (site.layout == IN_OUT) != (self.stored(site).layout == IN_OUT):  # stated by a rule
+        if crossed(site, self.stored(site)):  # stated by a rule
             part = part.mT.contiguous()
         return part if site.rows is None else part[site.rows[0] : site.rows[1]]
 

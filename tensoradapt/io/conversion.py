@@ -23,6 +23,7 @@ from tensoradapt.io.renamed import renamed
 from tensoradapt.io.saved import Saved
 from tensoradapt.io.views import Key, Piece, View, as_it_is
 from tensoradapt.io.wrapped import inside
+from tensoradapt.tables import first_of
 
 # Operations of transformers that only move entries: whatever is linear is converted by them as a weight is.
 MOVES = frozenset(
@@ -176,7 +177,7 @@ def _said(refused: Mapping[str, str]) -> list[str]:
     for name, reason in refused.items():
         reasons.setdefault(reason, []).append(name)
     return [
-        f"{', '.join(names[:SHOWN])}{f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''} cannot be read "
+        f"{first_of(names, SHOWN)} cannot be read "
         f"under this name: {reason}; load the model and save it again, or give the loaded model itself"
         for reason, names in reasons.items()
     ]

@@ -61,6 +61,14 @@ def distinct(found: dict[str, str]) -> dict[str, str]:
     return found
 
 
+def upwards(path: str) -> Iterator[str]:
+    """A path, and all that it lies in, to the model itself, whose path is empty."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
 def unmerged(names: Iterable[str]) -> str | None:
     """The first name of a tensor that PEFT holds beside the model's own, or of a weight that it has put aside."""
     return next((name for name in names if set(name.split(".")) & PEFT_PARTS), None)

@@ -156,6 +156,7 @@ def _stated(saved: Saved, model: SiteMap) -> Saved:
     guessed = next((note for note in saved.plan.notes if note.endswith(TELLS)), None)
 
     def stated(site: Site) -> Site:
+        """The site with the model's layout where its own was not known."""
         here = live[site.owner, site.index]
         if _is_flat_kernel(site, here):
             return replace(site, shape=here.shape, kind=here.kind, dims=here.dims, layout=here.layout)

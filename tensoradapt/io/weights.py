@@ -174,10 +174,6 @@ def _named(site: Site, name: str, shape: Shape) -> Site:
     )
 
 
-def _distinct(*names: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
-
-
 def _told(site: Site, name: str, stored: Shape) -> Site:
     """The site with the shape that is stored; a 1-D convolution has a kernel of one row.
 

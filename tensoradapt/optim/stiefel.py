@@ -17,6 +17,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.change.install import parameters_of
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.gauge import retract_polar, retract_qr, stiefel_tangent
+from tensoradapt.interchange import rounded
 from tensoradapt.optim.frames import Frame, frames_of, is_orthonormal, orthonormal
 from tensoradapt.optim.wrapper import Wrapper
 
@@ -78,8 +79,7 @@ class Stiefel(Wrapper):
         if self.adapter.merged:
             raise AdapterError(f"adapter {self.adapter.name!r} is merged into the weights", hint="unmerge() first")
         for group, tensors in orthonormal(self.adapter, self.frames, seed).items():
-            held = self.adapter.factors(group)
-            self.adapter.set_factors(group, {node: tensor.to(held[node].dtype) for node, tensor in tensors.items()})
+            self.adapter.set_factors(group, rounded(self.adapter.factors(group), tensors))
 
     def _factor(self, frame: Frame) -> Tensor:
         return self.adapter.factors(frame.group)[frame.edge.child]

@@ -40,7 +40,7 @@ from tensoradapt.peft.siblings import siblings_of
 from tensoradapt.peft.taken import taken_for_experts
 from tensoradapt.peft.trained import Trained, check_head, trained_of
 from tensoradapt.peft.within import seen_from_within
-from tensoradapt.scan import Model, module_of, scan
+from tensoradapt.scan import Model, scan, told_by
 from tensoradapt.sites import SiteMap
 
 LAYOUTS = ("portable", "compact")
@@ -118,9 +118,12 @@ def export_peft(  # noqa: PLR0913
     options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, zeros, progress)
     check_free(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite)
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
+    if model is not None and not isinstance(model, nn.Module):
+        module, sites = told_by(model)
+        model = sites if module is None else module
     saved, model = seen_from_within(_exact(filled(open_adapter(source), "export")), model)
-    whole = None if model is None else module_of(model)
-    known = None if model is None else scan(model if whole is None else whole)
+    whole = model if isinstance(model, nn.Module) else None
+    known = None if model is None else scan(model)
     saved = saved if known is None else with_twins(saved, known)
     modules = modules_of(saved, known)
     made, zero = _make(saved, modules, whole, known, options)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved
-from tensoradapt.layouts import AS_STORED, IN_OUT, KNOWN, OUT_IN, READ, UNSURE, check_rows, fits, turns
+from tensoradapt.layouts import AS_STORED, KNOWN, OUT_IN, READ, UNSURE, check_rows, crossed, fits, turns
 from tensoradapt.peft.factors import Pair, factors_of
 from tensoradapt.peft.keys import EMBEDDINGS
 from tensoradapt.sites import Site, SiteMap
@@ -146,9 +146,9 @@ def _modules(group: Group, site: Site, live: Mapping[str, Site] | None, where: s
                 f"{twin} is tied to {site.path}, and what it is cannot be told without the model", hint="give model="
             )
         other = live[twin]
-        crossed = (other.layout == IN_OUT) != (here.layout == IN_OUT)
-        sides = shape[::-1] if crossed else shape
-        made.append(Module(twin, other.kind, other.layout, sides, (Part(site.path, 0, turned != crossed),)))
+        across = crossed(other, here)
+        sides = shape[::-1] if across else shape
+        made.append(Module(twin, other.kind, other.layout, sides, (Part(site.path, 0, turned != across),)))
     return made
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tensoradapt.errors import AdapterError
+from tensoradapt.io.names import upwards
 
 # The modules that PEFT trains whole by itself, as it looks for them: by the end of their names.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -55,25 +56,24 @@ def _whole(owner: str, leaf: str, extras: Collection[str], parameters: Collectio
     """The largest module around a parameter of which all is trained; empty where there is none."""
     if not parameters:
         siblings = [path for path in extras if path.rpartition(".")[0] == owner]
-        head = next((up for up in _upwards(owner) if up.endswith(sum(HEADS.values(), ()))), owner)
+        head = next((up for up in _modules(owner) if up.endswith(sum(HEADS.values(), ()))), owner)
         return "" if leaf == "bias" and len(siblings) == 1 else head
     found = ""
-    for module in _upwards(owner):
+    for module in _modules(owner):
         if not all(path in extras for path in parameters if path.startswith(f"{module}.")):
             break
         found = module
     return found
 
 
-def _upwards(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
+def _modules(path: str) -> Iterator[str]:
+    """A module and all that it lies in, but the model itself."""
+    return filter(None, upwards(path))
 
 
 def _alone(module: str, extras: Collection[str], parameters: Collection[str]) -> bool:
     """Whether PEFT, which looks for the end of a name, takes no other module for this one."""
-    others = {owner for path in parameters if path not in extras for owner in _upwards(path.rpartition(".")[0])}
+    others = {owner for path in parameters if path not in extras for owner in _modules(path.rpartition(".")[0])}
     return not any(other.endswith(module) for other in others)
 
 
@@ -86,7 +86,7 @@ def check_head(task: str | None, trained: Trained, parameters: Collection[str]) 
     if task not in HEADS:
         return
     ends = HEADS[task]
-    heads = [path for path in parameters or trained.tensors if any(up.endswith(ends) for up in _upwards(path))]
+    heads = [path for path in parameters or trained.tensors if any(up.endswith(ends) for up in _modules(path))]
     lacking = [path for path in heads if path not in trained.tensors]
     if lacking or not heads:
         raise AdapterError(

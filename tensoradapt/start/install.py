@@ -15,6 +15,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.attach import lines_of
 from tensoradapt.errors import AdapterError, RankError, SpecError
 from tensoradapt.grouping import Group
+from tensoradapt.interchange import rounded
 from tensoradapt.laws import BALANCED
 from tensoradapt.plan import START, Plan
 from tensoradapt.spec import Rule
@@ -39,8 +40,7 @@ def install(adapter: Adapter, begun: Begun) -> None:
     for group in plan.groups:
         _check(group, begun.factors[group.name])
     for name, factors in begun.factors.items():
-        held = adapter.factors(name)
-        adapter.set_factors(name, {node: tensor.to(held[node].dtype) for node, tensor in factors.items()})
+        adapter.set_factors(name, rounded(adapter.factors(name), factors))
     for key, factor in plan.factors.items():
         _copy(adapter, key, copied=factor.copied)
     adapter.replan(plan, lines)
