@@ -131,18 +131,7 @@ def test_attached_is_what_merging_does(make, preset):
     model = Host(make(8, 6)).eval()
     before = model(X).detach()
     adapter = ta.attach(model, ta.preset(preset[0], **preset[1], targets=["inner"]))
-    assert torch.equal(model(X), before)
-    tiny.shake(adapter)
-    attached = model(X)
-    attached.square().sum().backward()
-    assert all(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters() if p.requires_grad)
-    adapter.merge()
-    merged = model(X)
-    assert torch.allclose(attached, merged, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(merged, before, atol=1e-3)
-    adapter.unmerge()
-    adapter.detach()
-    assert torch.equal(model(X), before)
+    tiny.assert_merged_is_attached(model, adapter, before, X)
 
 
 class Block(nn.Module):

@@ -164,16 +164,7 @@ def test_what_another_module_reads_has_the_delta(make, training):
     model = hosted(make).train(training)
     before = model(X).detach()
     adapter = ta.attach(model, ta.preset("lora", rank=2, targets=["re:.*child.*"]))
-    assert torch.equal(model(X), before)
-    tiny.shake(adapter)
-    attached = model(X)
-    attached.square().sum().backward()
-    assert all(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters() if p.requires_grad)
-    adapter.merge()
-    assert torch.allclose(model(X), attached, atol=1e-5) and not torch.allclose(attached, before, atol=1e-3)
-    adapter.unmerge()
-    adapter.detach()
-    assert torch.equal(model(X), before)
+    tiny.assert_merged_is_attached(model, adapter, before, X)
 
 
 class Asks(Reads):

@@ -88,6 +88,16 @@ def sides(form, base, tuned, place):
     return found
 
 
+def assert_as_tuned(model, expected, place) -> None:
+    """Loaded, merged, and merged into the base's folder, the adapter in a place gives what the tuned model does."""
+    adapter = ta.load(place / "adapter", model)
+    assert close(outputs(model), expected)
+    adapter.merge_and_detach()
+    assert close(outputs(model), expected)
+    merge_folder(place / "base", place / "adapter", place / "merged")
+    assert close(outputs(type(model).from_pretrained(place / "merged")), expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", MODELS)
 def test_a_tied_weight_is_extracted_for_all_of_its_modules(case, form, tmp_path):
@@ -99,13 +109,7 @@ def test_a_tied_weight_is_extracted_for_all_of_its_modules(case, form, tmp_path)
     given = sides(form, base, tuned, tmp_path)
     result = ta.extract(*given, ta.preset("lora", rank=16, targets=[name]), tmp_path / "adapter")
     assert result.whole_error < 1e-5 and result.plan.num_sites == 1 and result.change.changed_tensors == 1
-    model = make()
-    adapter = ta.load(tmp_path / "adapter", model)
-    assert close(outputs(model), expected)
-    adapter.merge_and_detach()
-    assert close(outputs(model), expected)
-    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert close(outputs(type(model).from_pretrained(tmp_path / "merged")), expected)
+    assert_as_tuned(make(), expected, tmp_path)
     found = verify(tmp_path / "adapter", *given)
     assert found.whole_error < 1e-5 and list(found.sites) == [result.plan.groups[0].paths[0]]
 
@@ -166,13 +170,7 @@ def test_a_head_that_was_tied_by_tuning_has_a_delta_of_its_own(case, form, tmp_p
     result = ta.extract(*given, ta.preset("lora", rank=16), tmp_path / "adapter")
     assert result.whole_error < 1e-5
     assert any("tied in the tuned side" in note for note in result.notes)
-    model = head_tuned(make())
-    adapter = ta.load(tmp_path / "adapter", model)
-    assert close(outputs(model), expected)
-    adapter.merge_and_detach()
-    assert close(outputs(model), expected)
-    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    assert close(outputs(type(model).from_pretrained(tmp_path / "merged")), expected)
+    assert_as_tuned(head_tuned(make()), expected, tmp_path)
     assert verify(tmp_path / "adapter", *given).whole_error < 1e-5
 
 

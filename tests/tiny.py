@@ -80,6 +80,22 @@ def shake(adapter, size: float = 0.3, seed: int = 0) -> None:
                 tensor.add_(size * torch.randn(tensor.shape, generator=generator).to(tensor))
 
 
+def assert_merged_is_attached(model: nn.Module, adapter, before: torch.Tensor, x: torch.Tensor) -> None:
+    """What an adapter does when attached is what merging does; every factor is trained; nothing is left of it."""
+    assert torch.equal(model(x), before)
+    shake(adapter)
+    attached = model(x)
+    attached.square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters() if p.requires_grad)
+    adapter.merge()
+    merged = model(x)
+    assert torch.allclose(attached, merged, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(merged, before, atol=1e-3) and not torch.allclose(attached, before, atol=1e-3)
+    adapter.unmerge()
+    adapter.detach()
+    assert torch.equal(model(x), before)
+
+
 def base_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the base's tensors, by name."""
     return {n: t.detach().clone() for n, t in model.state_dict().items() if not n.startswith("tensoradapt.")}
