@@ -222,19 +222,21 @@ COMMANDS = {
     "convert": "adapter --preset lotr --rank 2 --out new",
     "verify": "adapter base tuned",
     "merge": "base adapter --out merged",
-    "export": "adapter --to peft --out served",
+    "export": "layers --to peft --out served",  # embeddings without a model are refused at once
 }
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Two folders of whole models, and an adapter between them."""
+    """Two folders of whole models, an adapter between them, and one of their layers alone."""
     folder = tmp_path_factory.mktemp("interrupted")
     base, tuned = whole_model(rows=4000, width=128)
     for name, side in (("base", base), ("tuned", tuned)):
         (folder / name).mkdir()
         save_file(side, folder / name / "model.safetensors")
-    ta.extract(str(folder / "base"), str(folder / "tuned"), ta.preset("lora", rank=4), folder / "adapter")
+    for name, targets in (("adapter", {}), ("layers", {"targets": ["q_proj", "v_proj", "up_proj"]})):
+        spec = ta.preset("lora", rank=4, **targets)
+        ta.extract(str(folder / "base"), str(folder / "tuned"), spec, folder / name)
     return folder
 
 
