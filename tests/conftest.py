@@ -17,4 +17,6 @@ settings.load_profile("tensoradapt")
 
 
 def pytest_addoption(parser):
+    which = "what tests/device runs on: cuda, or the simulated accelerator (alone, with -n 0: torch keeps it for good)"
+    parser.addoption("--device", default="cuda", choices=("cuda", "sim"), help=which)
     parser.addoption("--zoo", default="part", choices=("part", "all"), help="cells of tests/zoo: a fixed third, or all")
