@@ -6,7 +6,6 @@ Invariant: a module that neither a hook on its output nor its weight at use can 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Progress
 from tensoradapt.heads import heads_in
 from tensoradapt.host import HOST
+from tensoradapt.io.config import built, config_in
 from tensoradapt.io.hub import cached
 from tensoradapt.io.names import plain_names
 from tensoradapt.io.wrapped import inside, own_modules
@@ -30,7 +30,7 @@ from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec, as_specs
 from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.readers import readers_of
-from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed, read_object
+from tensoradapt.sites import Site, SiteMap, expert_sites, from_headers, from_mapping, placed
 from tensoradapt.spec import Rule, Spec
 
 SOURCES = "a module, a mapping {path: (out, in)}, a config.json, a model folder, a safetensors file, or a cached hub id"
@@ -101,45 +101,10 @@ def solve_rank(spec: SpecLike, model: Model, *, max_parameters: int) -> SolvedSp
     return solve(spec, scan(model), max_parameters)
 
 
-def config_in(path: Path) -> Path | None:
-    """The config that a path means: a .json file itself, or a folder's, unless that is a library's that builds modules
-    by class (diffusers), which transformers does not know.
-    """
-    config = path if path.suffix == ".json" else path / "config.json"
-    if not config.is_file():
-        return None
-    foreign = False
-    with suppress(OSError, ValueError, RecursionError):
-        foreign = path != config and "_class_name" in read_object(config.read_bytes())
-    return None if foreign else config
-
-
 def described_by(path: Path) -> tuple[nn.Module, SiteMap]:
     """The model that a Hugging Face config describes, on the meta device, and its sites. Raises FileError."""
-    made: Any = _built(path)
+    made: Any = built(path)
     return made, replace(scan_module(made), name=made.config._name_or_path or path.parent.name)
-
-
-def _built(path: Path) -> nn.Module:
-    """The model that a Hugging Face config describes, on the meta device. Raises FileError."""
-    try:
-        import transformers
-    except ImportError:
-        raise FileError(
-            "reading a config needs transformers", hint='pip install "tensoradapt[hf]", or give the safetensors file'
-        ) from None
-    try:
-        config = transformers.AutoConfig.from_pretrained(path.parent if path.name == "config.json" else path)
-        names = [name for name in (config.architectures or []) if hasattr(transformers, name)]
-        with torch.device("meta"):
-            made = getattr(transformers, names[0])(config) if names else transformers.AutoModel.from_config(config)
-    except Exception as error:  # whatever a model's constructor makes of sizes that do not fit
-        raise FileError(
-            f"{path} is no config of a model that transformers can build",
-            got=next(iter(str(error).splitlines()), type(error).__name__),
-            hint="give the model's own config.json, or its safetensors files",
-        ) from None
-    return made  # type: ignore[no-any-return]
 
 
 def scan_module(model: nn.Module) -> SiteMap:

@@ -300,6 +300,20 @@ def test_the_version_is_that_of_the_package():
     assert metadata.version("tensoradapt") == tensoradapt.__version__
 
 
+def test_a_copy_that_is_not_installed_extracts(tmp_path, monkeypatch):
+    whole = metadata.distribution
+
+    def gone(name):
+        if name == "tensoradapt":
+            raise metadata.PackageNotFoundError(name)
+        return whole(name)
+
+    monkeypatch.setattr(metadata, "distribution", gone)
+    base = {"layer.0.q.weight": torch.zeros(6, 6)}
+    tuned = {name: tensor + torch.eye(6) for name, tensor in base.items()}
+    assert tensoradapt.extract(base, tuned, tensoradapt.preset("lora", rank=6), tmp_path / "out").relative_error < 1e-5
+
+
 def test_plot_names_the_figures_that_there_are():
     assert tuple(tensoradapt.plots.FIGURES) == FIGURES
 

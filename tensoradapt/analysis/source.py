@@ -17,11 +17,12 @@ from torch import nn
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.host import HOST
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
+from tensoradapt.io.config import config_in
 from tensoradapt.io.conversion import Conversion, conversion_of, converted
 from tensoradapt.io.pairs import Deltas, open_deltas
 from tensoradapt.io.ties import with_ties
 from tensoradapt.plots.unmatched import unmatched
-from tensoradapt.scan import config_in, described_by, scan, told_by
+from tensoradapt.scan import described_by, scan, told_by
 from tensoradapt.sites import SiteMap
 
 ENOUGH = 0.9  # below this share of the smaller side's weights a warning says how many have a counterpart

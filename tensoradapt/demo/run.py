@@ -30,6 +30,7 @@ from tensoradapt.io.atomic import atomic
 from tensoradapt.plots import Scored, plot_budget, plot_scores
 from tensoradapt.plots.words import some
 from tensoradapt.scan import budget
+from tensoradapt.version import VERSION
 
 ADAPTERS, RESULTS, BUDGET, ACCURACY = "adapters", "results.json", "budget.png", "accuracy.png"
 RANKS = (1, 2, 4, 8, 16, 32, 64)  # of the figure
@@ -200,8 +201,8 @@ def _write(results: Results, path: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("tensoradapt", "torch", "scikit-learn")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = {"torch": torch.__version__, "scikit-learn": version("scikit-learn")}
+    return {"python": platform.python_version(), "tensoradapt": VERSION, **packages}
 
 
 def _size(model: VisionTransformer) -> int:

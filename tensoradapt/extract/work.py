@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from tensoradapt.linalg import SOLO, Dense, Slice, Team
 from tensoradapt.plan import Plan
 from tensoradapt.rows import Factor, factor_of
 from tensoradapt.sites import Site
+from tensoradapt.version import VERSION
 
 DEFAULTS = {"rows": "error", "nonfinite": "error", "prefix": "auto"}  # of reading
 
@@ -106,7 +106,7 @@ class Work:
             "options": {key: self.reading.get(key, value) for key, value in DEFAULTS.items()},
             "device": self.like.device.type,
             "processes": self.team.size,
-            "versions": {"tensoradapt": version("tensoradapt"), "torch": torch.__version__},
+            "versions": {"tensoradapt": VERSION, "torch": torch.__version__},
         }
 
     @cached_property

@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +66,14 @@ def reopened(folder: Path, modules: Sequence[Module], trained: Trained, model: n
         _check_received(loaded, modules)
         _check_shared(loaded)
         _check_trained(loaded, trained)
-        return f"PEFT {version('peft')} on {type(model).__name__}", _by_layers(loaded)
+        return f"PEFT {peft.__version__} on {type(model).__name__}", _by_layers(loaded)
     clash = nn.Module()
     if any(hasattr(clash, part) for module in modules for part in module.path.split(".")):
         return BY_FILE, _by_file(folder)  # PEFT finds no module with the name of a method
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.task_type = None  # a task wants methods that a skeleton does not have
     loaded = _opened(folder, _skeleton(modules, trained.tensors), config=config)
-    return f"{STAND_INS}, by PEFT {version('peft')}", _by_layers(loaded)
+    return f"{STAND_INS}, by PEFT {peft.__version__}", _by_layers(loaded)
 
 
 def _opened(folder: Path, model: nn.Module, **options: Any) -> nn.Module:

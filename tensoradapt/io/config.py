@@ -1,0 +1,103 @@
+"""Configs of transformers: the model that one describes, on the meta device, built by transformers' own classes alone.
+
+Invariant: no code that a folder names or holds runs, nothing is asked on standard input, and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensoradapt.errors import FileError
+from tensoradapt.sites import read_object
+
+# How attention and experts are computed, which their weights do not depend on: by torch, or by kernels to be fetched.
+COMPUTED = ("_attn_implementation", "_experts_implementation", "attn_implementation", "experts_implementation")
+PLAIN = ("eager", "sdpa")
+ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")  # of timm's models: read from there when they are made
+FIT = "give the model's own config.json, or its safetensors files"
+
+
+def config_in(path: Path) -> Path | None:
+    """The config that a path means: a .json file itself, or a folder's, unless that is a library's that builds modules
+    by class (diffusers), which transformers does not know.
+    """
+    config = path if path.suffix == ".json" else path / "config.json"
+    if not config.is_file():
+        return None
+    return None if path != config and "_class_name" in _fields(config) else config
+
+
+def _fields(config: Path) -> dict[str, Any]:
+    """What a config says; nothing where it cannot be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        return read_object(config.read_bytes())
+    return {}
+
+
+def built(path: Path) -> nn.Module:
+    """The model that a config describes, on the meta device. Raises FileError."""
+    try:
+        import transformers
+    except ImportError:
+        raise FileError(
+            "reading a config needs transformers", hint='pip install "tensoradapt[hf]", or give the safetensors file'
+        ) from None
+    try:
+        folder = path.parent if path.name == "config.json" else path
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _disarm(config)
+        classes = list(_classes(transformers, config.architectures))
+        with torch.device("meta"):
+            made = (
+                classes[0](config) if classes else transformers.AutoModel.from_config(config, trust_remote_code=False)
+            )
+    except Exception as error:  # whatever a model's constructor makes of sizes that do not fit
+        raise _refusal(path, error, transformers.CONFIG_MAPPING) from None
+    return made  # type: ignore[no-any-return]
+
+
+def _classes(transformers: Any, names: Any) -> Iterator[Any]:
+    """The models among what a config calls its architectures: transformers has other things of such names too."""
+    for name in names if isinstance(names, list | tuple) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            yield found
+
+
+def _disarm(part: Any) -> None:
+    """Take out of a config, and of those within it, what would fetch or run something when the model is made.
+
+    Raises ValueError on a part that lies elsewhere.
+    """
+    own = part if isinstance(part, dict) else part.__dict__
+    own.pop("auto_map", None)
+    for name in COMPUTED:
+        for key in (name, f"{name}_internal"):
+            if own.get(key) not in (None, *PLAIN):
+                own[key] = None
+    for value in list(own.values()):
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(inner, str) and inner.startswith(ELSEWHERE):
+                raise ValueError(f"a part of it lies elsewhere: {inner}")
+            if isinstance(inner, dict) or hasattr(inner, "to_dict"):
+                _disarm(inner)
+
+
+def _refusal(path: Path, error: Exception, known: Container[str]) -> FileError:
+    """The error on a config that no class of transformers can be built of."""
+    fields = _fields(path)
+    if "auto_map" in fields and fields.get("model_type") not in known:
+        return FileError(
+            f"{path} describes a model by code of its own, which is never run",
+            got=f"auto_map, and model_type {fields.get('model_type')!r}",
+            expected="a model_type that transformers knows",
+            hint="load the model where you trust its code, and give the module; or give its safetensors files",
+        )
+    said = next(iter(str(error).splitlines()), type(error).__name__)
+    return FileError(f"{path} is no config of a model that transformers can build", got=said, hint=FIT)
