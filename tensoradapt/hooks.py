@@ -7,6 +7,7 @@ Invariant: a hook holds no tensor: it asks its adapter at every call.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from tensoradapt.chain import Chain, Convolved, staged
 from tensoradapt.errors import AdapterError
 from tensoradapt.passes import Passes
+from tensoradapt.replicas import watch_pieces
 
 
 class Source(Protocol):
     """What a hook needs of its adapter."""
 
+    name: str
     training: bool
     passes: Passes
 
@@ -43,6 +46,9 @@ class Source(Protocol):
 
     def in_place_of(self, key: str, parameter: Tensor) -> Tensor:
         """What is read in a parameter's place."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every stored tensor by its key."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class OutputHook:
                 got=type(output).__name__,
                 hint="exclude this module",
             )
+        watch_pieces(self.source)
         self.source.passes.reach(self.site.path)
         x = args[0] if args else next(iter(kwargs.values()))
         device = output.device.type
@@ -152,6 +159,7 @@ class WeightHook:
         first = not absent and all(each is None for each in self.shadowed)
         self.shadowed.append(None if absent else now)
         if first and self.source.active:
+            watch_pieces(self.source)
             held[self.name] = self.source.in_place_of(self.key, now)
         elif first:
             watched = watch(self.source, now)

@@ -32,7 +32,7 @@ WITH_TORCH = (
         "fit",
         "init",
     ),
-    *("passes", "hooks", "merging", "adapter", "handover", "callers", "attach"),
+    *("replicas", "passes", "hooks", "merging", "adapter", "handover", "callers", "attach"),
     *(
         "change",
         "optim",
