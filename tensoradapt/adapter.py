@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,35 +17,20 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor, nn
 
-from tensoradapt.chain import Chain
-from tensoradapt.errors import AdapterError, SiteError, SpecError
-from tensoradapt.grouping import Group
-from tensoradapt.host import Bank, Host, carrier, copied, slashed, sources
-from tensoradapt.interchange import subtracted, to_tensorly, values_for
+from tensoradapt.errors import AdapterError
+from tensoradapt.factors import Factors
+from tensoradapt.host import Host, carrier, copied, slashed
 from tensoradapt.io.saved import Saved
-from tensoradapt.lower import Line
-from tensoradapt.lower import chain as lowered
-from tensoradapt.merging import (
-    Merged,
-    Rows,
-    Target,
-    Untied,
-    check_last,
-    laid_out,
-    merge,
-    restore_all,
-    rows_of,
-    targets_of,
-    with_copies,
-)
+from tensoradapt.merged import Merge, check_place
+from tensoradapt.merging import Target, admit, targets_of, with_copies
+from tensoradapt.parts import laid_out
 from tensoradapt.passes import Passes, Reach, dry_run
-from tensoradapt.plan import START, Plan
+from tensoradapt.plan import Plan
 from tensoradapt.quantised import gathered
 from tensoradapt.scan import owner_of
-from tensoradapt.sites import Site
 
 
-class Adapter(nn.Module):
+class Adapter(Factors):
     """The factors of one plan on one model, and what they do to it: add, merge, be switched, be saved.
 
     `scale` multiplies every group's own scale; `enabled` switches the adapter on and off. Neither can be set while the
@@ -53,33 +38,18 @@ class Adapter(nn.Module):
     """
 
     def __init__(self, plan: Plan, name: str, model: nn.Module) -> None:
-        super().__init__()
-        self.plan, self.name = plan, name
-        self.stored = Bank()
-        self.extra = Bank()
+        super().__init__(plan, name)
         self._model = [model]  # in a list: no registered reference to the model, which would recurse
         self._handles: list[Any] = []
-        self._merged: list[Merged | Untied] | None = None
-        self._kept: str | None = None
-        self._scale, self._enabled = 1.0, True
-        self._lines: dict[str, tuple[Group, Site, Line]] = {}
+        self._merge: Merge | None = None
+        self._enabled = True
         self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
         self._callers: dict[str, list[str]] = {}  # replaced parameters, and the modules around whose calls
-        self._sources = sources(plan)
         self.passes = Passes()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         """A copy, on the model's copy where that is made too; else of the tensors, with no hook on the same model."""
         return copied(self, memo)
-
-    def replan(self, plan: Plan, lines: Mapping[str, tuple[Group, Site, Line]]) -> None:
-        """Take a plan of the same sites, and the lines made from it; its tensors are the caller's to put."""
-        self.plan, self._sources, self._lines = plan, sources(plan), dict(lines)
-
-    @property
-    def groups(self) -> dict[str, Group]:
-        """The plan's groups by name."""
-        return {group.name: group for group in self.plan.groups}
 
     @property
     def scale(self) -> float:
@@ -105,80 +75,28 @@ class Adapter(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether hooks add anything: enabled, and not merged into the weights."""
-        return self._enabled and self._merged is None
+        """Whether hooks add anything: enabled, and not merged into the weights.
+
+        Raises AdapterError where a merge was interrupted: the base is no base then.
+        """
+        if self._merge is not None:
+            self._merge.check_ended()
+            return False
+        return self._enabled
 
     @property
     def merged(self) -> bool:
         """Whether the deltas stand in the base's weights."""
-        return self._merged is not None
+        return self._merge is not None and self._merge.complete
 
     @property
     def stalled(self) -> bool:
         """Whether training would change nothing: merged, and no other parameter of the model is trained."""
         return self.merged and not self._host().trains_on(self._model[0])
 
-    def _tensors(self, group: str, suffix: str = "") -> dict[str, Tensor]:
-        """Every node's tensor; a bank's node cut to the group's sizes, a copy (`suffix`) where there is one."""
-        found = {}
-        for node, owner, leaf, shape, banked in self._sources[group]:
-            held = self.stored[owner]._parameters
-            tensor = held.get(leaf + suffix) if suffix else None
-            tensor = held[leaf] if tensor is None else tensor
-            found[node] = tensor[tuple(slice(0, n) for n in shape)] if banked else tensor  # type: ignore[index]
-        return found  # type: ignore[return-value]
-
-    def factors(self, group: str, *, start: bool = False) -> dict[str, Tensor]:
-        """A group's factors: node -> tensor, shapes as its diagram says; shared memory, not copies.
-
-        With `start` the frozen copies theta0 that a difference subtracts. Raises SpecError where there are none.
-        """
-        nodes = subtracted(self._group(group)) if start else tuple(self._group(group).diagram.nodes)
-        return {node: tensor for node, tensor in self._tensors(group, START if start else "").items() if node in nodes}
-
-    @torch.no_grad()
-    def set_factors(self, group: str, tensors: Mapping[str, Any], *, start: bool = False) -> None:
-        """Copy values (tensors, or numpy arrays) into a group's factors; the others stay as they are.
-
-        With `start` into the frozen copies theta0: delta = scale * (N(theta) - N(theta0)). Warns where the factors'
-        dtype rounds the values. Raises SpecError on unknown nodes and where there is no frozen start, ShapeError on
-        other shapes, on what is no tensor and on numbers that the dtype cannot hold.
-        """
-        held = self.factors(group, start=start)
-        for node, tensor in values_for(group, held, tensors).items():
-            held[node].copy_(tensor)
-
-    def _group(self, name: str) -> Group:
-        if name not in self.groups:
-            raise SpecError(f"no group {name!r}", expected=", ".join(list(self.groups)[:20]))
-        return self.groups[name]
-
     def _check_unmerged(self) -> None:
         if self.merged:
             raise AdapterError(f"adapter {self.name!r} is merged into the weights", hint="unmerge() first")
-
-    def chain(self, path: str, like: Tensor | None = None) -> Chain:
-        """A site's chain without the scale, in the dtype and on the device of `like`, or of the factors."""
-        group, _, made = self._lines[path]
-        starts = self._tensors(group.name, START) if group.rule.start == "difference" else None
-        return lowered(made, self._tensors(group.name), starts, like)
-
-    def _factor(self, path: str) -> float:
-        return self._lines[path][0].scale * self._scale
-
-    def delta(self, path: str) -> Tensor:
-        """What the adapter adds to one site: scale * (N(theta) - N(theta0) where the start is a difference).
-
-        Shape: (out, in), or (out, in, kh, kw). Without dropout, with gradients. Raises SiteError on other paths.
-        """
-        site = self._site(path)
-        return (self.chain(path).dense() * self._factor(path)).reshape(site.shape)
-
-    def _site(self, path: str) -> Site:
-        found = self._lines.get(path)
-        if found is None:
-            raise SiteError(f"{path} is not adapted by {self.name!r}", expected=", ".join(list(self._lines)[:12]))
-        return found[1]
 
     def in_place_of(self, key: str, parameter: Tensor) -> Tensor:
         """What a call reads in a parameter's place: it, or its trained copy, and the deltas of its sites."""
@@ -207,16 +125,6 @@ class Adapter(nn.Module):
         finally:
             self.enabled = before
 
-    def to_tensorly(self) -> dict[str, Any]:
-        """Every group as a TensorLy tensor, detached and without the scale. Raises SpecError on other networks."""
-        return {name: to_tensorly(group, self.factors(name)) for name, group in self.groups.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Every stored tensor by its key in the file: `group.node`, `group.node__start`, `extra.<parameter>`."""
-        banks = self.stored._modules.items()
-        held = {f"{group}.{leaf}": t for group, bank in banks for leaf, t in bank._parameters.items()}  # type: ignore[union-attr]
-        return held | {f"extra.{path}": self.extra[slashed(path)] for path in self.plan.extras}  # type: ignore[return-value]
-
     def save(self, path: str | Path) -> Path:
         """Write the adapter file (a folder with `adapter.safetensors`, or that file), atomically; returns its path.
 
@@ -240,17 +148,33 @@ class Adapter(nn.Module):
     def merge(self, keep: str | None = "cpu", *, untie: bool = False) -> None:
         """Write W + delta into the base: float32 arithmetic in row blocks; `keep` says where the originals are kept.
 
+        One that is interrupted is undone, or ended by the next call: at once, where that keeps no originals either.
         Raises AdapterError when merged already or switched off, on results that are not finite (nothing is changed
         then), on weights that are quantised or on the meta device, and on tied weights without `untie=True`.
         """
-        host = self._host()
+        check_place(keep)
         self._check_unmerged()
         if not self.enabled:
             raise AdapterError(f"adapter {self.name!r} is switched off", hint="set adapter.enabled = True first")
         self.passes.check(self.name)
-        self._merged = merge(self._model[0], self._targets(), keep, untie=untie)
-        self._kept = keep
-        host.merged.append(self.name)
+        order = self._host().next_merge(self.name)
+        if self._merge is not None and keep is not None:
+            self._merge.check_kept()
+        if self._merge is not None and self._merge.keep is not None:
+            self.unmerge()
+        targets = self._targets()
+        apart = admit(self._model[0], targets, untie=untie)
+        if self._merge is None:
+            for target in targets if keep is None else ():
+                target.check()
+            self._merge = Merge(self.name, keep, order)
+        try:
+            self._merge.run(self._model[0], targets, apart)
+        except BaseException:
+            if keep is not None:
+                self.unmerge()
+            raise
+        self._merge.complete = True
 
     def _targets(self) -> list[Target]:
         """The parameters that a merge changes, each with all of its sites."""
@@ -260,26 +184,17 @@ class Adapter(nn.Module):
         found = targets_of(model, planned, sites, lambda path: partial(self._rows, path))
         return with_copies(found, {path: (owner_of(model, path), copy) for path, copy in extras.items()})
 
-    def _rows(self, path: str) -> Rows:
-        """Blocks of rows of a site's delta, computed in float32 at least."""
-        group, _, made = self._lines[path]
-        wide = [
-            {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in self._tensors(group.name, suffix).items()}
-            for suffix in ("", START)
-        ]
-        return rows_of(
-            lowered(made, wide[0], wide[1] if group.rule.start == "difference" else None), self._factor(path)
-        )
-
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the kept originals back, bit for bit. Raises AdapterError where nothing was merged or kept."""
-        if self._merged is None:
+        """Put the kept originals back, bit for bit; after an interrupt the next call goes on.
+
+        Raises AdapterError where nothing was merged or kept.
+        """
+        if self._merge is None:
             raise AdapterError(f"adapter {self.name!r} is not merged", hint="merge() first")
-        check_last(self.name, self._kept, self._host().merged[-1])
-        restore_all(self._merged)
-        self._merged = None
-        self._host().merged.remove(self.name)
+        self._merge.check_kept()
+        self._merge.check_last(self._host().merged[-1] if self.merged else self.name)
+        self._merge.undo()
+        self._merge = None
 
     def merge_and_detach(self, *, untie: bool = False) -> nn.Module:
         """Make the deltas, and the modules trained with them, part of the base for good; returns the plain model.
@@ -288,14 +203,16 @@ class Adapter(nn.Module):
         """
         if not self.merged:
             self.merge(keep=None, untie=untie)
-        self._kept = None
+        self._merge.keep = None  # type: ignore[union-attr]
         self.detach()
         return self._model[0]
 
     def detach(self) -> None:
         """Take the adapter off the model: hooks, registration and frozen flags go, merged weights are restored."""
         host = self._host()
-        if self._merged is not None and self._kept is not None:
+        if self._merge is not None and self._merge.keep is None:
+            self._merge.check_ended()
+        elif self._merge is not None:
             self.unmerge()
             warnings.warn(
                 f"detach() of the merged adapter {self.name!r} takes its change out of the weights again: "

@@ -27,8 +27,8 @@ from tensoradapt.io.renamed import fitted
 from tensoradapt.io.saved import Savable, as_saved
 from tensoradapt.layouts import KNOWN, crossed, turns, viewed
 from tensoradapt.lower import Line, line
-from tensoradapt.merging import plain_weight
 from tensoradapt.offload import Within, loader_of
+from tensoradapt.parts import plain_weight
 from tensoradapt.passes import PassHook
 from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan

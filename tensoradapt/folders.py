@@ -34,7 +34,8 @@ from tensoradapt.io.ties import check_ties, stored_names
 from tensoradapt.io.views import Piece, View
 from tensoradapt.io.weights import FLOATS, quantised
 from tensoradapt.layouts import fits, viewed
-from tensoradapt.merging import Rows, add_rows, rows_of, view
+from tensoradapt.merging import Rows, add_rows, rows_of
+from tensoradapt.parts import view
 from tensoradapt.paths import expand
 from tensoradapt.scan import Model, scan
 from tensoradapt.sites import Site, SiteMap

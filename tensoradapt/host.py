@@ -30,10 +30,22 @@ class Host(nn.Module):
     def __init__(self, flags: Mapping[str, bool], *, quantised: bool = False) -> None:
         super().__init__()
         self.flags, self.quantised = dict(flags), quantised
-        self.merged: list[str] = []
         self.shadowed: dict[str, Any] = {}
         self.register_state_dict_post_hook(_without_merged)
         self.register_load_state_dict_post_hook(_merged_may_lack)
+
+    @property
+    def merged(self) -> list[str]:
+        """The adapters whose deltas stand in the base, in the order in which they were merged."""
+        merges = [adapter._merge for adapter in self._modules.values() if adapter.merged]  # type: ignore[union-attr]
+        return [merge.name for merge in sorted(merges, key=lambda merge: merge.order)]  # type: ignore[union-attr,return-value]
+
+    def next_merge(self, name: str) -> int:
+        """Where a merge stands among others. Raises AdapterError where one of another adapter was interrupted."""
+        merges = [adapter._merge for other, adapter in self._modules.items() if other != name]  # type: ignore[union-attr]
+        for merge in filter(None, merges):
+            merge.check_ended()  # type: ignore[operator,union-attr]
+        return 1 + max((merge.order for merge in filter(None, merges)), default=0)  # type: ignore
 
     def shadow(self, model: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of the model itself, until `restore`."""
@@ -54,11 +66,11 @@ class Host(nn.Module):
 
     def dismiss(self, model: nn.Module, name: str) -> None:
         """Take an adapter off the model; with the last one the host goes too."""
-        self.merged = [other for other in self.merged if other != name]
-        del self._modules[name]
-        if not len(self):
+        if [*self._modules] == [name]:
+            self.restore(model)  # which may be done twice, where an interrupt comes between
             del home_of(model)._modules[HOST]
-            self.restore(model)
+        else:
+            del self._modules[name]
 
     def trains_on(self, model: nn.Module) -> bool:
         """Whether a parameter of the model is trained that is no merged adapter's."""
@@ -114,7 +126,7 @@ def _merged_may_lack(host: Host, found: Any) -> None:
 
 def copied(adapter: nn.Module, memo: dict[int, Any]) -> Any:
     """What `copy.deepcopy` makes of an adapter: with its model's copy, or alone, of the tensors and with no hook."""
-    alone = {} if id(adapter._model[0]) in memo else {"_model": [*adapter._model], "_handles": [], "_merged": None}  # type: ignore
+    alone = {} if id(adapter._model[0]) in memo else {"_model": [*adapter._model], "_handles": [], "_merge": None}  # type: ignore
     memo[id(adapter)] = made = object.__new__(type(adapter))
     made.__dict__ |= copy.deepcopy({k: v for k, v in adapter.__dict__.items() if k not in alone}, memo) | alone
     return made

@@ -29,10 +29,11 @@ WITH_TORCH = (
         "heads",
         "scan",
         "offload",
+        "parts",
         "fit",
         "init",
     ),
-    *("replicas", "passes", "hooks", "merging", "adapter", "handover", "callers", "attach"),
+    *("replicas", "passes", "hooks", "merging", "merged", "factors", "adapter", "handover", "callers", "attach"),
     *(
         "change",
         "optim",

@@ -853,10 +853,10 @@ def test_a_merge_that_is_interrupted_changes_nothing(monkeypatch):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return add_rows(*args, **kwargs)
+        return sums(*args, **kwargs)
 
-    add_rows = merging.add_rows
-    monkeypatch.setattr(merging, "add_rows", interrupted)
+    sums = merging._sums
+    monkeypatch.setattr(merging, "_sums", interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapter.merge()
     assert tiny.same(base, tiny.base_of(model)) and not adapter.merged

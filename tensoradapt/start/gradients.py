@@ -19,7 +19,7 @@ from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, RankError, SiteError
 from tensoradapt.init import require_seed
 from tensoradapt.linalg import Dense, Product, Seed, Slice
-from tensoradapt.merging import view
+from tensoradapt.parts import view
 from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.scan import owner_of, parameter_of
 from tensoradapt.sites import Site

@@ -21,7 +21,7 @@ from tensoradapt.fit.stream import Stream, fit_stream
 from tensoradapt.gauge import orthogonalized
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import Dense, Slice
-from tensoradapt.merging import plain_weight
+from tensoradapt.parts import plain_weight
 from tensoradapt.sites import Site
 from tensoradapt.start.sides import is_matrix
 
