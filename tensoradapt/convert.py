@@ -7,6 +7,7 @@ its sides; the error stated is that of the factors as they are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.errors import AdapterError, FileError, SiteError, SpecError
 from tensoradapt.extract.goals import Goal
 from tensoradapt.extract.measure import overall, site_row
+from tensoradapt.extract.output import Output
 from tensoradapt.extract.planning import allocated, plan_of
 from tensoradapt.extract.run import assembled
 from tensoradapt.extract.table import table
@@ -32,6 +34,8 @@ from tensoradapt.peft import open_adapter
 from tensoradapt.plan import Plan
 from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.sites import Site, SiteMap
+from tensoradapt.spec import Spec
+from tensoradapt.writing.folder import claimed
 
 Progress = Callable[[str, int, int], None]  # the group at work, how many are done, how many there are
 
@@ -113,9 +117,15 @@ def convert(
     """
     spec = as_spec(spec, "ta.convert(adapter, spec, out)")
     goal = Goal(error, max_parameters)
-    if out is not None and not overwrite and file_of(out).exists():
-        raise FileError(f"{file_of(out)} exists", hint="choose another output, or overwrite=True (--overwrite)")
-    source = filled(open_adapter(adapter), "convert")
+    with nullcontext() if out is None else claimed(Output.of(out).claim):
+        if out is not None and not overwrite and file_of(out).exists():
+            raise FileError(f"{file_of(out)} exists", hint="choose another output, or overwrite=True (--overwrite)")
+        return _converted(filled(open_adapter(adapter), "convert"), spec, out, goal, seed, progress)
+
+
+def _converted(
+    source: Saved, spec: Spec, out: str | Path | None, goal: Goal, seed: int, progress: Progress | None
+) -> Converted:
     plan, reasons = plan_of(spec, _site_map(source), source.sites, goal)
     conversion = _Conversion(None, plan, goal, empty(None), seed, reasons=reasons, source=source)  # type: ignore[arg-type]
     work = allocated(conversion, progress)

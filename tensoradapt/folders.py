@@ -24,7 +24,6 @@ from tensoradapt.io.beside import INDEX, check_apart, check_room, files_in, fold
 from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
 from tensoradapt.io.conversion import named_as
 from tensoradapt.io.finding import finder, names_of
-from tensoradapt.io.folder import atomic_folder, check_free
 from tensoradapt.io.held import as_bytes
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved
@@ -40,6 +39,7 @@ from tensoradapt.paths import expand
 from tensoradapt.scan import Model, scan
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.tables import first_of
+from tensoradapt.writing.folder import atomic_folder, check_free, claimed
 
 SHOWN = 5  # names in an error or a note
 KEPT = 4  # tensors that were made before it is their turn to be written
@@ -124,7 +124,7 @@ def merge_folder(
     base's own config does not. Raises FileError, AdapterError; nothing is left then.
     """
     target = expand(out)
-    with open_checkpoint(base, revision) as source:
+    with claimed(target), open_checkpoint(base, revision) as source:
         if not source.files:
             raise FileError(f"{source.name} is no folder", expected="a folder, a file or a cached hub id")
         check_apart(source, target)

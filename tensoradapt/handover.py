@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.host import Host, host_of, slashed
-from tensoradapt.io.atomic import atomic
+from tensoradapt.writing.atomic import atomic
 
 SAVE = "save_pretrained"
 WEIGHTS = "model.safetensors"  # the name under which loaders look for a model's weights

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.errors import TensorAdaptError
-from tensoradapt.textfiles import write_text
+from tensoradapt.textfiles import write_beside
 
 
 class Tabular(ABC):
@@ -28,7 +28,7 @@ class Tabular(ABC):
         writer.writeheader()
         writer.writerows(rows)
         if path is not None:
-            write_text(path, stream.getvalue())
+            write_beside(path, stream.getvalue())
         return stream.getvalue()
 
     def to_dataframe(self) -> Any:

@@ -6,9 +6,7 @@ Invariant: a key given twice is an error, whatever the format; where writing fai
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import yaml
 
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.paths import expand
+from tensoradapt.writing.atomic import atomic
 
 MAX_BYTES = 4_000_000
 
@@ -31,23 +30,20 @@ def read_plain(path: str | Path) -> Any:
 def write_plain(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write plain values as YAML, or as JSON where the path ends in .json. Raises FileError."""
     as_json = expand(path).suffix == ".json"
-    write_text(path, json.dumps(data, indent=2) if as_json else yaml.safe_dump(data, sort_keys=False))
+    write_beside(path, json.dumps(data, indent=2) if as_json else yaml.safe_dump(data, sort_keys=False))
+
+
+def write_beside(path: str | Path, text: str) -> None:
+    """Write a text file into a folder that is there. Raises FileError."""
+    if not expand(path).parent.exists():  # a name that is mistyped, rather than a folder to make
+        raise FileError(f"{path} cannot be written", got="there is no such folder", hint="choose another folder")
+    write_text(path, text)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file; an older file stays where that fails. Raises FileError."""
-    path = expand(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    """Write a text file, and the folders above it; an older file stays where that fails. Raises FileError."""
+    with atomic(expand(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        if path.exists():
-            shutil.copymode(path, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise FileError(f"{path} cannot be written", got=error.strerror, hint="choose another folder") from None
-    finally:
-        with suppress(OSError):  # where there is none
-            temporary.unlink()
 
 
 def _text(path: Path) -> str:

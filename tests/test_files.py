@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tensoradapt as ta
-from tensoradapt.io import atomic, native
+from tensoradapt.io import native
+from tensoradapt.writing import atomic
 
 IDS, X = tiny.tokens(), tiny.noise(2, 5, 8)
 QV = ["query", "value"]
@@ -556,7 +557,8 @@ KILLED = """
 import os, pathlib, shutil, signal, sys
 import torch
 import tensoradapt as ta
-from tensoradapt.io import atomic, native
+from tensoradapt.io import native
+from tensoradapt.writing import atomic
 
 def adapter(value):
     model = torch.nn.Sequential(torch.nn.Linear(300, 200))

@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tensoradapt as ta
-from tensoradapt.io import folder as folders
 from tensoradapt.io.saved import Saved, as_saved
 from tensoradapt.peft import export, export_peft, factors, open_adapter
+from tensoradapt.writing import folder as folders
 
 QV = ["query", "value"]
 QUERY = "encoder.layer.0.attention.self.query"
@@ -660,7 +660,7 @@ def test_other_files_are_never_lost(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "adapter/adapter.safetensors").exists()
 
 
-@pytest.mark.parametrize("step", ["save_file", "flush", "first rename", "second rename"])
+@pytest.mark.parametrize("step", ["write_tensors", "flush", "exchange", "first rename", "second rename"])
 def test_a_failure_leaves_the_old_folder_and_nothing_else(step, tmp_path, monkeypatch):
     export_peft(attached(), tmp_path / "out")
     old, replace, calls = contents(tmp_path / "out"), os.replace, []
@@ -671,8 +671,11 @@ def test_a_failure_leaves_the_old_folder_and_nothing_else(step, tmp_path, monkey
             return replace(*args)
         raise OSError(28, "No space left on device")
 
-    where = {"save_file": (export, "save_file"), "flush": (export, "flush")}.get(step, (folders.os, "replace"))
-    monkeypatch.setattr(*where, fails)
+    where = {"write_tensors": (export, "write_tensors"), "flush": (folders, "flush")}
+    where |= {"exchange": (folders, "exchanged")}
+    monkeypatch.setattr(*where.get(step, (folders.os, "replace")), fails)
+    if "rename" in step:  # where a system cannot exchange two folders
+        monkeypatch.setattr(folders, "exchanged", lambda *_: False)
     with pytest.raises(ta.FileError, match="No space left"):
         export_peft(attached("two ranks"), tmp_path / "out", overwrite=True)
     assert contents(tmp_path / "out") == old and list(tmp_path.iterdir()) == [tmp_path / "out"]

@@ -1,6 +1,7 @@
 """Specs: they round-trip, and what they do not understand is an error that says what to write instead."""
 
 import json
+import os
 import time
 
 import pytest
@@ -313,7 +314,7 @@ def test_paths_that_cannot_be_read_or_written(tmp_path, monkeypatch):
         patched.setattr(specs.Path, "read_text", denied)
         with fault(ta.FileError, str(path), "Permission denied"):
             ta.Spec.load(path)
-    for target in (tmp_path / "missing" / "spec.yaml", tmp_path):
+    for target in (tmp_path / "missing" / "spec.yaml", path / "spec.yaml", tmp_path):
         with fault(ta.FileError, f"{target} cannot be written"):
             ta.preset("lora").save(target)
 
@@ -324,9 +325,9 @@ def test_saving_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for name in ("write_text", "replace"):
+    for where, name in ((specs.Path, "write_text"), (specs.Path, "mkdir"), (os, "fsync"), (os, "replace")):
         with monkeypatch.context() as patched:
-            patched.setattr(specs.Path, name, full)
+            patched.setattr(where, name, full)
             with fault(ta.FileError, "cannot be written", "No space left"):
                 ta.preset("lora").save(path)
         assert path.read_text() == "rules: []" and list(tmp_path.iterdir()) == [path]

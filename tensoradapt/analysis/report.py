@@ -17,10 +17,9 @@ from tensoradapt.analysis.candidates import Candidate
 from tensoradapt.analysis.spectra import SiteReport
 from tensoradapt.analysis.stacks import StackReport
 from tensoradapt.analysis.text import render_text
-from tensoradapt.io.atomic import atomic
-from tensoradapt.paths import expand
 from tensoradapt.plots.html import render_html
 from tensoradapt.records import Tabular, flattened
+from tensoradapt.textfiles import write_text
 
 FORMAT, VERSION = "tensoradapt.report", 1
 
@@ -68,16 +67,14 @@ class Report(Tabular):
         """The report as JSON, written to a path too where one is given. Raises FileError."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            with atomic(expand(path)) as temporary:
-                temporary.write_text(text, "utf-8")
+            write_text(path, text)
         return text
 
     def to_html(self, path: str | Path | None = None) -> str:
         """One self-contained page with the figures, written to a path too where one is given. Raises FileError."""
         text = render_html(self.to_dict())
         if path is not None:
-            with atomic(expand(path)) as temporary:
-                temporary.write_text(text, "utf-8")
+            write_text(path, text)
         return text
 
     def records(self) -> list[dict[str, Any]]:

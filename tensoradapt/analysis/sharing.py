@@ -5,11 +5,14 @@ Invariant: an error of one member is raised by all, so that none waits for anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from tensoradapt.errors import TensorAdaptError
 from tensoradapt.linalg import Team
+from tensoradapt.writing.folder import claimed
 
 T = TypeVar("T")
 
@@ -19,6 +22,14 @@ def together(team: Team, act: Callable[[], T]) -> list[T]:
     found: list[T] = []
     alike(team, lambda: found.append(act()))
     return [value for values in team.gather(found) for value in values]
+
+
+@contextmanager
+def claimed_by(team: Team, out: Path | None) -> Iterator[None]:
+    """An output, where there is one, that the first of a team has claimed for the block. Raises FileError on all."""
+    with ExitStack() as stack:
+        together(team, lambda: stack.enter_context(claimed(out)) if team.rank == 0 and out is not None else None)
+        yield
 
 
 def alike(team: Team, act: Callable[[], T]) -> T:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tensoradapt.analysis.report import Report
 from tensoradapt.demo.afterwards import Change, Extracted, analysed, answer, extracted, said
-from tensoradapt.demo.data import CLASSES, load
+from tensoradapt.demo.data import CLASSES, Digits, load
 from tensoradapt.demo.methods import BUDGETS, FAMILIES, Entry, entries
 from tensoradapt.demo.model import VisionTransformer, build
 from tensoradapt.demo.progress import Log
@@ -26,11 +26,12 @@ from tensoradapt.demo.results import Results, Row, percent
 from tensoradapt.demo.runs import Bench, Score, pretrain, score_file, train_afresh, tune_adapter, tune_all, tune_head
 from tensoradapt.demo.train import accuracy
 from tensoradapt.errors import FileError
-from tensoradapt.io.atomic import atomic
 from tensoradapt.plots import Scored, plot_budget, plot_scores
 from tensoradapt.plots.words import some
 from tensoradapt.scan import budget
+from tensoradapt.textfiles import write_text
 from tensoradapt.version import VERSION
+from tensoradapt.writing.folder import claimed
 
 ADAPTERS, RESULTS, BUDGET, ACCURACY = "adapters", "results.json", "budget.png", "accuracy.png"
 RANKS = (1, 2, 4, 8, 16, 32, 64)  # of the figure
@@ -52,9 +53,14 @@ def run_demo(out: Path, *, seed: int = 0, console: Console | None = None, settin
     Progress goes to `console` (stderr where none is given); the table is `results.table()`. Raises TensorAdaptError
     where scikit-learn is missing, FileError where the folder cannot be made.
     """
-    start = time.perf_counter()
     digits = load(seed)
     _make_folder(out)
+    with claimed(out):
+        return _run(digits, out, seed, console, settings)
+
+
+def _run(digits: Digits, out: Path, seed: int, console: Console | None, settings: Settings) -> Results:
+    start = time.perf_counter()
     model = build(CLASSES, seed)
     planned = entries(model, settings.budgets)
     draw_budget(model, out / BUDGET, max(settings.budgets, default=None))
@@ -196,8 +202,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _write(results: Results, path: Path) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(results.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(results.to_dict(), indent=2) + "\n")
 
 
 def _versions() -> dict[str, str]:

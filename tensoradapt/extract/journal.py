@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,26 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tensoradapt.analysis.sharing import together
 from tensoradapt.errors import FileError, TensorAdaptError
-from tensoradapt.io.atomic import atomic, unwritten
-from tensoradapt.io.native import checksum
+from tensoradapt.io.native import checksum, write_tensors
 from tensoradapt.linalg import SOLO, Team
-
-if sys.platform == "win32":  # two processes with one output are not noticed there
-
-    def _exclusive(file: Any) -> None:
-        """Nothing."""
-else:
-    import fcntl
-
-    def _exclusive(file: Any) -> None:
-        """Lock a file until it is closed. Raises OSError where another process holds it."""
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
+from tensoradapt.textfiles import write_text
+from tensoradapt.writing.atomic import atomic
+from tensoradapt.writing.folder import claimed
+from tensoradapt.writing.hidden import unwritten
 
 VERSION, WORK = "1", "work.json"
 
@@ -59,10 +48,7 @@ class Journal:
         metadata = {"name": name, "record": json.dumps(record)}
         metadata["crc32"] = json.dumps(_sums(whole, metadata["record"]))
         with atomic(self.part(name)) as temporary:
-            try:
-                save_file(whole, temporary, metadata=metadata)
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+            write_tensors(whole, temporary, metadata)
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A finished group's factors and record; None where there is none, or a damaged one."""
@@ -92,16 +78,16 @@ def _sums(tensors: Mapping[str, Tensor], record: str) -> dict[str, int]:
 
 
 @contextmanager
-def opened(folder: Path, out: Path, work: Mapping[str, Any], team: Team = SOLO) -> Iterator[Journal]:
-    """The journal of an output in its folder, locked by the first of a team.
+def opened(folder: Path, work: Mapping[str, Any], team: Team = SOLO) -> Iterator[Journal]:
+    """The journal of an output in its folder, claimed by the first of a team.
 
     `work` says what the work is of: all that its result depends on. Where an error ends the work before its first part,
     or the work itself is refused, the folder goes too. Raises FileError where a journal of other work is there, or
-    another process works on the same output.
+    another process works on the same journal.
     """
     journal, stack = Journal(folder), ExitStack()
     with stack:
-        together(team, lambda: _locked(folder, out, work, stack) if team.rank == 0 else None)
+        together(team, lambda: _held(folder, work, stack) if team.rank == 0 else None)
         try:
             yield journal
         except BaseException as error:
@@ -115,24 +101,17 @@ def _refused(error: BaseException) -> bool:
     return isinstance(error, TensorAdaptError) and error.lasting
 
 
-def _locked(folder: Path, out: Path, work: Mapping[str, Any], stack: ExitStack) -> None:
-    """Make the folder, hold its lock until the stack is left, and claim it."""
+def _held(folder: Path, work: Mapping[str, Any], stack: ExitStack) -> None:
+    """Claim the folder until the stack is left, make it, and write down what it is of."""
+    stack.enter_context(claimed(folder))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context((folder / "lock").open("w"))
+        folder.mkdir(exist_ok=True)
     except OSError as error:
         raise unwritten(folder, error) from None
-    busy = FileError(f"another process is writing {out}", hint="wait for it, or choose another output")
-    try:
-        _exclusive(lock)
-    except OSError:
-        raise busy from None
-    if not (folder / "lock").exists():  # its last owner was done, and took the folder away, while we came
-        raise busy
-    _claim(folder, work)
+    _write_down(folder, work)
 
 
-def _claim(folder: Path, work: Mapping[str, Any]) -> None:
+def _write_down(folder: Path, work: Mapping[str, Any]) -> None:
     """Write down what the work is of, or compare it with what stands there."""
     file = folder / WORK
     text = json.dumps({"journal": VERSION, **work}, indent=1, sort_keys=True)
@@ -149,8 +128,7 @@ def _claim(folder: Path, work: Mapping[str, Any]) -> None:
             hint=f"give the same inputs and options to go on with it, or remove {folder}",
         )
     if before is None or changed:
-        with atomic(file) as temporary:
-            temporary.write_text(text, "utf-8")
+        write_text(file, text)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

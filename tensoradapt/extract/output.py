@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from tensoradapt.errors import FileError
-from tensoradapt.io.atomic import atomic, unwritten
 from tensoradapt.io.native import FILE, file_of, write
 from tensoradapt.plan import Plan
+from tensoradapt.writing.atomic import atomic
+from tensoradapt.writing.hidden import is_leftover, unwritten
 
 RECORD = "extraction.json"
 
@@ -34,6 +35,7 @@ class Output:
     file: Path
     record: Path
     journal: Path
+    claim: Path  # what is locked while one works on it
 
     @classmethod
     def of(cls, out: str | Path) -> Output:
@@ -45,7 +47,7 @@ class Output:
             raise FileError(f"{str(out)!r} is no output", expected="a folder of the adapter's own")
         name = whole.parent if folder else whole.with_suffix("")
         record = file.with_name(RECORD) if folder else file.with_suffix(f".{RECORD}")
-        return cls(file, record, name.with_name(f"{name.name}.partial"))
+        return cls(file, record, name.with_name(f"{name.name}.partial"), name if folder else whole)
 
     def check(self, inputs: Iterable[Path], *, overwrite: bool) -> None:
         """Raise FileError where something is there already, nothing can be written, or an input lies in the folder."""
@@ -77,7 +79,7 @@ class Output:
 
     def _check_free(self, folder: Path) -> None:
         own = [file.name for file in (self.file, self.record) if file.exists()]
-        others = [entry.name for entry in folder.iterdir() if self.file.name == FILE and ".tmp-" not in entry.name]
+        others = [entry.name for entry in folder.iterdir() if self.file.name == FILE and not is_leftover(entry.name)]
         if own or others:
             raise FileError(
                 f"{folder if others else self.file} is there already",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensoradapt.analysis.sharing import alike, together
+from tensoradapt.analysis.sharing import alike, claimed_by, together
 from tensoradapt.analysis.source import READING, known, open_source
 from tensoradapt.errors import FileError
 from tensoradapt.extract.goals import Goal
@@ -67,7 +67,7 @@ def extract(
     where = (device, options.pop("seed", 0))
     output, goal = Output.of(out), Goal(error, max_parameters)
     together(team, lambda: output.check((), overwrite=overwrite))
-    with alike(team, lambda: open_source(base, tuned, **options)) as deltas:
+    with claimed_by(team, output.claim), alike(team, lambda: open_source(base, tuned, **options)) as deltas:
         files = (*deltas.base.files, *deltas.tuned.files)
         together(team, lambda: output.check(files, overwrite=overwrite))
         alike(team, lambda: check_targets(spec, deltas.match))
@@ -75,7 +75,7 @@ def extract(
         alike(team, lambda: check_seen(whole, deltas.match))
         work = alike(team, lambda: planned(deltas, whole, spec, goal, where, team, options))
         alike(team, lambda: check_reach(work, progress))
-        with opened(output.journal, output.file, work.identity, team) as journal:
+        with opened(output.journal, work.identity, team) as journal:
             result = _made(allocated(work, progress), journal, output, progress)
             team.wait()
             if team.rank == 0:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.errors import FileError
-from tensoradapt.io.atomic import atomic
 from tensoradapt.plan import Plan
+from tensoradapt.textfiles import write_text
 
 CARD = "README.md"
 MARK = re.compile(r"\n<!-- tensoradapt ([0-9a-f]{8}): this card is written anew until it is changed -->\n$")
@@ -84,11 +84,11 @@ def write_card(folder: Path, text: str) -> None:
     file = folder / CARD
     if os.path.lexists(file) and not _is_ours(file):
         return
-    with suppress(FileError), atomic(file) as temporary:
+    with suppress(FileError):
         mark = (
             f"\n<!-- tensoradapt {zlib.crc32(text.encode()):08x}: this card is written anew until it is changed -->\n"
         )
-        temporary.write_text(text + mark, encoding="utf-8")
+        write_text(file, text + mark)
 
 
 def _is_ours(file: Path) -> bool:

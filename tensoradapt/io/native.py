@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tensoradapt.errors import FileError
-from tensoradapt.io.atomic import atomic
 from tensoradapt.io.card import card, command, write_card
 from tensoradapt.paths import expand
 from tensoradapt.plan import START, Plan
+from tensoradapt.writing.atomic import atomic
 
 FILE = "adapter.safetensors"
 PLAN = "tensoradapt"  # the name of the plan in the metadata
@@ -88,14 +88,19 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
         "crc32": json.dumps(checksums),
     }
     with atomic(file) as temporary:
-        try:
-            save_file(whole, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        write_tensors(whole, temporary, metadata)
         _settle(temporary)
     if file.name == FILE:
         write_card(file.parent, card(plan, identity(plan, revision), command(made)))
     return file
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file. Raises OSError where the disk is full, say, as all other writing does."""
+    try:
+        save_file(dict(tensors), file, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _settle(file: Path) -> None:

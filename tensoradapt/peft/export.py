@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
-from tensoradapt.io.atomic import flush
 from tensoradapt.io.card import CARD
-from tensoradapt.io.folder import atomic_folder, check_free
+from tensoradapt.io.native import write_tensors
 from tensoradapt.io.renamed import with_twins
 from tensoradapt.io.saved import Savable, Saved, filled
 from tensoradapt.paths import expand
@@ -42,7 +40,9 @@ from tensoradapt.peft.trained import Trained, check_head, trained_of
 from tensoradapt.peft.within import seen_from_within
 from tensoradapt.scan import Model, scan, told_by
 from tensoradapt.sites import SiteMap
+from tensoradapt.writing.folder import atomic_folder, check_free, claimed
 
+FILES = (CONFIG, WEIGHTS, CARD)
 LAYOUTS = ("portable", "compact")
 Progress = Callable[[str, int, int], None]  # the item at work, how many are done, how many there are
 # What rounding both factors to a dtype may change of a delta, relative to its norm.
@@ -116,7 +116,12 @@ def export_peft(  # noqa: PLR0913
     """
     zeros = zeros or consumer in STACKING
     options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, zeros, progress)
-    check_free(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite)
+    with claimed(out):
+        check_free(expand(out), FILES, overwrite=overwrite)
+        return _export(source, expand(out), options, model, overwrite=overwrite)
+
+
+def _export(source: Savable | str | Path, out: Path, options: _Options, model: Any, *, overwrite: bool) -> Exported:
     model = source._model[0] if model is None and isinstance(source, Adapter) else model
     if model is not None and not isinstance(model, nn.Module):
         module, sites = told_by(model)
@@ -127,12 +132,12 @@ def export_peft(  # noqa: PLR0913
     saved = saved if known is None else with_twins(saved, known)
     modules = modules_of(saved, known)
     made, zero = _make(saved, modules, whole, known, options)
-    check(consumer, made.folder)
+    check(options.consumer, made.folder)
     if made.folder.patterns:
         warnings.warn("the compact layout is read right by PEFT and newer vLLM alone", stacklevel=2)
-    with atomic_folder(expand(out), (CONFIG, WEIGHTS, CARD), overwrite=overwrite) as temporary:
-        result = replace(_write(temporary, saved, made, whole, options), path=expand(out))
-        dropped = () if extras else tuple(saved.plan.extras)
+    with atomic_folder(out, FILES, overwrite=overwrite) as temporary:
+        result = replace(_write(temporary, saved, made, whole, options), path=out)
+        dropped = () if options.extras else tuple(saved.plan.extras)
         notes = (
             *notes_of(made.factored, made.folder, zero, dropped, known=known is not None),
             *dilated(made.factored, whole),
@@ -257,8 +262,7 @@ def _tensors(made: _Made, dtype: torch.dtype, *, pad: bool) -> dict[str, Tensor]
 def _write(folder: Path, saved: Saved, made: _Made, model: nn.Module | None, options: _Options) -> Exported:
     """Weights, then the config; read back and compared. Raises FileError where a delta is not what it was."""
     tensors = _tensors(made, getattr(torch, options.dtype), pad=not made.folder.patterns)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    flush(folder / WEIGHTS)
+    write_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(made.config, indent=2) + "\n", encoding="utf-8")
     reader, errors = errors_of(folder, list(made.factored), saved, made.trained, model, options.tell)
     rows = {m.path: {"rank": f.rank, "error": errors[m.path]} for m, f in made.factored.items()}

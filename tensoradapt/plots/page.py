@@ -15,9 +15,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 from tensoradapt.errors import FileError
-from tensoradapt.io.atomic import atomic
 from tensoradapt.paths import expand
 from tensoradapt.plots.pgf import write_pgf
+from tensoradapt.writing.atomic import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,14 +11,17 @@ import typer
 
 from tensoradapt.analysis.report import Report
 from tensoradapt.analysis.run import analyze
+from tensoradapt.analysis.sharing import claimed_by
 from tensoradapt.cli.run.printing import emit, told
 from tensoradapt.cli.run.progress import progress
 from tensoradapt.collection import analyze_adapters
 from tensoradapt.distributed import team_of
 from tensoradapt.errors import FileError, SpecError
-from tensoradapt.io.atomic import atomic, unwritten
 from tensoradapt.paths import expand
 from tensoradapt.plots.unmatched import apart
+from tensoradapt.textfiles import write_text
+from tensoradapt.writing.folder import files_into
+from tensoradapt.writing.hidden import unwritten
 
 UNSEEN = 1  # the exit code where nothing that was compared differs, and much was not compared
 
@@ -43,12 +46,13 @@ def run(
         _check(out)
     with told(), team_of(device) as (team, where), progress("analyze", quiet=team.rank > 0) as tell:
         shared: dict[str, Any] = {"device": where, "team": team, "progress": tell}
-        if adapters:
-            report = analyze_adapters(adapters, **options, **shared)
-        else:
-            report = analyze(base, tuned, **options, **reading, **shared)
-        if team.rank == 0:
-            _write(report, out, wide=wide, as_json=as_json)
+        with claimed_by(team, out):
+            if adapters:
+                report = analyze_adapters(adapters, **options, **shared)
+            else:
+                report = analyze(base, tuned, **options, **reading, **shared)
+            if team.rank == 0:
+                _write(report, out, wide=wide, as_json=as_json)
     if report.answer is None and apart(report.match):
         raise typer.Exit(UNSEEN)
 
@@ -68,10 +72,10 @@ def _check(out: Path) -> None:
 def _write(report: Report, out: Path | None, *, wide: bool, as_json: bool) -> None:
     text = report.text(wide=wide)
     if out is not None:
-        report.to_json(out / "report.json")
-        report.to_html(out / "report.html")
-        with atomic(out / "report.txt") as temporary:
-            temporary.write_text(f"{text}\n", "utf-8")
+        with files_into(out) as folder:
+            report.to_json(folder / "report.json")
+            report.to_html(folder / "report.html")
+            write_text(folder / "report.txt", f"{text}\n")
     emit(report.to_json() if as_json else text)
     if out is not None and not as_json:
         emit(f"written to {out / 'report.html'}, report.json and report.txt beside it")

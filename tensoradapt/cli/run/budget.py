@@ -12,7 +12,6 @@ from tensoradapt.cli.run.printing import emit, emit_json, note
 from tensoradapt.cli.run.progress import Report, progress
 from tensoradapt.cli.run.specs import parameters, parse_ranks
 from tensoradapt.errors import SpecError
-from tensoradapt.io.atomic import atomic
 from tensoradapt.paths import expand
 from tensoradapt.plots import plot_budget
 from tensoradapt.presets import PRESETS
@@ -21,6 +20,7 @@ from tensoradapt.scan import budget, scan, solve_rank
 from tensoradapt.sites import SiteMap
 from tensoradapt.spec import Spec
 from tensoradapt.tables import wrapped
+from tensoradapt.textfiles import write_text
 
 
 def run(
@@ -90,5 +90,4 @@ def _write(table: BudgetTable, out: Path, max_parameters: int | None) -> None:
     elif out.is_dir():
         raise SpecError(f"{out} is a folder", hint="give a file")
     else:
-        with atomic(out) as temporary:
-            temporary.write_text(text(), encoding="utf-8")
+        write_text(out, text())

@@ -8,6 +8,7 @@ from tensoradapt.cli.run.printing import note
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.paths import expand
 from tensoradapt.plots import FIGURES, draw_figure, drawable, read_report
+from tensoradapt.writing.folder import claimed, files_into
 
 NAMES = ", ".join(FIGURES)
 
@@ -29,8 +30,9 @@ def run(report: Path, out: Path, figure: str | None, suffix: str) -> None:
     if out.exists() and not out.is_dir():
         raise FileError(f"{out} is a file", expected="a folder for all figures")
     names = drawable(found)
-    for name in names:
-        draw_figure(found, name, out / f"{name}.{suffix}")
+    with claimed(out), files_into(out) as folder:
+        for name in names:
+            draw_figure(found, name, folder / f"{name}.{suffix}")
     left = [name for name in FIGURES if name not in names]
     missing = f"; nothing to draw for {', '.join(left)}" if left else ""
     note(f"wrote {len(names)} figures to {out}{missing}")
