@@ -278,7 +278,8 @@ def _as_it_was(model: nn.Module, *, train: bool, grad: bool) -> Iterator[None]:
     """Run a model in one mode; afterwards modes, buffers and random states are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if train else []
-    with torch.random.fork_rng(), torch.set_grad_enabled(grad):
+    used = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+    with torch.random.fork_rng(sorted(used)), torch.set_grad_enabled(grad):  # every one there is would be woken
         try:
             model.train(train)
             yield

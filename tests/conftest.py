@@ -17,6 +17,8 @@ settings.load_profile("tensoradapt")
 
 
 def pytest_addoption(parser):
-    which = "what tests/device runs on: cuda, or the simulated accelerator (alone, with -n 0: torch keeps it for good)"
-    parser.addoption("--device", default="cuda", choices=("cuda", "sim"), help=which)
+    which = (
+        "what tests/device runs on: cuda, or a simulated accelerator, alone and with -n 0, for torch keeps it for good"
+    )
+    parser.addoption("--device", default="cuda", choices=("cuda", "sim", "sim-without-float64"), help=which)
     parser.addoption("--zoo", default="part", choices=("part", "all"), help="cells of tests/zoo: a fixed third, or all")

@@ -272,6 +272,49 @@ def test_eva_of_a_stack_pools_the_inputs_of_its_layers():
     np.testing.assert_allclose(v @ v.T, vectors[:, -RANK:] @ vectors[:, -RANK:].T, atol=1e-9)
 
 
+def projected(stack, axis, part, rank):
+    """Every slice on the first or last `rank` left singular directions of an unfolding of the stack."""
+    u = np.linalg.svd(unfoldings(stack)[axis])[0]
+    return u[:, :rank] if part == "first" else u[:, -rank:]
+
+
+def weighted(model, stack, paths):
+    """The weights times the mean covariance of their inputs, and that covariance."""
+    c = sum(covariance(model, path) for path in paths) / len(paths)
+    c += 0.01 * np.trace(c) / len(c) * np.eye(len(c))
+    return stack @ c, c
+
+
+def wanted_of(method, model, stack, paths):
+    """What the networks of a group are fitted to."""
+    if method == "olora":
+        q = np.linalg.qr(stack.mean(0))[0][:, :RANK]
+        return q @ (q.T @ stack)
+    turned, c = weighted(model, stack, paths) if method.startswith("corda") else (stack, np.eye(stack.shape[-1]))
+    if method in ("minor", "corda_minor"):
+        left, right = (projected(turned, axis, "last", RANK) for axis in (0, 1))
+        turned = left @ (left.T @ turned @ right) @ right.T
+    return turned @ np.linalg.inv(c)
+
+
+@pytest.mark.parametrize("method", ["minor", "olora", "corda_minor"])
+def test_a_stack_starts_from_its_weights_after_the_turn_of_the_method(method):
+    """Targets that a group's shared bases hold exactly; a start at the weights themselves would be far from them."""
+    model = Toy(layers=2, width=WIDTH).double()
+    adapter = attach(model, {"preset": "lotr", "rank": RANK, "dtype": "float64", "targets": ["q_proj"]})
+    ta.initialize(adapter, method, **gathered(method, model, adapter, torch.float64))
+    (name, group), *_ = adapter.groups.items()
+    f = {n: numpy_of(t) for n, t in adapter.factors(name).items()}
+    made = np.einsum("oa,lab,ib->loi", f["factor_out"], f["core"], f["factor_in"])
+    stack = np.stack([weight(model, path) for path in group.paths])
+    wanted = wanted_of(method, model, stack, group.paths)
+    if method == "olora":  # its rows are not confined, so that a rank is left to be cut
+        best = np.linalg.norm(wanted - partial_hosvd(wanted, RANK))
+        assert np.linalg.norm(wanted - made) <= best * (1 + 1e-9)
+    else:
+        np.testing.assert_allclose(made * group.scale, wanted, atol=1e-9 * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("method", KEEPING)
 def test_output_at_step_0_and_the_saved_adapter_on_the_untouched_base(method, name, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def fit(
     if isinstance(source, Tensor):
         smallest = made.at(1)
         return _held(_fitted(source.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings))
-    return _held(_streamed(source, shape, made, goal, settings))
+    return _held(_streamed(source, partial(plain, device=options.get("device")), made, goal, settings))
 
 
 def _held(found: Fit) -> Fit:
@@ -168,15 +169,16 @@ def _affordable(tensor: Tensor, made: _Format, budget: int) -> Diagram:
     return replace(whole, sizes={**whole.sizes, **point.ranks})
 
 
-def _streamed(source: Slices, shape: tuple[int, ...], made: _Format, goal: _Goal, settings: Options) -> Fit:
-    """The slices of a stream, read in passes."""
+def _streamed(source: Slices, each: Callable[[Any], Tensor], made: _Format, goal: _Goal, settings: Options) -> Fit:
+    """The slices of a stream, read in passes and made tensors of one dtype and device by `each`."""
     axes = made.shape.axes
-    like = plain(next(iter(slices_of(source)))).new_zeros(())
-    norm = math.hypot(*(norm_of(plain(part)) for part in slices_of(source)))
-    read = lambda: ((k, Dense(plain(part).to(like))) for k, part in enumerate(slices_of(source)))  # noqa: E731
+    first = each(next(iter(slices_of(source))))
+    like = first.new_zeros(())
+    norm = math.hypot(*(norm_of(each(part)) for part in slices_of(source)))
+    read = lambda: ((k, Dense(each(part).to(like))) for k, part in enumerate(slices_of(source)))  # noqa: E731
     cuts = [made.shape.folds.get(a, (a,)) for a in _unfolded(made.shape)]
     named = [{axis: made.shape.sizes[axis] for axis in cut} for cut in cuts]
-    stack = Stack(read, count_of(named[0]), (shape[1], shape[2]), like).at(level_of(norm, like.dtype))
+    stack = Stack(read, count_of(named[0]), (first.shape[0], first.shape[1]), like).at(level_of(norm, like.dtype))
     stream = Stream(stack, named[0], named[1], named[2], seed=settings.seed)
     assert [axis for cut in cuts for axis in cut] == list(axes)
     if goal.error is not None:

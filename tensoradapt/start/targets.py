@@ -83,9 +83,9 @@ class Job:
 
 def turned(stream: Stream, turn: Turn) -> Stream:
     """A stream whose every slice D[out, in] is replaced by turn(D), of the same shape, as it is read."""
-    passes = stream.stack.passes
-    after = lambda: ((k, Dense(turn(part.dense()))) for k, part in passes())  # noqa: E731
-    return replace(stream, stack=replace(stream.stack, passes=after))
+    stack = stream.stack
+    after = lambda read: lambda: ((k, Dense(turn(part.dense()))) for k, part in read())  # noqa: E731
+    return replace(stream, stack=replace(stack, passes=after(stack.passes), reads=[after(r) for r in stack.reads]))
 
 
 def _formed(diagram: Diagram, factors: dict[str, Tensor], form: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ def agree(job: Callable[[str], Any], device: str, tolerance: float = 2e-4) -> No
     for (place, a), (_, b) in zip(found, wanted, strict=True):
         assert isinstance(a, Tensor) == isinstance(b, Tensor), place
         if isinstance(a, Tensor):
+            assert bool(b.isfinite().all()), f"{place}: the job says nothing"
             torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=tolerance, atol=tolerance, msg=_said(place))
         elif isinstance(a, float):
             assert abs(a - b) <= tolerance * max(1.0, abs(b)), (place, a, b)

@@ -10,37 +10,36 @@ import pytest
 import simulated
 import torch
 
-MODES = {"sim": nullcontext, "sim without float64": simulated.without_float64}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "mode" not in metafunc.fixturenames:
-        return
-    names = (
-        list(MODES) if metafunc.config.getoption("device") == "sim" else [pytest.param("cuda", marks=pytest.mark.gpu)]
-    )
-    metafunc.parametrize("mode", names, indirect=True)
+ONLY = {"test_refusals.py": True, "test_simulated.py": False}  # whether a file is for a simulated device
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """The device's own tests need it, and the test that starts a process with it does not run inside that process."""
-    only = {"test_refusals.py": "sim", "test_simulated.py": "cuda"}
-    return True if only.get(collection_path.name, config.getoption("device")) != config.getoption("device") else None
+    there = config.getoption("device") != "cuda"
+    return True if ONLY.get(collection_path.name, there) != there else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if config.getoption("device") == "cuda" and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture
-def mode(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A device to run a job on, in one of its modes."""
-    if request.param == "cuda":
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A device to run a job on."""
+    name = request.config.getoption("device")
+    if name == "cuda":
         if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device; the same jobs run on the simulated one in test_simulated.py")
-        yield "cuda"
+            pytest.skip("needs a CUDA device; test_simulated.py runs the same job on a simulated one")
+        yield name
         return
     simulated.register()
-    with MODES[request.param]():
+    with nullcontext() if name == "sim" else simulated.without_float64():
         yield "sim"
 
 
 @pytest.fixture
-def device(mode: str) -> str:
-    return mode
+def second(device: str) -> str:
+    """Another device than `device`: a second one of its kind where there is one, else the CPU."""
+    return f"{device}:1" if device != "cuda" or torch.cuda.device_count() > 1 else "cpu"

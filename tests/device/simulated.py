@@ -224,6 +224,7 @@ def _count(operation: str, args: tuple[Any, ...]) -> None:
 def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operation that is not made of smaller ones: refuse two devices, compute on the CPU, say that it is ours."""
     operation = op._schema.name.partition("::")[2]
+    args = tuple(map(_as_tensor, op._schema.arguments, args))
     flat, spec = tree_flatten((args, kwargs))
     tensors = [value for value in flat if isinstance(value, Tensor)]
     asked = kwargs.get("device")
@@ -244,6 +245,12 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     names = {id(hosts[id(value)]): value for value in flat if _is_ours(value)}
     viewed = args[0] if _returns_view(op) else None
     return tree_map(lambda out: _named(out, names, viewed, index), result)
+
+
+def _as_tensor(given: Any, value: Any) -> Any:
+    """A number that torch had made a tensor of, and that came here as a number again."""
+    is_number = isinstance(value, bool | int | float | complex) and str(given.type) == "Tensor"
+    return torch.tensor(value) if is_number else value
 
 
 def _made(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device | None) -> Any:
@@ -336,6 +343,14 @@ def _as_strided(source: Tensor, size: Any, stride: Any, offset: int | None = Non
     return torch.ops.aten.as_strided.default.redispatch(_BY_CPU, source, size, stride, offset)
 
 
+def _convolved(*args: Any) -> Tensor:
+    return _fallback(torch.ops.aten.convolution.default, *args)
+
+
+def _convolved_backward(gradient: Tensor, source: Tensor, weight: Tensor, *args: Any) -> Any:
+    return _fallback(torch.ops.aten.convolution_backward.default, gradient, source, weight, [weight.shape[0]], *args)
+
+
 def _plain_attention(*args: Any, **kwargs: Any) -> int:
     return 0  # the one that is made of matrix products
 
@@ -350,8 +365,22 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "set_.source_Storage_storage_offset": _set,
     "set_.source_Tensor": _set_to_tensor,
     "as_strided": _as_strided,
+    "convolution_overrideable": _convolved,
+    "convolution_backward_overrideable": _convolved_backward,
     "_fused_sdp_choice": _plain_attention,
 }
+
+
+def _cloned(clone: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A copy of a storage: torch asks for an allocator there, which cannot be registered in Python."""
+
+    def made(storage: Any) -> Any:
+        if storage.device.type != NAME:
+            return clone(storage)
+        empty = ours(torch.empty(0, dtype=torch.uint8), storage.device.index)
+        return _set(empty, storage, 0, (storage.nbytes(),), (1,)).clone().untyped_storage()
+
+    return made
 
 
 class Module:
@@ -398,5 +427,6 @@ def register() -> None:
     for name, kernel in _KERNELS.items():
         aten.impl(name, kernel, _KEY)
     _LIBRARIES.extend((every, aten))
+    torch.UntypedStorage.clone = _cloned(torch.UntypedStorage.clone)
     # The engine's threads are one per device of the guard, and the guard that Python may register has one device.
     torch.autograd.set_multithreading_enabled(False)
