@@ -17,6 +17,7 @@ from opt_einsum import get_symbol
 
 from tensoradapt.errors import SpecError
 
+INDICES = 49  # einsum has 52 letters, of which a site's activation and the two sides of its slots take three
 WEIGHT_AXES = ("out", "in", "kernel")
 
 
@@ -35,6 +36,8 @@ class Diagram:
     folds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if len(self.sizes) > INDICES:
+            raise SpecError("a network has too many indices", got=len(self.sizes), expected=f"at most {INDICES}")
         carried = {index for indices in self.nodes.values() for index in indices}
         for index in sorted(carried | set(self.open)):
             if index not in self.sizes:
@@ -57,7 +60,16 @@ class Diagram:
 
     def shape(self, node: str) -> tuple[int, ...]:
         """The shape of a node's tensor."""
-        return tuple(self.sizes[index] for index in self.nodes[node])
+        return self._shapes[node]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {node: tuple(self.sizes[index] for index in indices) for node, indices in self.nodes.items()}
+
+    @cached_property
+    def measures(self) -> dict[str, int]:
+        """The size of every index, and of the sides that are cut into folds."""
+        return {**self.sizes, **{axis: self.extent(axis) for axis in WEIGHT_AXES if self.fold(axis)}}
 
     def numel(self, node: str) -> int:
         """The number of entries of a node's tensor."""
@@ -68,7 +80,7 @@ class Diagram:
         """The number of entries of all nodes together."""
         return sum(map(self.numel, self.nodes))
 
-    @property
+    @cached_property
     def bonds(self) -> dict[str, tuple[str, ...]]:
         """Every bond with the nodes that it joins, in the order of the nodes."""
         joined: dict[str, list[str]] = {}
@@ -88,7 +100,7 @@ class Diagram:
         """The full size of `out`, `in` or `kernel`: the product of its folds."""
         return math.prod(self.sizes[part] for part in self.fold(axis))
 
-    @property
+    @cached_property
     def coordinates(self) -> tuple[str, ...]:
         """The open axes that pick a site: all but the folds of `out`, `in` and `kernel`."""
         weight = {part for axis in WEIGHT_AXES for part in self.fold(axis)}

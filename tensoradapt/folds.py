@@ -31,6 +31,16 @@ def fold(axis: str, size: int, how: Fold, named: Mapping[str, int]) -> dict[str,
     return _filled(axis, size, sizes)
 
 
+def names_of(axis: str, how: Fold, count: int) -> tuple[str, ...]:
+    """The names of the `count` axes that `axis` is cut into; none where it is not cut into so many."""
+    if isinstance(how, str):
+        kind, _, number = how.partition(":")
+        told = count == 2 if kind == "factor" else number == str(count) or (not number and count == 3)
+        return tuple(f"{axis}_{k}" for k in range(count)) if told else ()
+    parts = [(k, str(part).partition("=")[0]) for k, part in enumerate(how)]
+    return tuple(f"{axis}_{k}" if part.isdigit() else part for k, part in parts)
+
+
 def _filled(axis: str, size: int, sizes: Mapping[str, int | None]) -> dict[str, int]:
     open_names = [name for name, value in sizes.items() if value is None]
     known = math.prod(value for value in sizes.values() if value is not None)

@@ -24,6 +24,7 @@ from tensoradapt.roles import has_heads, holds
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 
+KEYED = ("tt", "ttm", "tucker")  # formats whose ranks are named by what a bond's name has behind `r_`
 Progress = Callable[[str, int, int], None]  # the group at work, how many are done, how many there are
 
 
@@ -230,6 +231,14 @@ def resized(group: Group, rank: int | list[int] | dict[str, int | str]) -> Diagr
     shape = Shape(diagram.open, diagram.sizes, diagram.folds, group.rule.compress)
     rule = group.rule.model_copy(update={"rank": rank, "ranks": {}})
     return _diagram(rule, shape, group.name)
+
+
+def rebuilt(group: Group) -> Diagram:
+    """The diagram that a group's rule gives at the ranks, the sizes and the folds that the group has."""
+    cut = "r_" if group.rule.format in KEYED else ""
+    rule = group.rule.model_copy(update={"excess": "keep"})
+    rank: dict[str, int | str] = {bond.removeprefix(cut): size for bond, size in group.rank.items()}
+    return resized(replace(group, rule=rule), rank)
 
 
 def _sized(rank: int | list[int] | dict[str, int | str], shape: Shape) -> Ranks:

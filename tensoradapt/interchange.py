@@ -38,7 +38,8 @@ def to_tensorly(group: Group, factors: Mapping[str, Tensor]) -> Any:
 def from_diagram(diagram: Diagram, factors: Mapping[str, Tensor], format: str) -> Any:
     """The factors of a diagram of a format as TensorLy's tensor. Raises SpecError where there is no class for it."""
     held = {node: tensor.detach() for node, tensor in factors.items()}
-    cp_like = all(len(indices) <= 2 for indices in diagram.nodes.values()) and len(diagram.bonds) == 1
+    joined = [nodes for nodes in diagram.bonds.values()] == [tuple(diagram.nodes)]  # all of them by one bond
+    cp_like = joined and all(len(indices) <= 2 for indices in diagram.nodes.values())
     name = format
     if format == "network":
         name = "cp" if cp_like else "tt"

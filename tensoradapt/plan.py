@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from tensoradapt.errors import FileError, SiteError
+from tensoradapt.derived import check_counts, groups_from, spec_from
+from tensoradapt.errors import SiteError
 from tensoradapt.grouping import Group, Progress, group_sites
 from tensoradapt.layouts import STATED
 from tensoradapt.presets import expand
@@ -22,13 +23,13 @@ from tensoradapt.rows import (
     enumerated,
     factor_of,
     group_dict,
-    group_from,
     group_notes,
     larger,
     record_of,
     row_of,
     size_notes,
 )
+from tensoradapt.schema import plan_row
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule, Spec
@@ -36,6 +37,9 @@ from tensoradapt.tables import columns, dropped, wrapped
 from tensoradapt.targets import refuse, select
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# Counts that follow from shapes alone; FLOP depend on how a version lowers.
+FACTS = ("num_trainable", "num_frozen", "num_parameters", "num_extra", "num_total", "num_dense", "num_bytes")
+FACTS += ("num_sites",)
 START = "__start"  # the suffix of the frozen copy that a `difference` start subtracts
 
 
@@ -147,19 +151,7 @@ class Plan(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values: its counts, and all that `from_dict` needs."""
-        counts = (
-            "num_trainable",
-            "num_frozen",
-            "num_parameters",
-            "num_extra",
-            "num_total",
-            "num_model",
-            "num_dense",
-            "num_bytes",
-            "flops_per_token",
-            "dense_flops_per_token",
-            "num_sites",
-        )
+        counts = (*FACTS, "num_model", "flops_per_token", "dense_flops_per_token")
         return {
             "model": self.model,
             "layouts": STATED,
@@ -173,14 +165,12 @@ class Plan(Tabular):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of `to_dict`. Raises FileError on damaged data."""
-        try:
-            spec = Spec.from_dict(data["spec"])
-            rules, stated = spec.rules, data.get("layouts") == STATED
-            groups = tuple(group_from(row, rules[row["rule"]], stated=stated) for row in data["groups"])
-            extras = {path: tuple(shape) for path, shape in data["extras"].items()}
-            return cls(spec, groups, data["model"], extras, tuple(data["notes"]), data.get("num_model", 0))
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise FileError("the plan in the file is damaged", got=repr(error), hint="save the adapter again") from None
+        row = plan_row(data)
+        spec = spec_from(row.spec)
+        extras = {path: tuple(shape) for path, shape in row.extras.items()}
+        plan = cls(spec, groups_from(row, spec), row.model, extras, tuple(row.notes), row.num_model)
+        check_counts(row, {name: getattr(plan, name) for name in FACTS})
+        return plan
 
     def records(self) -> list[dict[str, Any]]:
         """One row for every group: sites, sizes of its tensor, ranks, counts (those of a bank are no group's)."""

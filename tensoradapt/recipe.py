@@ -41,6 +41,10 @@ class Stage:
         return 2 * self.before * self.rows * self.cols * (1 if self.pointwise else self.after)
 
 
+_Step = tuple[Indices, tuple[str, ...]]  # the axes of an activation, and the nodes that are still to be applied
+_Walk = tuple[int, tuple[Stage, ...], Indices]  # operations, stages, and the axes at the end
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The lowering of one site: what is selected, what is contracted, and what it costs.
@@ -245,13 +249,7 @@ def _staged(problem: Problem) -> Recipe | None:
         or len(problem.operands) > 7
     ):
         return None
-    best: tuple[int, list[Stage], Indices] | None = None
-    for stages, state in _walks(problem, problem.inp, tuple(problem.operands)):
-        if problem.kind == "conv" and state != problem.out:
-            continue  # channels are not permuted
-        cost = sum(s.flops for s in stages) + (0 if state == problem.out else 2 * problem.numel(state))
-        if best is None or cost < best[0]:
-            best = (cost, stages, state)
+    best = _walk(problem, problem.inp, tuple(problem.operands), {})
     if best is None:
         return None
     _, stages, state = best
@@ -259,16 +257,24 @@ def _staged(problem: Problem) -> Recipe | None:
     return _finish(problem, "stages", stages, order, state)
 
 
-def _walks(problem: Problem, state: Indices, left: tuple[str, ...]) -> Iterator[tuple[list[Stage], Indices]]:
-    """All orders in which the nodes left can be applied to an activation with the axes `state`."""
+def _walk(problem: Problem, state: Indices, left: tuple[str, ...], known: dict[_Step, _Walk | None]) -> _Walk | None:
+    """The cheapest order in which the nodes left can be applied to an activation with the axes `state`, if any.
+
+    `known` holds what was found for other ways to the same step: of seven nodes there are five thousand orders.
+    """
     if not left:
-        if set(state) == set(problem.out):
-            yield [], state
-        return
-    for node in left:
-        for stage, after in _applications(problem, state, node):
-            for stages, final in _walks(problem, after, tuple(n for n in left if n != node)):
-                yield [stage, *stages], final
+        fits = state == problem.out if problem.kind == "conv" else set(state) == set(problem.out)  # channels stay put
+        return (0 if state == problem.out else 2 * problem.numel(state), (), state) if fits else None
+    if (state, left) not in known:
+        best: _Walk | None = None
+        for node in left:
+            rest = tuple(n for n in left if n != node)
+            for stage, after in _applications(problem, state, node):
+                found = _walk(problem, after, rest, known)
+                if found is not None and (best is None or stage.flops + found[0] < best[0]):
+                    best = (stage.flops + found[0], (stage, *found[1]), found[2])
+        known[state, left] = best
+    return known[state, left]
 
 
 def _applications(problem: Problem, state: Indices, node: str) -> Iterator[tuple[Stage, Indices]]:

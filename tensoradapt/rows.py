@@ -1,6 +1,6 @@
 """Groups as rows: of JSON, of a printed table; and their factors.
 
-Invariant: `group_from(group_dict(group))` is the group.
+Invariant: `groups_from` of the rows that `group_dict` makes are the groups.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tensoradapt.coordinates import unsure
-from tensoradapt.diagram import Diagram
 from tensoradapt.grouping import Group, asked
-from tensoradapt.layouts import AS_STORED, UNSURE, formerly
+from tensoradapt.layouts import AS_STORED, UNSURE
 from tensoradapt.placing import Placement
-from tensoradapt.sites import Site, SiteMap
-from tensoradapt.spec import Rule
+from tensoradapt.sites import SiteMap
 
 SURPLUS = 0.01  # the share of an adapter from which on entries that a weight would not need are spoken of
 NOTED = 3  # so many paths of which the layer is not certain are named
@@ -47,10 +45,6 @@ class Factor:
 def factor_of(group: Group, node: str, key: str) -> Factor:
     """The stored tensor of one node of a group."""
     trainable = node in group.trainable
-    sizes = {
-        **group.diagram.sizes,
-        **{axis: group.diagram.extent(axis) for axis in ("out", "in", "kernel") if group.diagram.fold(axis)},
-    }
     copied = trainable and group.rule.start == "difference"
     return Factor(
         key,
@@ -58,7 +52,7 @@ def factor_of(group: Group, node: str, key: str) -> Factor:
         group.rule.dtype,
         trainable,
         group.laws[node],
-        sizes,
+        group.diagram.measures,
         tuple(i for i in group.diagram.nodes[node] if i in group.diagram.bonds),
         copied,
     )
@@ -115,30 +109,15 @@ def group_dict(group: Group, rule: int) -> dict[str, Any]:
         "labels": {axis: list(values) for axis, values in group.labels.items()},
         "laws": dict(group.laws),
         "store": dict(group.store),
-        "sites": [{**asdict(p.site), "place": dict(p.index), "slots": list(p.slots)} for p in group.placements],
+        "sites": [_site_dict(placement) for placement in group.placements],
     }
 
 
-def group_from(row: Mapping[str, Any], rule: Rule, *, stated: bool = True) -> Group:
-    """The inverse of `group_dict`; not `stated`: layouts may be guesses. Raises KeyError, TypeError on damaged data."""
-    placements = []
-    for entry in row["sites"]:
-        fields: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k not in ("place", "slots")
-        }
-        site = Site(**fields) if stated else formerly(Site(**fields))
-        placements.append(Placement(site, entry["place"], tuple(entry["slots"])))
-    labels = {axis: tuple(values) for axis, values in row["labels"].items()}
-    return Group(
-        row["name"],
-        rule,
-        Diagram.from_dict(row["diagram"]),
-        tuple(placements),
-        labels,
-        float(row["scale"]),
-        row["laws"],
-        row["store"],
-    )
+def _site_dict(placement: Placement) -> dict[str, Any]:
+    """A site and its place as plain JSON values."""
+    fields = {name: list(v) if type(v) is tuple else v for name, v in vars(placement.site).items()}
+    coordinates = dict(placement.site.coordinates)
+    return {**fields, "coordinates": coordinates, "place": dict(placement.index), "slots": list(placement.slots)}
 
 
 def alike(groups: tuple[Group, ...], *, ranks: bool = True) -> dict[str, list[Group]]:

@@ -236,8 +236,8 @@ def pickled(what: str) -> FileError:
 
 
 def read_object(text: bytes) -> dict[str, Any]:
-    """The JSON object in UTF-8 text. Raises ValueError where it is none, or has a key twice; RecursionError."""
-    found = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    """The JSON object in UTF-8 text. Raises ValueError on a key that is there twice, NaN, Infinity; RecursionError."""
+    found = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_number)
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     return found
@@ -249,6 +249,10 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         key, times = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {key!r} is there {times} times")
     return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON's")
 
 
 def check_regular(file: Path) -> None:

@@ -23,6 +23,9 @@ Rank = Annotated[StrictInt, Field(gt=0)]
 Ranks = Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank | str]
 Positive = Annotated[StrictInt, Field(gt=0)]
 Fold = str | Annotated[list[Positive | str], Field(min_length=1)]
+LARGEST_SCALE = 1e12  # what a delta is multiplied by: a weight's largest number in float32 is 3e38
+Scale = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_SCALE, le=LARGEST_SCALE)]
+Law = Annotated[str, Field(max_length=200)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Set = Literal["query-value", "attention", "qkv", "feed-forward", "block", "convolutions", "all-linear"]
 SETS: tuple[str, ...] = get_args(Set)  # words that stand for the weights of a model that have a part in common
@@ -124,17 +127,17 @@ class Rule(_Value):
     slot: tuple[Positive, Positive] | None = Field(
         None, description="(out, in) of a slot; the greatest common one where not given"
     )
-    scale: Number | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field(
+    scale: Scale | Literal["alpha/rank", "alpha/sqrt(rank)", "alpha", "one"] = Field(
         "one", description="a number, or alpha/rank, alpha/sqrt(rank), alpha, one"
     )
-    alpha: Number = Field(1.0, description="alpha of the scale rule")
+    alpha: Scale = Field(1.0, description="alpha of the scale rule")
     dropout: Number = Field(0.0, ge=0, lt=1, description="probability in [0, 1)")
     dropout_at: Literal["in", "code"] = Field("in", description="on the input, or on the code before `out`")
     start: Literal["zero", "nonzero", "difference"] = Field("zero", description="zero, nonzero or difference")
     zero: str = Field(
         "", description="the node that is zero at a `zero` start; the one whose law is `zero` where empty"
     )
-    init: dict[str, str] = Field(
+    init: dict[str, Law] = Field(
         {}, description="initial law per node: `uniform(1/sqrt(in))`, `normal(0.02)`, `orthogonal`"
     )
     frozen: tuple[str, ...] = Field((), description="nodes that are not trained")

@@ -12,7 +12,7 @@ TORCH_FREE = (
     *("version", "errors", "paths", "writing", "textfiles", "records", "tables", "foreign", "axes"),
     *("diagram", "spec", "folds", "formats", "presets"),
     *("coordinates", "sites", "layouts", "targets", "roles", "sets", "contraction", "recipe"),
-    *("placing", "laws", "grouping", "rows", "plan", "knapsack", "budget"),
+    *("placing", "schema", "laws", "grouping", "rows", "derived", "plan", "knapsack", "budget"),
 )
 WITH_TORCH = (
     *(

@@ -11,12 +11,11 @@ from typing import NoReturn
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError
-from tensoradapt.grouping import Group, resized
+from tensoradapt.grouping import KEYED, Group, resized
 from tensoradapt.plan import Plan
 from tensoradapt.spec import Rule, Spec
 
 Ranks = int | list[int] | Mapping[str, int]
-_KEYED = ("tt", "ttm", "tucker")  # formats whose ranks are named by what a bond's name has behind `r_`
 
 
 def by_bond(group: Group, rank: Ranks) -> dict[str, int]:
@@ -60,7 +59,7 @@ def _named(group: Group, rank: dict[str, int]) -> dict[str, int]:
 
 def _keys(group: Group) -> dict[str, str]:
     """What a rule's ranks call every bond."""
-    cut = "r_" if group.rule.format in _KEYED else ""
+    cut = "r_" if group.rule.format in KEYED else ""
     return {bond: bond.removeprefix(cut) for bond in group.diagram.bonds}
 
 

@@ -22,7 +22,10 @@ from torch import Tensor
 from tensoradapt.errors import FileError
 from tensoradapt.io.card import card, command, write_card
 from tensoradapt.paths import expand
-from tensoradapt.plan import START, Plan
+from tensoradapt.plan import BYTES, START, Plan
+from tensoradapt.schema import base_row
+from tensoradapt.sites import read_header, read_object
+from tensoradapt.spec import LARGEST_SCALE
 from tensoradapt.writing.atomic import atomic
 
 FILE = "adapter.safetensors"
@@ -77,6 +80,14 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
         raise FileError(
             f"{file.parent} is a file, not a folder", hint="give a folder, or a path that ends in .safetensors"
         )
+    for group in plan.groups:
+        if not abs(group.scale) <= LARGEST_SCALE:
+            raise FileError(
+                f"the scale of group {group.name!r} is none",
+                got=group.scale,
+                expected=f"at most {LARGEST_SCALE:g}",
+                hint="set adapter.scale, and give the factors a part of it",
+            )
     whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
     text = json.dumps(plan.to_dict())
     checksums = {PLAN: zlib.crc32(text.encode())} | {key: checksum(tensor) for key, tensor in whole.items()}
@@ -127,6 +138,7 @@ def read(path: str | Path) -> Contents:
         raise FileError(f"no adapter at {path}", expected=f"a folder with {FILE} in it, or that file")
     try:
         with safe_open(file, framework="pt") as opened:
+            read_header(file)  # which refuses a key that is there twice: safe_open takes the last
             metadata = opened.metadata() or {}
             plan, base, checksums = _header(file, metadata)
             check_keys(file, expected(plan), {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()})
@@ -136,10 +148,10 @@ def read(path: str | Path) -> Contents:
             f"{file} is damaged or no safetensors file", got=str(error), hint="copy or save it again"
         ) from None
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise FileError(f"{key!r} in {file} holds {str(tensor.dtype)[6:]}", expected="floating-point numbers")
+        if str(tensor.dtype)[6:] not in BYTES:
+            raise FileError(f"{key!r} in {file} holds {str(tensor.dtype)[6:]}", expected=f"one of {', '.join(BYTES)}")
         _check_finite(key, tensor, str(file))
-        if checksums.get(key, checksum(tensor)) != checksum(tensor):
+        if key in checksums and checksums[key] != checksum(tensor):
             raise _changed(f"{key!r} in {file}")
     return Contents(plan, tensors, base, file)
 
@@ -160,21 +172,32 @@ def _header(file: Path, metadata: Mapping[str, str]) -> tuple[Plan, dict[str, An
     checksums = _parsed(file, "crc32", metadata.get("crc32", "{}"))
     if checksums.get(PLAN, zlib.crc32(metadata[PLAN].encode())) != zlib.crc32(metadata[PLAN].encode()):
         raise _changed(f"the plan in {file}")
-    base = _parsed(file, "base", metadata.get("base", "{}"))
     try:
-        return Plan.from_dict(_parsed(file, "plan", metadata[PLAN])), base, checksums
-    except Exception as error:  # whatever a plan that was changed by hand runs into
-        raise FileError(f"the plan in {file} is damaged", got=str(error), hint="copy or save it again") from None
+        plan = Plan.from_dict(_parsed(file, "plan", metadata[PLAN]))
+    except FileError as error:
+        raise FileError(f"the plan in {file} is damaged: {error}") from None
+    return plan, _base(file, plan, metadata.get("base", "{}")), checksums
+
+
+def _base(file: Path, plan: Plan, text: str) -> dict[str, Any]:
+    """What a file says of the base model. Raises FileError where that is not what its plan says."""
+    base = base_row(_parsed(file, "base", text))
+    shapes = identity(plan)["shapes"]
+    if base.get("shapes", shapes) != shapes:
+        raise FileError(
+            f"{file} is of weights of other shapes than its plan",
+            got=base["shapes"],
+            expected=shapes,
+            hint="copy or save it again",
+        )
+    return base
 
 
 def _parsed(file: Path, name: str, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return read_object(text.encode())
+    except (ValueError, RecursionError) as error:
         raise FileError(f"the {name} in {file} is damaged", got=str(error), hint="copy or save it again") from None
-    if not hasattr(found, "keys"):
-        raise FileError(f"the {name} in {file} is damaged", got=text[:40], expected="a JSON object")
-    return dict(found)
 
 
 def _changed(what: str) -> FileError:
@@ -197,8 +220,9 @@ def check_keys(where: str | Path, wanted: Mapping[str, tuple[int, ...]], found: 
 
 
 def _check_finite(key: str, tensor: Tensor, where: str) -> None:
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = tensor.numel() - int(finite.sum())
         raise FileError(
             f"{key!r} of {where} is not finite",
             got=f"{bad} of {tensor.numel()} entries are NaN or infinite",
