@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -39,6 +39,7 @@ class Adapter(Factors):
 
     def __init__(self, plan: Plan, name: str, model: nn.Module) -> None:
         super().__init__(plan, name)
+        self.base: Mapping[str, Any] = {}  # what is known of the model that it was attached to
         self._model = [model]  # in a list: no registered reference to the model, which would recurse
         self._handles: list[Any] = []
         self._merge: Merge | None = None
@@ -137,10 +138,9 @@ class Adapter(Factors):
 
     def as_saved(self) -> Saved:
         """The adapter without its model: its tensors, gathered where they are sharded, and the scale in every group."""
-        revision = getattr(getattr(self._model[0], "config", None), "_commit_hash", None) or ""
         groups = tuple(replace(group, scale=group.scale * self._scale) for group in self.plan.groups)
         tensors = {key: gathered(tensor.detach()) for key, tensor in self.tensors().items()}
-        return Saved(replace(self.plan, groups=groups), tensors, {"revision": revision})
+        return Saved(replace(self.plan, groups=groups), tensors, self.base)
 
     # -- merging ------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from tensoradapt.hooks import OutputHook, WeightHook
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
+from tensoradapt.io.base import check_base
 from tensoradapt.io.conversion import conversion_of, named_as
 from tensoradapt.io.renamed import fitted
 from tensoradapt.io.saved import Savable, as_saved
@@ -34,7 +36,7 @@ from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
-from tensoradapt.scan import module_at, owner_of, parameter_of, scan_module
+from tensoradapt.scan import held_weight, known_base, module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.targets import delivered
 
@@ -55,19 +57,24 @@ def attach(model: nn.Module, spec: SpecLike, name: str = "default", seed: int = 
     tied = (note for note in plan.notes if "tied" in note)
     for note in filter(None, (*tied, *_without_dropout(adapter), untrainable(model))):
         warnings.warn(note, stacklevel=2)
+    adapter.base = known_base(model, plan)
     return _install(model, adapter)
 
 
 def load(path: Savable | str | Path, model: nn.Module, name: str = "default") -> Adapter:
     """Attach an adapter file, or an adapter in memory, to a model, whose names may have one prefix more or less.
 
-    Raises FileError naming what does not fit.
+    Warns where the model's weights are not those that the adapter was made on, as far as its file tells: a cast is
+    none of that. Raises FileError naming what does not fit.
     """
     _check_model(model, name, "ta.load(path, model)")
     found = scan_module(model)
     saved = fitted(named_as(as_saved(path), conversion_of(model)), found, type(model).__name__)
     adapter = _prepare(model, saved.plan, found, name)
     _fill(adapter, saved.tensors)
+    check_base(saved.base, saved.plan, partial(held_weight, model), saved.where)
+    now = known_base(model, saved.plan)
+    adapter.base = now if "name" in now else {**saved.base, **now}
     return _install(model, adapter)
 
 

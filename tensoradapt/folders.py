@@ -20,10 +20,11 @@ from torch import Tensor
 from tensoradapt.analysis.source import as_modules
 from tensoradapt.errors import AdapterError, FileError
 from tensoradapt.io.appended import appendable, appended, is_of_another_module, longer_head, longer_index
+from tensoradapt.io.base import check_base
 from tensoradapt.io.beside import INDEX, check_apart, check_room, files_in, folder_of, others_of
 from tensoradapt.io.checkpoint import Checkpoint, Entry, open_checkpoint
 from tensoradapt.io.conversion import named_as
-from tensoradapt.io.finding import finder, names_of
+from tensoradapt.io.finding import finder, names_of, reader
 from tensoradapt.io.held import as_bytes
 from tensoradapt.io.renamed import plainly
 from tensoradapt.io.saved import Savable, Saved, as_saved
@@ -121,7 +122,8 @@ def merge_folder(
     Sums are formed in float32 and rounded once to the stored dtype; modules that were trained whole replace the base's,
     or are added where it has none; configs and tokenizers are copied. `tied=True` merges into a tensor that modules
     share which are not adapted. `model` (a module, a config, a folder) tells how the weights are stored, where the
-    base's own config does not. Raises FileError, AdapterError; nothing is left then.
+    base's own config does not. Warns where the base is another than the adapter was made on. Raises FileError,
+    AdapterError; nothing is left then.
     """
     target = expand(out)
     with claimed(target), open_checkpoint(base, revision) as source:
@@ -134,6 +136,7 @@ def merge_folder(
         saved, source, known = _under_one_kind_of_names(plainly(as_saved(adapter)), source)
         known = known if model is None else scan(model)
         changes, added = _changes(saved, Stored(source, known or SiteMap(())), tied=tied)
+        check_base(saved.base, saved.plan, reader([p.site for _, p in saved.sites.values()], source), saved.where)
         added = {f"{_before(source)}{name}": tensor for name, tensor in added.items()}
         shards = [open_shard(file) for file in source.files]
         with atomic_folder(target, ours, overwrite=overwrite) as folder:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from tensoradapt.io.names import upwards
+from tensoradapt.paths import origin
 from tensoradapt.sites import Heads
 
 COUNTS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_q_heads")
@@ -26,9 +27,10 @@ def heads_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, An
     """What a model's config says of heads, and its name; and what stands around its modules, by their paths."""
     config = _read(model, "config")
     config = _read(config, "text_config") or config
-    name = _read(config, "_name_or_path") or type(model).__name__
+    said = _read(_read(model, "config"), "_name_or_path")
+    name = str(origin(said)) if isinstance(said, str) and said else type(model).__name__
     count, kv, size = _said(partial(_read, config))
-    whole = {"heads": count, "kv_heads": kv, "head_dim": size, "name": name if isinstance(name, str) else ""}
+    whole = {"heads": count, "kv_heads": kv, "head_dim": size, "name": name}
     return {**whole, "heads_at": _around(modules)}
 
 

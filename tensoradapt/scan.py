@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from tensoradapt.budget import BudgetTable, SolvedSpec, solve, tabulate
@@ -20,12 +21,13 @@ from tensoradapt.errors import FileError, SiteError
 from tensoradapt.grouping import Progress
 from tensoradapt.heads import heads_in
 from tensoradapt.host import HOST
+from tensoradapt.io.base import WEIGHTS, fingerprint
 from tensoradapt.io.config import built, config_in
 from tensoradapt.io.hub import cached
 from tensoradapt.io.names import plain_names
 from tensoradapt.io.wrapped import inside, own_modules
 from tensoradapt.layouts import parameters_of
-from tensoradapt.paths import expand
+from tensoradapt.paths import expand, origin
 from tensoradapt.plan import Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec, as_specs
 from tensoradapt.quantised import is_plain, kind_of
@@ -104,7 +106,7 @@ def solve_rank(spec: SpecLike, model: Model, *, max_parameters: int) -> SolvedSp
 def described_by(path: Path) -> tuple[nn.Module, SiteMap]:
     """The model that a Hugging Face config describes, on the meta device, and its sites. Raises FileError."""
     made: Any = built(path)
-    return made, replace(scan_module(made), name=made.config._name_or_path or path.parent.name)
+    return made, replace(scan_module(made), name=str(origin(path)))
 
 
 def scan_module(model: nn.Module) -> SiteMap:
@@ -261,3 +263,23 @@ def parameter_of(model: nn.Module, site: Site) -> str:
     """The path of the parameter that holds a site's weight."""
     owner, name = owner_of(model, site.owner)
     return site.owner if name in owner._parameters else f"{site.owner}.weight"
+
+
+def held_weight(model: nn.Module, site: Site) -> Tensor | None:
+    """The parameter that holds a site's weight, or the one expert of it; None where its entries are not at hand."""
+    owner, name = owner_of(model, parameter_of(model, site))
+    held = owner._parameters.get(name)
+    if held is None or held.is_meta or not is_plain(held):
+        return None
+    return held if site.index is None else held[site.index]
+
+
+def known_base(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """What is known of a model as an adapter's base: where it is from, as its config says, and a fingerprint."""
+    config = getattr(model, "config", None)
+    said = getattr(config, "_name_or_path", None)
+    weights = fingerprint(plan, partial(held_weight, model))
+    found = origin(said) if isinstance(said, str) and said else None
+    revision = getattr(config, "_commit_hash", None) or (found.revision if found else "")
+    named = {"name": found.name, "hub": found.hub, "revision": revision} if found else {}
+    return {**named, **({WEIGHTS: weights} if weights else {})}

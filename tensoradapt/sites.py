@@ -18,6 +18,7 @@ from typing import Any
 
 from tensoradapt.coordinates import Coordinates, locate
 from tensoradapt.errors import FileError, ShapeError, SpecError
+from tensoradapt.paths import origin
 
 Heads = tuple[int | None, int | None, int | None]  # of queries, of keys and values, and the size of one
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -158,7 +159,7 @@ def from_headers(path: Path, names: Callable[[Iterable[str]], Mapping[str, str]]
         shapes |= found
     shapes = {name: shapes[stored] for stored, name in names(shapes).items()}
     total = sum(map(math.prod, shapes.values()))
-    return SiteMap(placed(_weights(shapes)), name=str(path.name), parameters=shapes, num_parameters=total)
+    return SiteMap(placed(_weights(shapes)), name=str(origin(path)), parameters=shapes, num_parameters=total)
 
 
 def no_weights(folder: Path, sources: str) -> FileError:

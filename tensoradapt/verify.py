@@ -23,6 +23,7 @@ from tensoradapt.extract.whole import change_of
 from tensoradapt.extract.words import apart, counted, little, percent, wrapped
 from tensoradapt.fit.policy import squares
 from tensoradapt.folders import delta_rows
+from tensoradapt.io.base import check_base
 from tensoradapt.io.conversion import named_as
 from tensoradapt.io.finding import finder
 from tensoradapt.io.pairs import Deltas
@@ -153,6 +154,7 @@ def verify(
     with open_source(base, tuned, **options) as deltas:
         saved = named_as(saved, deltas.tuned.conversion)
         run = _Run(saved, deltas, _places(saved, deltas))
+        check_base(saved.base, saved.plan, run.base_weight, saved.where, stacklevel=4)
         total, tell = len(run.deltas) + len(saved.plan.extras), progress or (lambda *_: None)
         name = ""
         for done, name in enumerate(run.steps()):
@@ -280,6 +282,11 @@ class _Run:
         tuned, base = self.deltas.tuned.read(name).double(), self._base(name)
         start = base.double() if base is not None and base.shape == tuned.shape else torch.zeros_like(tuned)
         self.whole[path], self.lost[path] = squares(tuned - start), squares(tuned - tensor)
+
+    def base_weight(self, site: Site) -> Tensor:
+        """The base's tensor of one of the adapter's sites, or the one expert of it, as it is stored."""
+        pair = self.deltas.pair(next(path for path, sites in self.places.items() if site in sites))
+        return self.deltas.base.read(pair.base_name, pair.site.index)
 
     @cached_property
     def _find(self) -> Callable[..., str | None]:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -333,7 +334,8 @@ def test_names_come_from_a_config_or_a_folder_too(tmp_path):
 
 BASES = {
     "org/base": "org/base",
-    "gpt2": "gpt2",
+    "org/base@v2": "org/base",
+    "gpt2": None,  # which may be the own name of a folder, where nothing says that it is a hub's
     "/home/me/model": None,
     "~/model": None,
     "./model": None,
@@ -344,16 +346,29 @@ BASES = {
 }
 
 
+def of_base(model, **said):
+    saved = made(tiny.llama(), ta.preset("lora", rank=2, targets=["q_proj"]))
+    return replace(saved, plan=replace(saved.plan, model=model), base=said)
+
+
 @pytest.mark.parametrize("name", BASES)
-def test_paths_of_this_machine_are_not_written(name, tmp_path):
-    assert export.base_of(name, None) == BASES[name]
-    assert export.base_of(name, "/given") == "/given"
+def test_paths_of_this_machine_are_not_written(name):
+    revision = "v2" if "@" in name else None
+    assert export.base_of(of_base(name), None) == (BASES[name], revision)
+    assert export.base_of(of_base(name), "/given") == ("/given", None)
+
+
+def test_a_revision_goes_with_the_base_that_it_is_of():
+    known = {"name": "gpt2", "hub": True, "revision": "v2"}
+    assert export.base_of(of_base("", **known), None) == ("gpt2", "v2")
+    assert export.base_of(of_base("", **known), "org/mine") == ("org/mine", None)
+    assert export.base_of(of_base("", **known | {"hub": False}), None) == (None, None)
 
 
 def test_a_folder_that_looks_like_a_name_is_not_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/best").mkdir(parents=True)
-    assert export.base_of("runs/best", None) is None
+    assert export.base_of(of_base("runs/best"), None) == (None, None)
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------

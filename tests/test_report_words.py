@@ -105,7 +105,7 @@ def test_sides_are_called_as_the_user_knows_them(tmp_path):
     )
     assert named(base, tuned) == named(list(base.items()), iter(tuned.items())) == ("base", "tuned")
     assert named(base, tuned, names=("v1", "v2")) == ("v1", "v2")
-    assert named(tmp_path / "base.safetensors", tuned) == (str(tmp_path / "base.safetensors"), "tuned")
+    assert named(tmp_path / "base.safetensors", tuned) == ("base.safetensors", "tuned")
     assert named(nn.Linear(3, 4), nn.Linear(3, 4)) == ("Linear (base)", "Linear (tuned)")
     for wrong in ("ab", ("one",), ("a", 3), ("", "b")):
         with pytest.raises(ta.SpecError, match="names are what the report calls"):

@@ -6,6 +6,7 @@ known, and every delta has the sides of its stored tensor.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -145,8 +146,13 @@ def _described(source: Any, side: Checkpoint) -> tuple[SiteMap | None, Conversio
     try:
         found = by_config(side)
     except FileError as error:
-        return None, None, f"layouts are not known: {next(iter(str(error).splitlines()))}"
+        return None, None, f"layouts are not known: {_without_folder(error, side)}"
     return (None, None, "") if found is None else (found[1], conversion_of(found[0]), "")
+
+
+def _without_folder(error: FileError, side: Checkpoint) -> str:
+    """What a config is at fault with, for notes, which go into files: without the folder that it lies in."""
+    return next(iter(str(error).splitlines())).replace(f"{side.folder}{os.sep}", "")
 
 
 def as_modules(side: Checkpoint) -> tuple[Checkpoint, SiteMap | None]:
@@ -154,7 +160,7 @@ def as_modules(side: Checkpoint) -> tuple[Checkpoint, SiteMap | None]:
     try:
         found = by_config(side)
     except FileError as error:
-        note = f"names are those of the files: {next(iter(str(error).splitlines()))}"
+        note = f"names are those of the files: {_without_folder(error, side)}"
         return replace(side, notes=(*side.notes, note)), None
     return (side, None) if found is None else (converted(side, conversion_of(found[0])), found[1])
 

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tensoradapt.errors import FileError
 from tensoradapt.io.native import FILE, file_of, write
-from tensoradapt.plan import Plan
+from tensoradapt.io.saved import Saved
 from tensoradapt.writing.atomic import atomic
 from tensoradapt.writing.hidden import is_leftover, unwritten
 
@@ -87,8 +85,9 @@ class Output:
                 hint="choose another output, or overwrite=True (--overwrite)",
             )
 
-    def write(self, plan: Plan, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    def write(self, made: Saved, record: Mapping[str, Any]) -> None:
         """Write the adapter and its record, the record last. Raises FileError; nothing is changed then."""
         with atomic(self.record) as temporary:
+            record = {**record, "path": self.file.name}  # a record that is moved with its folder stays true
             temporary.write_text(json.dumps(record, indent=1, allow_nan=False), "utf-8")
-            write(self.file, plan, tensors, made="ta.extract(base, tuned, spec, out)")
+            write(self.file, made.plan, made.tensors, made.base, made="ta.extract(base, tuned, spec, out)")

@@ -27,11 +27,13 @@ from tensoradapt.extract.seen import check_seen, check_targets
 from tensoradapt.extract.whole import whole_change
 from tensoradapt.extract.work import Done, Work
 from tensoradapt.grouping import Group
+from tensoradapt.io.base import WEIGHTS, fingerprint
 from tensoradapt.io.saved import Saved
 from tensoradapt.linalg import LARGE, SOLO, Team, each
 from tensoradapt.plan import START, Plan
 from tensoradapt.plots.unmatched import equal
 from tensoradapt.presets import SpecLike, as_spec
+from tensoradapt.sites import Site
 
 Progress = Callable[[str, int, int], None]  # a group's name, how many are done, how many there are
 OPTIONS = ("seed", "overwrite", "team", "progress")
@@ -88,11 +90,24 @@ def _made(work: Work, journal: Journal, output: Output, progress: Progress | Non
     _fit_all(work, journal, progress)
     done = alike(work.team, lambda: [_part(work, journal, name) for name in work.groups])
     made = assembled(work, done)
-    made = replace(made, plan=replace(made.plan, model=work.deltas.base.label))  # the sites' names are the tuned side's
+    made = replace(made, plan=replace(made.plan, model=work.deltas.base.label), base=_base(work, made.plan))
     result = _result(work, made, done, output.file if made.plan.groups else None)
     leads = work.team.rank == 0 and result.path is not None
-    together(work.team, lambda: output.write(made.plan, made.tensors, result.to_dict()) if leads else None)
+    together(work.team, lambda: output.write(made, result.to_dict()) if leads else None)
     return result
+
+
+def _base(work: Work, plan: Plan) -> dict[str, Any]:
+    """What is known of the base: where it is from, and a fingerprint. The sites have the tuned side's names."""
+    deltas = work.deltas
+
+    def read(site: Site) -> Tensor:
+        pair = deltas.pair(work.stored(site).path)
+        return deltas.base.read(pair.base_name, pair.site.index)
+
+    of = deltas.base.origin
+    named = {"name": of.name, "hub": of.hub, "revision": deltas.base.revision or of.revision} if of else {}
+    return {**named, WEIGHTS: fingerprint(plan, read)}
 
 
 def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
@@ -181,8 +196,8 @@ def _result(work: Work, made: Saved, done: list[Done], path: Path | None) -> Ext
     sites = {site: row for d in done for site, row in d.record["sites"].items()}
     groups = {d.name: d.row(work) for d in done}
     report = {
-        "base": work.deltas.base.name,
-        "tuned": work.deltas.tuned.name,
+        "base": work.deltas.base.label or work.deltas.base.name,
+        "tuned": work.deltas.tuned.label or work.deltas.tuned.name,
         "requested": {"error": work.goal.error, "max_parameters": work.goal.max_parameters},
         "num_bytes": made.plan.num_bytes,
         "worst_site": worst_of(sites),

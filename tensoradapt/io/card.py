@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.errors import FileError
+from tensoradapt.paths import origin
 from tensoradapt.plan import Plan
 from tensoradapt.textfiles import write_text
 
 CARD = "README.md"
 MARK = re.compile(r"\n<!-- tensoradapt ([0-9a-f]{8}): this card is written anew until it is changed -->\n$")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def front_matter(library: str, base: str) -> list[str]:
-    """The lines that a hub reads: the library, and the base where it has an id."""
-    known = HUB_ID.fullmatch(base) and not Path(base).exists()
-    return ["---", f"library_name: {library}", *([f"base_model: {base}"] if known else []), "---", ""]
+    """The lines that a hub reads: the library, and the id of the base, where it has one."""
+    return ["---", f"library_name: {library}", *([f"base_model: {base}"] if base else []), "---", ""]
 
 
 def command(call: str) -> str:
@@ -35,16 +34,23 @@ def command(call: str) -> str:
     program = Path(sys.argv[0])
     if program.stem != "tensoradapt" and program.parts[-2:] != ("tensoradapt", "__main__.py"):
         return call
-    return shlex.join(["tensoradapt", *(Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:])])
+    return shlex.join(["tensoradapt", *map(_argument, sys.argv[1:])])
+
+
+def _argument(given: str) -> str:
+    """An argument of a command line; of a path that begins at a root, at a home, or above here, its own name."""
+    option, equals, value = given.partition("=") if given.startswith("-") else ("", "", given)
+    placed = value.startswith((os.sep, "~", f"..{os.sep}")) or os.path.isabs(value)
+    return f"{option}{equals}{origin(value).name if placed else value}"
 
 
 def card(plan: Plan, base: Mapping[str, Any], made: str) -> str:
     """The text of an adapter's card: its base, its plan in words and in numbers, how to load it, and what made it."""
-    name = Path(plan.model).name if os.path.isabs(plan.model) else plan.model
+    name = plan.model
     revision = f", revision {base['revision']}" if base.get("revision") else ""
     return "\n".join(
         [
-            *front_matter("tensoradapt", plan.model),
+            *front_matter("tensoradapt", name if base["hub"] else ""),
             f"# Adapter of {name or 'a model without a name'}{revision}",
             "",
             plan.in_words,

@@ -26,7 +26,7 @@ from tensoradapt.io.names import distinct, plain_names
 from tensoradapt.io.shards import Shards, open_file, open_folder, open_index
 from tensoradapt.io.views import Store, View, under
 from tensoradapt.io.wrapped import own_names
-from tensoradapt.paths import expand
+from tensoradapt.paths import Origin, expand, origin
 from tensoradapt.spec import Rule, Spec
 
 SOURCES = "a safetensors file, a folder of them, a cached hub id, a mapping, a module, or pairs of a name and a tensor"
@@ -47,8 +47,9 @@ class Checkpoint:
     """The tensors of one model, under the names of its modules: without the parts of wrappers.
 
     `name` is what messages call it, as the user wrote it; `entries` every tensor in stored order; `aliases` names of
-    tensors that are the same as an earlier one; `folder` is where a config.json may lie; `label` is a path, a hub id or
-    a module's class, for reports, and empty for tensors that came without a name of their own.
+    tensors that are the same as an earlier one; `folder` is where a config.json may lie; `label` is a folder's own
+    name, a hub id or a module's class, for reports, and empty for tensors that came without a name of their own;
+    `origin` is where the model is from, None where that is not known.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     revision: str | None = None
     label: str = ""
+    origin: Origin | None = None
     view: View = field(repr=False, kw_only=True)
     conversion: Any = field(default=None, repr=False, kw_only=True)  # by which it has the names of a model's modules
 
@@ -135,7 +137,9 @@ def _(source: nn.Module, revision: str | None) -> Checkpoint:
     kind = type(source).__name__
     tensors = [(name, tensor) for name, tensor in state if torch.is_tensor(tensor)]
     by = own_names(source)
-    return _in_memory(tensors, kind, names=distinct({name: by(name) for name, _ in tensors}), label=kind)
+    said = getattr(getattr(source, "config", None), "_name_or_path", None)
+    of = origin(said) if isinstance(said, str) and said else None
+    return _in_memory(tensors, kind, names=distinct({name: by(name) for name, _ in tensors}), label=kind, origin=of)
 
 
 @_opened.register
@@ -177,7 +181,8 @@ def _from_path(path: Path, name: str, **known: Any) -> Checkpoint:
     if not os.path.lexists(path):
         raise FileError(f"no checkpoint at {name}", expected=SOURCES)
     try:
-        return _made(name, _shards(path), label=name, **known)
+        of = origin(path)
+        return _made(name, _shards(path), **{"label": of.name or name, "origin": of, **known})
     except OSError as error:
         raise FileError(f"{name} cannot be read", got=error.strerror, hint="look at its permissions") from None
 
@@ -210,4 +215,4 @@ def _entries(view: View) -> dict[str, Entry]:
 def _from_cache(source: str, revision: str | None) -> Checkpoint:
     """A model of the local hub cache, nothing downloaded."""
     path, name, revision = cached(source, revision, "checkpoint", SOURCES)
-    return _from_path(path, name, revision=revision)
+    return _from_path(path, name, revision=revision, label=name)

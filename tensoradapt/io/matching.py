@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 from tensoradapt.errors import FileError
@@ -213,7 +212,7 @@ def _site_map(
 ) -> SiteMap:
     """The sites with what is known of the model; weights of one side alone are not to be adapted."""
     alone = {n.removesuffix(".weight"): f"only {s} has it" for s, ns in zip(SIDES, lone, strict=True) for n in ns}
-    name = known.name or (base.name if base.folder is None or base.revision else Path(base.name).name)
+    name = known.name or base.label
     shapes = {entry.name: entry.shape for entry in tuned.entries.values()}
     total = sum(math.prod(entry.shape) for entry in tuned.entries.values() if tuned.first(entry.name) == entry.name)
     refused = {**known.refused, **alone}

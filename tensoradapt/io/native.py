@@ -6,11 +6,10 @@ Trained copies of other modules stand under `extra.<parameter>`, the frozen star
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tensoradapt.errors import FileError
+from tensoradapt.io.base import identity
 from tensoradapt.io.card import card, command, write_card
 from tensoradapt.paths import expand
 from tensoradapt.plan import BYTES, START, Plan
@@ -50,20 +50,23 @@ def expected(plan: Plan) -> dict[str, tuple[int, ...]]:
     return keys | {f"extra.{path}": shape for path, shape in plan.extras.items()}
 
 
-def identity(plan: Plan, revision: str = "") -> dict[str, str]:
-    """The base model's name, revision, and a hash of the adapted weights' shapes."""
-    shapes = sorted((p.site.path, list(p.site.shape)) for group in plan.groups for p in group.placements)
-    return {"name": plan.model, "revision": revision, "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()}
-
-
 def file_of(path: str | Path) -> Path:
     """The file that an adapter's path means: itself, or `adapter.safetensors` in the folder."""
     path = expand(path)
     return path if path.suffix == ".safetensors" else path / FILE
 
 
-def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision: str = "", *, made: str = "") -> Path:
+def write(
+    path: str | Path,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    base: Mapping[str, Any] | None = None,
+    *,
+    made: str = "",
+) -> Path:
     """Write an adapter file atomically, and the card of its folder, which says what `made` it.
+
+    `base` is what is known of the base beside the plan; of its folder nothing is written but the folder's own name.
 
     Raises FileError on tensors that are not finite, empty or not there (meta).
     """
@@ -89,20 +92,22 @@ def write(path: str | Path, plan: Plan, tensors: Mapping[str, Tensor], revision:
                 hint="set adapter.scale, and give the factors a part of it",
             )
     whole = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
+    of = identity(plan, base or {})
+    plan = replace(plan, model=of["name"])
     text = json.dumps(plan.to_dict())
     checksums = {PLAN: zlib.crc32(text.encode())} | {key: checksum(tensor) for key, tensor in whole.items()}
     metadata = {
         "format": "pt",
         "version": str(VERSION),
         PLAN: text,
-        "base": json.dumps(identity(plan, revision)),
+        "base": json.dumps(of),
         "crc32": json.dumps(checksums),
     }
     with atomic(file) as temporary:
         write_tensors(whole, temporary, metadata)
         _settle(temporary)
     if file.name == FILE:
-        write_card(file.parent, card(plan, identity(plan, revision), command(made)))
+        write_card(file.parent, card(plan, of, command(made)))
     return file
 
 

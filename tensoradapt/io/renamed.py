@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from tensoradapt.errors import FileError
+from tensoradapt.io.base import WEIGHTS, recorded
 from tensoradapt.io.names import plain, sole
 from tensoradapt.io.saved import Saved
 from tensoradapt.layouts import KNOWN, check_rows, turns
@@ -27,7 +28,9 @@ def renamed(saved: Saved, by: Names, trained: Names) -> Saved:
         f"extra.{trained(key.removeprefix('extra.'))}" if key.startswith("extra.") else key: tensor
         for key, tensor in saved.tensors.items()
     }
-    moved = replace(saved, plan=replace(plan, extras=extras), tensors=tensors)
+    weights = {WEIGHTS: {by(path): row for path, row in recorded(saved.base).items()}}
+    base = {**saved.base, **weights} if WEIGHTS in saved.base else saved.base
+    moved = replace(saved, plan=replace(plan, extras=extras), tensors=tensors, base=base)
     return _with_sites(moved, lambda site: _site(site, by, trained))
 
 

@@ -101,7 +101,8 @@ class Saved:
 
         Raises FileError where the path cannot be written or a factor is not finite: an older file stays as it is.
         """
-        return write(out, self.plan, self.tensors, revision or str(self.base.get("revision", "")), made=made)
+        base = {**self.base, "revision": revision} if revision else self.base
+        return write(out, self.plan, self.tensors, base, made=made)
 
     def as_saved(self) -> Saved:
         """Itself."""

@@ -6,8 +6,6 @@ Invariant: a folder that export_peft leaves behind is whole, and its deltas are 
 from __future__ import annotations
 
 import json
-import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, FileError, RankError, SpecError
+from tensoradapt.io.base import identity
 from tensoradapt.io.card import CARD
 from tensoradapt.io.native import write_tensors
 from tensoradapt.io.renamed import with_twins
@@ -188,13 +187,13 @@ def _make(
     held = {path: saved.tensors[f"extra.{path}"] for path in saved.plan.extras} if options.extras else {}
     trained = trained_of(held, ranks, () if known is None else known.parameters)
     check_head(options.task_type, trained, () if known is None else known.parameters)
-    base = base_of(saved.plan.model, options.base_name)
+    base, revision = base_of(saved, options.base_name)
     config = config_of(
         rank,
         target_modules([path for path in ranks if path not in taken], None if known is None else _paths(known)),
         patterns=patterns,
         base=base,
-        revision=str(saved.base.get("revision") or "") or None,
+        revision=revision,
         task=options.task_type,
         turned=all(module.kind == "linear" and module.layout == "in out" for module in found),
         trained=trained,
@@ -234,12 +233,14 @@ def _paths(known: SiteMap) -> set[str]:
     }
 
 
-def base_of(name: str, given: str | None) -> str | None:
-    """The base model's name for the config: what was given, or a name that is a Hub's and no path of this machine."""
-    if given is not None:
-        return given
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) or (re.fullmatch(r"[a-z0-9][\w.-]*", name) and name == name.lower())
-    return name if hub and not name.startswith(".") and not os.path.exists(name) else None
+def base_of(saved: Saved, given: str | None) -> tuple[str | None, str | None]:
+    """The base for the config, and its revision: what was given, or a hub's id.
+
+    Readers load what stands there, so that a folder's own name, which leads nowhere, does not.
+    """
+    said = identity(saved.plan, saved.base)
+    name = given if given is not None else said["name"] if said["hub"] else None
+    return name, said["revision"] or None if name == said["name"] else None
 
 
 def _tensors(made: _Made, dtype: torch.dtype, *, pad: bool) -> dict[str, Tensor]:

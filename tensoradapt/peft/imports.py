@@ -22,7 +22,7 @@ from tensoradapt.io.renamed import TELLS
 from tensoradapt.io.saved import Saved
 from tensoradapt.io.shards import open_shard
 from tensoradapt.layouts import EITHER, IN_OUT, OUT_IN
-from tensoradapt.paths import expand
+from tensoradapt.paths import expand, origin
 from tensoradapt.peft.attention import INNER, NOTE, as_added, is_parameter, weights_of
 from tensoradapt.peft.config import CONFIG, FROM_PEFT, WEIGHTS, Config, read_config
 from tensoradapt.peft.families import FAMILIES, Found, projections
@@ -62,7 +62,9 @@ def import_peft(path: str | Path, *, out: str | Path | None = None, model: Model
     plan = replace(plan, notes=(*plan.notes, FROM_PEFT, *config.notes, *compared, *notes, *guessed))
     for note in (*config.notes, *compared, *notes, *guessed):
         warnings.warn(note, stacklevel=2)
-    base = {"name": plan.model, "revision": config.values.get("revision") or ""}
+    of = origin(plan.model)
+    base = {"name": of.name, "hub": of.hub, "revision": str(config.values.get("revision") or of.revision)}
+    plan = replace(plan, model=of.name)
     saved = Saved.of(plan, _stored(config, plan, found, shared) | extras, base)
     return saved if out is None else replace(saved, path=saved.save(out))
 
