@@ -18,7 +18,7 @@ from tensoradapt.errors import ShapeError, SpecError
 from tensoradapt.fit.frames import Frame, Seen, framed, halves
 from tensoradapt.fit.places import Place
 from tensoradapt.fit.policy import squares
-from tensoradapt.linalg import Seed
+from tensoradapt.linalg import Seed, double
 
 SWEEPS = 60
 RESTARTS = 4  # random starts that are tried
@@ -61,8 +61,8 @@ def als(
     sweeps goes on.  Shape: the sizes of `diagram.open`.
     """
     _check(diagram, start or {})
-    problem = _Problem(tensor.double() if tensor.numel() <= DOUBLE else tensor, diagram, frozenset(fixed))
-    begun = {n: t.to(tensor.device, torch.float64) for n, t in (start or {}).items()}
+    problem = _Problem(double(tensor) if tensor.numel() <= DOUBLE else tensor, diagram, frozenset(fixed))
+    begun = {n: double(t.to(tensor.device)) for n, t in (start or {}).items()}
     drawn = [n for n in diagram.nodes if n not in begun]
     tries = max(1, restarts) if drawn and len(problem.free) > 1 else 1
     size = math.sqrt(problem.total / tensor.numel())
@@ -76,7 +76,7 @@ def als(
     best = problem.swept(min(trials, key=lambda trial: trial.history[-1]), sweeps)
     even = _balanced(best.factors, problem.free)
     agreed = len(problem.free) <= 1 or (tries > 1 and _agreed([trial.history[-1] for trial in trials]))
-    return Swept({n: t.to(tensor.dtype) for n, t in even.items()}, best.history, best.converged, agreed)
+    return Swept({n: t.to(tensor) for n, t in even.items()}, best.history, best.converged, agreed)
 
 
 def _check(diagram: Diagram, given: Mapping[str, Tensor]) -> None:
@@ -89,7 +89,7 @@ def _check(diagram: Diagram, given: Mapping[str, Tensor]) -> None:
 
 def _drawn(diagram: Diagram, node: str, like: Tensor, seed: int) -> Tensor:
     """A random start whose network has entries of about unit size."""
-    noise = Seed(seed).noise(*diagram.shape(node), like=like, salt=1 + list(diagram.nodes).index(node)).double()
+    noise = double(Seed(seed).noise(*diagram.shape(node), like=like, salt=1 + list(diagram.nodes).index(node)))
     return noise / math.sqrt(math.prod(diagram.sizes[i] for i in diagram.nodes[node] if i in diagram.bonds)) ** 0.5
 
 
@@ -125,9 +125,10 @@ class _Problem:
         """Up to so many sweeps in all, from where a fit has come to."""
         factors, history, settled = dict(begun.factors), list(begun.history), begun.converged
         while not settled and len(history) < sweeps:
-            explained = 0.0
+            held: Tensor | float = 0.0
             for place, seen in self._steps(factors):
-                factors[place.node], explained = place.solved(seen, factors)
+                factors[place.node], held = place.solved(seen, factors)
+            explained = float(held)  # an accelerator is waited for once in a sweep
             history.append(math.sqrt(max(0.0, self.total - explained) / self.total) if self.total else 0.0)
             settled = len(self.free) <= 1 or _settled(history)
         return Swept(factors, tuple(history), settled)
@@ -161,7 +162,9 @@ def _settled(history: list[float]) -> bool:
 
 def _balanced(factors: Factors, free: Iterable[str]) -> Factors:
     """The free nodes brought to one norm: half precision then holds them all."""
-    norms = {n: float(torch.linalg.vector_norm(factors[n])) for n in free}
+    nodes = list(free)
+    found = [torch.linalg.vector_norm(factors[n]) for n in nodes]
+    norms = dict(zip(nodes, torch.stack(found).tolist() if found else [], strict=True))
     if not all(norms.values()):
         return factors
     mean = math.exp(sum(map(math.log, norms.values())) / len(norms)) if norms else 1.0

@@ -15,7 +15,7 @@ from tensoradapt.axes import parse
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, ShapeError, SpecError
 from tensoradapt.fit.curves import squeeze
-from tensoradapt.fit.door import ORDER, Slices, axes_of, plain, slices_of, source_of, stack_shape
+from tensoradapt.fit.door import ORDER, Slices, axes_of, finite_norm, plain, slices_of, source_of, stack_shape
 from tensoradapt.fit.policy import Policy, relative, squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import Options, fit_diagram
@@ -25,7 +25,8 @@ from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Ranks, Shape
 from tensoradapt.formats.network import network as network_diagram
-from tensoradapt.linalg import Dense, Stack, level_of, norm_of
+from tensoradapt.linalg import Dense, Stack, level_of, settled
+from tensoradapt.linalg.home import SMALL
 
 Folds = Mapping[str, str | list[int | str]]  # by axis: sizes and names, or `auto:3`
 RANK = 8  # where neither rank, error nor budget is given
@@ -120,15 +121,23 @@ def fit(
     told = {name: options[name] for name in ("fixed", "sweeps", "restarts", "seed") if name in options}
     settings = Options(grow=made.at, format=made.name, **told)
     if isinstance(source, Tensor):
-        smallest = made.at(1)
-        return _held(_fitted(source.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings))
-    return _held(_streamed(source, partial(plain, device=options.get("device")), made, goal, settings))
+        smallest, near = made.at(1), settled(source)
+        found = _fitted(near.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings)
+        return _held(found).to(source.device)
+    each = partial(plain, device=options.get("device"))
+    at = each(next(iter(slices_of(source)))).device
+    if at.type != "cpu" and math.prod(shape) <= SMALL:
+        source = [settled(each(part)) for part in slices_of(source)]
+        each = plain
+    return _held(_streamed(source, each, made, goal, settings)).to(at)
 
 
 def _held(found: Fit) -> Fit:
     """The fit, where its dtype has its factors. Raises ShapeError."""
-    for node, factor in found.factors.items():
-        if not bool(factor.isfinite().all()):
+    factors = found.factors
+    sound = torch.stack([factor.isfinite().all() for factor in factors.values()]).tolist()
+    for (node, factor), finite in zip(factors.items(), sound, strict=True):
+        if not finite:
             raise ShapeError(
                 f"the factor {node!r} has entries beyond {str(factor.dtype).removeprefix('torch.')}",
                 got=f"a tensor of norm {math.sqrt(found.total):.3g}",
@@ -138,7 +147,7 @@ def _held(found: Fit) -> Fit:
 
 
 def _fitted(tensor: Tensor, made: _Format, goal: _Goal, settings: Options) -> Fit:
-    level = level_of(norm_of(tensor), tensor.dtype)
+    level = level_of(finite_norm(tensor), tensor.dtype)
     return _near(tensor * level if level != 1.0 else tensor, made, goal, settings).times(
         1 / level, settings.fixed or ()
     )
@@ -174,7 +183,7 @@ def _streamed(source: Slices, each: Callable[[Any], Tensor], made: _Format, goal
     axes = made.shape.axes
     first = each(next(iter(slices_of(source))))
     like = first.new_zeros(())
-    norm = math.hypot(*(norm_of(each(part)) for part in slices_of(source)))
+    norm = math.hypot(*(finite_norm(each(part)) for part in slices_of(source)))
     read = lambda: ((k, Dense(each(part).to(like))) for k, part in enumerate(slices_of(source)))  # noqa: E731
     cuts = [made.shape.folds.get(a, (a,)) for a in _unfolded(made.shape)]
     named = [{axis: made.shape.sizes[axis] for axis in cut} for cut in cuts]

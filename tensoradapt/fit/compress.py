@@ -45,7 +45,7 @@ class Compressed:
         for dim, index in enumerate(indices):
             if index in self.bases:
                 basis = self.bases[index].to(tensor.dtype)
-                tensor = torch.movedim(torch.tensordot(tensor, basis, dims=([dim], [1])), -1, dim)
+                tensor = torch.movedim(torch.tensordot(tensor.to(basis.device), basis, dims=([dim], [1])), -1, dim)
         return tensor.contiguous()
 
 

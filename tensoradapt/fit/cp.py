@@ -14,7 +14,8 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.linalg import truncated_svd
+from tensoradapt.fit.policy import squares
+from tensoradapt.linalg import home_of, truncated_svd
 
 CP_SWEEPS = 100
 RIDGE = 1e-6
@@ -38,12 +39,13 @@ def fit_cp(
 ) -> tuple[dict[str, Tensor], Any]:
     """T[a1..an] ~ sum_r prod_k A_k[ak, r] by TensorLy's `parafac`; the factors, and the relative error per sweep."""
     (rank,) = (diagram.sizes[b] for b in diagram.bonds)
+    tensor = tensor.to(home_of(tensor.device))
     options: dict[str, Any] = {"init": "svd", "svd": svd_for_tensorly, "random_state": np.random.RandomState(seed)}
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         try:
             found, errors = parafac(tensor, rank, n_iter_max=sweeps, tol=1e-7, return_errors=True, **options)
         except torch.linalg.LinAlgError:  # more terms than the tensor is made of: their Gram matrices are singular
-            options["l2_reg"] = RIDGE * float(tensor.double().square().sum()) ** (1 - 1 / tensor.dim())
+            options["l2_reg"] = RIDGE * squares(tensor) ** (1 - 1 / tensor.dim())
             found, errors = parafac(tensor, rank, n_iter_max=sweeps, tol=1e-7, return_errors=True, **options)
     weights, factors = found
     by_axis = dict(zip(diagram.open, [factors[0] * weights, *factors[1:]], strict=True))

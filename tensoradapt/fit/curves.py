@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
+from tensoradapt.linalg import double
 
 THINNED = 0.8  # of the parameters from point to point of a thinned curve
 
@@ -83,7 +84,7 @@ def _price(here: Point, there: Point) -> float:
 
 
 def _squares(s: Tensor) -> Tensor:
-    return s.double().square().sum(tuple(range(s.dim() - 1))).cpu()
+    return double(s).square().sum(tuple(range(s.dim() - 1))).cpu()
 
 
 def _significant(squares: Tensor) -> int:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
-from tensoradapt.linalg import as_tensor, empty, norm_of
+from tensoradapt.linalg import as_tensor, empty, has_float64, norm_of
 
 Slices = Sequence[Any] | Callable[[], Iterable[Any]]
 ORDER = "the order is ta.fit(tensor, format)"
 
 
 def source_of(tensor: Any, device: Any = None) -> Tensor | Slices:
-    """A tensor in float32 or float64, or what slices come from. Raises ShapeError."""
+    """A tensor in float32 or float64 on the device, or what slices come from. Raises ShapeError."""
     if isinstance(tensor, Iterator):
         raise ShapeError(
             "a stream of slices is read several times", got="an iterator", hint="give a function that returns a new one"
@@ -37,18 +37,24 @@ def source_of(tensor: Any, device: Any = None) -> Tensor | Slices:
 
 
 def plain(tensor: Any, device: Any = None) -> Tensor:
-    """A tensor of finite real numbers, float32 or float64, detached. Raises ShapeError."""
+    """A tensor of real numbers, float32 or float64, detached. Raises ShapeError."""
     if isinstance(tensor, str | type | None):
         raise ShapeError("this is no tensor", got=repr(tensor)[:40], hint=ORDER)
     found = as_tensor(tensor)
     if found.is_complex() or not found.numel():
         raise ShapeError("a fit needs real numbers", got=f"{found.dtype} of shape {tuple(found.shape)}")
-    found = found.detach().to(found.device if device is None else empty(device).device)
-    found = found if found.dtype in (torch.float32, torch.float64) else found.float()
-    bad = 0 if math.isfinite(norm_of(found)) else int((~torch.isfinite(found)).sum())
+    at = found.device if device is None else empty(device).device
+    dtype = torch.float32 if found.dtype not in (torch.float32, torch.float64) or not has_float64(at) else found.dtype
+    return found.detach().to(at, dtype)
+
+
+def finite_norm(tensor: Tensor) -> float:
+    """The norm of a tensor. Raises ShapeError where it is not finite."""
+    norm = norm_of(tensor)
+    bad = 0 if math.isfinite(norm) else int((~torch.isfinite(tensor)).sum())
     if bad:
-        raise ShapeError("the tensor is not finite", got=f"{bad} of {found.numel()} entries are NaN or infinite")
-    return found
+        raise ShapeError("the tensor is not finite", got=f"{bad} of {tensor.numel()} entries are NaN or infinite")
+    return norm
 
 
 def slices_of(source: Slices) -> Iterable[Any]:

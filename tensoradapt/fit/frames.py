@@ -18,6 +18,7 @@ from opt_einsum import contract_expression
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
+from tensoradapt.linalg import double
 
 SMALLER = 4  # a half is held only where what it shows is so many times smaller than the tensor
 SEARCHED = 6  # operands of which the cheapest path is searched for among all
@@ -71,7 +72,7 @@ class Frame:
             return Seen(tensor, ())
         shown = [make(*[factors[n] for n in part]) for make, part in zip(self._made, self.parts, strict=True)]
         grams = tuple(gram(e, e) for gram, e in zip(self._grams, shown, strict=True))
-        return Seen(self._image(tensor, *[e.to(tensor.dtype) for e in shown]).double(), grams)
+        return Seen(double(self._image(tensor, *[e.to(tensor) for e in shown])), grams)
 
     @cached_property
     def _made(self) -> list[Callable[..., Tensor]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.fit.frames import Frame, Seen, batch, cut, primed
+from tensoradapt.linalg import double
 
 DIRECT = 2048  # the largest system of normal equations that is solved directly
 RIDGE = 1e-10
@@ -53,11 +54,11 @@ class Place:
         first, cols, rows = (math.prod(sizes[i] for i in part) for part in self.parts)
         return first, cols, rows
 
-    def solved(self, seen: Seen, factors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
+    def solved(self, seen: Seen, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The node that is best for the others, and what the network then explains of |T|^2: 2 <T, N> - |N|^2."""
         mine, sizes = self.frame.diagram.nodes[self.node], self.frame.diagram.sizes
         others = [factors[n] for n in self.others]
-        right = self.right(seen.image, *[t.to(seen.image.dtype) for t in others]).reshape(self.sizes).double()
+        right = double(self.right(seen.image, *[t.to(seen.image) for t in others]).reshape(self.sizes))
         before = factors[self.node].permute([mine.index(i) for i in self.order]).reshape(self.sizes)
         twice = [*(t for t in others for _ in range(2)), *seen.grams]
         if self.separate:
@@ -71,7 +72,7 @@ class Place:
             found = before + _conjugate(lambda x: self.normal(x, twice), right - self.normal(before, twice))
             image = self.normal(found, twice)
         shaped = found.reshape([sizes[i] for i in self.order])
-        return shaped.permute([self.order.index(i) for i in mine]), float((found * (2 * right - image)).sum())
+        return shaped.permute([self.order.index(i) for i in mine]), (found * (2 * right - image)).sum()
 
     @cached_property
     def separate(self) -> bool:
@@ -130,7 +131,7 @@ def _least_squares(gram: Tensor, right: Tensor) -> Tensor:
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(size, dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(gram + RIDGE * scale * eye)
-    if bool(info.any()) or not bool((scale > 0).all()):
+    if bool(info.any() | ~(scale > 0).all()):
         return torch.linalg.pinv(gram, hermitian=True, rtol=RIDGE) @ right
     return torch.cholesky_solve(right, factor)
 

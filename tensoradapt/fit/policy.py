@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import RankError
-from tensoradapt.linalg import norms
+from tensoradapt.linalg import double, norms
 
 
 class Policy(Protocol):
@@ -61,12 +61,9 @@ class Within:
 
     def keep(self, bond: str, s: Tensor, beyond: Tensor | float) -> int:
         """The first r with sum_(k >= r) s[k]^2 + beyond <= allowed."""
-        squares = s.double().square().sum(tuple(range(s.dim() - 1)))
-        tails = squares.flip(0).cumsum(0).flip(0) + float(
-            torch.as_tensor(beyond).double().sum()
-        )  # tails[r]: what rank r leaves out
-        enough = (tails <= self.allowed).nonzero()
-        return int(enough[0]) if len(enough) else s.shape[-1]
+        squares = double(s).square().sum(tuple(range(s.dim() - 1)))
+        tails = squares.flip(0).cumsum(0).flip(0) + double(torch.as_tensor(beyond)).sum()  # [r]: what rank r leaves out
+        return int((~(tails <= self.allowed)).sum())  # they fall from rank to rank
 
     def at(self, level: float) -> Within:
         """The policy for a tensor that is multiplied by a level."""
@@ -104,5 +101,10 @@ def relative(error: float, total: float, bonds: int) -> Within:
 
 def squares(tensor: Tensor) -> float:
     """The squared norm, accumulated in float64."""
+    return float(energy(tensor))
+
+
+def energy(tensor: Tensor) -> Tensor:
+    """The same as a tensor: nothing waits for it."""
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
-    return float(norms(flat).square().sum())
+    return norms(flat).square().sum()

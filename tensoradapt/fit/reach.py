@@ -51,8 +51,8 @@ def _cuts(tensor: Tensor, diagram: Diagram) -> Iterator[tuple[tuple[str, ...], T
         sides = [math.prod(diagram.sizes[a] for a in side) for side in (rows, cols)]
         if bonds and 1 < min(sides) <= SIDE:
             order = [diagram.open.index(a) for a in (*shared, *rows, *cols)]
-            s = singular_values(tensor.permute(order).reshape(-1, *sides)).double().square().sum(0)
-            beyond = s.flip(0).cumsum(0).flip(0)
+            s = singular_values(tensor.permute(order).reshape(-1, *sides)).square().sum(0)
+            beyond = s.flip(0).cumsum(0).flip(0).cpu()
             yield tuple(bonds), torch.cat([beyond, beyond.new_zeros(1)])
 
 

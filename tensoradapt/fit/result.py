@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from textwrap import wrap
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.interchange import from_diagram
+from tensoradapt.linalg import double, home_of
 from tensoradapt.lower import dense
 
 
@@ -53,8 +55,19 @@ class Fit:
         if level == 1.0:
             return self
         factors = spread(self.factors, level, fixed)
-        spectra = {bond: s.double() * level for bond, s in self.spectra.items()}
+        spectra = {bond: double(s) * level for bond, s in self.spectra.items()}
         return replace(self, factors=factors, total=self.total * level * level, spectra=spectra)
+
+    def to(self, device: torch.device) -> Fit:
+        """The fit with its factors and spectra on a device; those in float64 stay where they are if it has none."""
+        if all(tensor.device == device for tensor in (*self.factors.values(), *self.spectra.values())):
+            return self
+        homes = {torch.float64: home_of(device)}
+        factors, spectra = (
+            {name: tensor.to(homes.get(tensor.dtype, device)) for name, tensor in held.items()}
+            for held in (self.factors, self.spectra)
+        )
+        return replace(self, factors=factors, spectra=spectra)
 
     @property
     def num_parameters(self) -> int:
@@ -85,7 +98,5 @@ def spread(factors: Mapping[str, Tensor], level: float, fixed: Collection[str]) 
         return dict(factors)
     share, more = divmod(round(math.log2(level)), len(free))
     powers = {node: math.ldexp(1.0, share + (k < more)) for k, node in enumerate(free)}
-    made = {
-        node: (tensor.double() * powers[node]).to(tensor.dtype) for node, tensor in factors.items() if node in powers
-    }
+    made = {node: (double(tensor) * powers[node]).to(tensor) for node, tensor in factors.items() if node in powers}
     return {**factors, **made}

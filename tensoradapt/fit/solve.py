@@ -17,13 +17,13 @@ from tensoradapt.errors import RankError, SpecError
 from tensoradapt.fit.als import als
 from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.cp import CP_SWEEPS, fit_cp, is_cp
-from tensoradapt.fit.policy import Given, Policy, Within, squares
+from tensoradapt.fit.policy import Given, Policy, Within, energy, squares
 from tensoradapt.fit.polish import polished
 from tensoradapt.fit.reach import EFFORT, effort, reach_of
 from tensoradapt.fit.result import Fit, spread
 from tensoradapt.fit.tree import TreeFit, linked, tree_svd
 from tensoradapt.fit.tucker import GAIN, SWEEPS, evened, hooi, tucker_core
-from tensoradapt.linalg import level_of, norm_of
+from tensoradapt.linalg import level_of, norm_of, settled
 from tensoradapt.lower import dense
 
 TRUSTED = 1e-2  # a squared relative error below this is measured, not subtracted: float32 sums lose it
@@ -55,6 +55,9 @@ def fit_diagram(tensor: Tensor, diagram: Diagram, options: Options | None = None
     least squares. Raises RankError where ranks are to be chosen and no spectrum or ladder shows them.
     """
     options = options or Options()
+    near = settled(tensor)
+    if near.device != tensor.device:
+        return fit_diagram(near, diagram, options).to(tensor.device)
     level = level_of(norm_of(tensor), tensor.dtype)
     if level != 1.0:
         policy = options.policy and options.policy.at(level)
@@ -73,6 +76,10 @@ def fit_compressed(held: Compressed, diagram: Diagram, options: Options, tensor:
 
     `tensor` is the whole one, where it is at hand to measure small errors on.
     """
+    core = settled(held.core)
+    if core.device != held.core.device:
+        found = fit_compressed(replace(held, core=core), diagram, options, tensor)
+        return found.to(held.core.device)
     if held.total == 0.0:
         return _nothing(diagram, held, options)
     if not options.fixed and linked(held.diagram) is not None:
@@ -121,6 +128,7 @@ def _improved(fit: Fit, found: TreeFit, held: Compressed, core: str, options: Op
 
 def _cp(held: Compressed, options: Options) -> Fit:
     factors, history = fit_cp(held.core, held.diagram, sweeps=options.sweeps or CP_SWEEPS, seed=options.seed)
+    factors = {node: tensor.to(held.core) for node, tensor in factors.items()}
     lost = squares(held.core - dense(held.diagram, factors))
     share = squares(held.core) / held.total
     steps = tuple(math.sqrt(e * e * share + held.lost / held.total) for e in history)
@@ -137,6 +145,7 @@ def _finished(fit: Fit, held: Compressed, diagram: Diagram, tensor: Tensor | Non
     made = replace(fit, diagram=whole, factors=held.expanded(fit.factors), retried=retried)
     if tensor is None:
         return made
+    made = made.to(tensor.device)
     made = polished(made, held.lost, tensor, seed)
     if made.relative_error**2 > TRUSTED:
         return made
@@ -145,7 +154,7 @@ def _finished(fit: Fit, held: Compressed, diagram: Diagram, tensor: Tensor | Non
 
 def missed(tensor: Tensor, diagram: Diagram, factors: Mapping[str, Tensor]) -> float:
     """The squared error |T - network|^2, a few slices along the first axis at a time."""
-    first, found = diagram.open[0], 0.0
+    first, found = diagram.open[0], []
     height = max(1, diagram.sizes[first] * SLICE // tensor.numel())
     for start in range(0, diagram.sizes[first], height):
         part = tensor[start : start + height]
@@ -153,8 +162,8 @@ def missed(tensor: Tensor, diagram: Diagram, factors: Mapping[str, Tensor]) -> f
             n: t.narrow(diagram.nodes[n].index(first), start, len(part)) if first in diagram.nodes[n] else t
             for n, t in factors.items()
         }
-        found += squares(part - dense(replace(diagram, sizes={**diagram.sizes, first: len(part)}), cut))
-    return found
+        found.append(energy(part - dense(replace(diagram, sizes={**diagram.sizes, first: len(part)}), cut)))
+    return float(torch.stack(found).sum())
 
 
 def _nothing(diagram: Diagram, held: Compressed, options: Options) -> Fit:

@@ -17,7 +17,7 @@ from tensoradapt.fit.policy import Given, Policy, Within, squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import LADDER, Options, enough, fit_compressed
 from tensoradapt.fit.tree import bond_spectra, linked, tree_svd
-from tensoradapt.linalg import SOLO, Dense, Stack, Team, find_ranges
+from tensoradapt.linalg import SOLO, Dense, Stack, Team, find_ranges, settled
 
 Grow = Callable[[int | None], Diagram]  # the diagram at a rank for every bond, or at its limits
 BASES = tuple(8 << 2 * k for k in range(7))  # ranks that bases are found for: each costs several passes
@@ -43,7 +43,7 @@ class Stream:
         full = self.stack.shape
         asked = (full[0] if ranks[0] is None else ranks[0], full[1] if ranks[1] is None else ranks[1])
         found = find_ranges(self.stack, asked, seed=self.seed, team=self.team)
-        core, named = found.core, zip(sides, (found.out, found.inp), strict=True)
+        core, named = settled(found.core), zip(sides, (found.out, found.inp), strict=True)
         bases = {side: basis for side, basis in named if side is not None and basis is not None}
         sizes = {**diagram.sizes, **{axis: basis.shape[1] for axis, basis in bases.items()}}
         order = [*self.lead, *self.rows, *self.cols]
@@ -59,14 +59,15 @@ class Stream:
         ((_, part),) = self.stack.passes()
         if not isinstance(part, Dense):
             return None
-        order = [*self.lead, *self.rows, *self.cols]
-        shaped = part.matrix.reshape([diagram.sizes[axis] for axis in order])
-        return Compressed(shaped.permute([order.index(axis) for axis in diagram.open]), diagram, part.square)
+        order, near = [*self.lead, *self.rows, *self.cols], Dense(settled(part.matrix))
+        shaped = near.matrix.reshape([diagram.sizes[axis] for axis in order])
+        return Compressed(shaped.permute([order.index(axis) for axis in diagram.open]), diagram, near.square)
 
 
 def fit_stream(stream: Stream, diagram: Diagram, options: Options) -> Fit:
     """A diagram of given ranks fitted to a stream."""
-    return _fitted(stream, diagram, options).times(1 / stream.stack.level, options.fixed or ())
+    found = _fitted(stream, diagram, options).to(stream.stack.like.device)
+    return found.times(1 / stream.stack.level, options.fixed or ())
 
 
 def _fitted(stream: Stream, diagram: Diagram, options: Options) -> Fit:
@@ -80,7 +81,7 @@ def fit_stream_by(stream: Stream, grow: Grow, policy: Callable[[float, Diagram],
     """A fit whose ranks a policy chooses, given the squared norm: bases grow until they hold all that it keeps."""
     level = stream.stack.level
     leveled = lambda total, diagram: policy(total / level**2, diagram).at(level)  # noqa: E731
-    return _chosen(stream, grow, leveled, options).times(1 / level, options.fixed or ())
+    return _chosen(stream, grow, leveled, options).to(stream.stack.like.device).times(1 / level, options.fixed or ())
 
 
 def _chosen(stream: Stream, grow: Grow, policy: Callable[[float, Diagram], Policy], options: Options) -> Fit:

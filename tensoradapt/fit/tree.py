@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.fit.policy import Policy
-from tensoradapt.linalg import LowRank, singular_values, truncated_svd
+from tensoradapt.linalg import LowRank, double, singular_values, truncated_svd
 
 SIDE, MANY = 4096, 8  # up to this side the whole spectrum is computed from a rank of 1/MANY of the side on
 WHOLE = 1024  # up to this side a matrix shows its whole spectrum, by its Gram matrix
@@ -120,7 +120,7 @@ def _cut(state: _State, policy: Policy, seed: int) -> None:
     state.spectra[bond] = found.s
     state.retried += [found.retried] if found.retried else []
     kept = found.cut(rank)
-    state.discarded[bond] = float(kept.residual.double().square().sum())
+    state.discarded[bond] = float(double(kept.residual).square().sum())
     state.sizes[bond] = rank
     u = kept.u.reshape(len(matrix), *[state.sizes[i] for i in rows], rank)
     state.factors[node] = _ordered(u, (*rows, bond), state.nodes.pop(node))
@@ -139,7 +139,7 @@ def _decompose(matrix: Tensor, bond: str, policy: Policy, seed: int) -> tuple[Lo
     else:
         tried = _explored(matrix, bond, policy, seed)
     found = truncated_svd(matrix, tried, seed=seed)
-    rank = 1 if bond.startswith(LINK) else max(1, policy.keep(bond, found.s, found.residual.double().square()))
+    rank = 1 if bond.startswith(LINK) else max(1, policy.keep(bond, found.s, double(found.residual).square()))
     return _padded(found, rank, matrix), rank
 
 
@@ -151,7 +151,7 @@ def _explored(matrix: Tensor, bond: str, policy: Policy, seed: int) -> int:
     limit, tried = min(matrix.shape[-2:]), FIRST
     while True:
         found = truncated_svd(matrix, tried, seed=seed, tolerance=1e-2)
-        rank = max(1, policy.keep(bond, found.s, found.residual.double().square()))
+        rank = max(1, policy.keep(bond, found.s, double(found.residual).square()))
         if rank < tried or tried == limit:
             return rank
         if MANY * tried >= limit and limit <= SIDE:

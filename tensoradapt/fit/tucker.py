@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.fit.policy import squares
-from tensoradapt.linalg import truncated_svd
-from tensoradapt.linalg.lapack import eigh
+from tensoradapt.linalg import double, truncated_svd
+from tensoradapt.linalg.lapack import eigh, qr
 from tensoradapt.linalg.parts import gram_matrix
 from tensoradapt.linalg.svd import choose
 
@@ -42,7 +42,7 @@ def hooi(
     leaves = {n: axis_of(diagram, n) for n in diagram.nodes if n != core}
     dims = {n: diagram.open.index(axis) for n, (axis, _) in leaves.items()}
     upright = {n: factors[n] if diagram.nodes[n][0] == leaves[n][0] else factors[n].mT for n in leaves}
-    bases = {n: torch.linalg.qr(t)[0] for n, t in upright.items()}
+    bases = {n: qr(t)[0] for n, t in upright.items()}
     middle, energy = tensor, held
     for _ in range(sweeps):
         for n, dim in dims.items():
@@ -66,7 +66,7 @@ def _leading(matrix: Tensor, rank: int) -> Tensor:
         u = truncated_svd(matrix, rank).u
     else:
         u = eigh(gram_matrix(matrix))[1].flip(-1)[:, :rank]
-    return torch.linalg.qr(u.double())[0].to(matrix.dtype)  # else the core's norm is not what it holds
+    return torch.linalg.qr(double(u))[0].to(matrix)  # else the core's norm is not what it holds
 
 
 def _projected(tensor: Tensor, bases: Mapping[int, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tensoradapt.diagram import Diagram
 from tensoradapt.gauge.cp import Columns, is_cp, matching
 from tensoradapt.gauge.tree import Edge, Factors, Network, act, batch_of, fold, inward, middle, precise, product, unfold
+from tensoradapt.linalg import double
 
 CUTOFF = 1e-10  # of the eigenvalues of Gram matrices: directions below it carry nothing over
 
@@ -37,9 +38,9 @@ class Carry:
         The latter is exact where the entries of a gradient are uncorrelated; second moments cannot be rotated
         otherwise.  Shapes: those of the factors, before -> after.
         """
-        held = {node: moment.to(torch.float64) for node, moment in moments.items()}
+        held = {node: double(moment) for node, moment in moments.items()}
         made = (self._columns if is_cp(self.before.diagram) else self._turned)(held, squared)
-        return {node: moment.to(moments[node].dtype).contiguous() for node, moment in made.items()}
+        return {node: moment.to(moments[node]).contiguous() for node, moment in made.items()}
 
     def _turned(self, held: dict[str, Tensor], squared: bool) -> dict[str, Tensor]:
         diagram = self.before.diagram

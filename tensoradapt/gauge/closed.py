@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tensoradapt.linalg import double
+from tensoradapt.linalg.home import at_home
+
 
 def pseudo_inverse_lora(b: Tensor, a: Tensor, grad_b: Tensor, grad_a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The shortest (dB, dA) for the delta B A, from the gradients of B and A.
@@ -61,7 +64,7 @@ def _gauge(core: Tensor, grad_core: Tensor, n: Tensor, m: Tensor, w: Tensor) -> 
     by_x = torch.einsum("...c,...ic,...kcjc->...ikj", m, w, pairs)
     by_y = torch.einsum("...i,...ic,...ieid->...ced", n, w, pairs)
     crossed = torch.einsum("...ic,...idjc->...ijcd", w, pairs)
-    eye_p, eye_q = torch.eye(p).to(core), torch.eye(q).to(core)
+    eye_p, eye_q = (torch.eye(n, dtype=core.dtype, device=core.device) for n in (p, q))
     xx = torch.einsum("...ikj,ih->...ijhk", by_x, eye_p) + torch.einsum("ih,jk->ijhk", eye_p, eye_p)
     yy = torch.einsum("...ced,cf->...cdfe", by_y, eye_q) + torch.einsum("cf,de->cdfe", eye_q, eye_q)
     xy = n[..., :, None, None, None] * crossed
@@ -73,7 +76,7 @@ def _gauge(core: Tensor, grad_core: Tensor, n: Tensor, m: Tensor, w: Tensor) -> 
     )
     bent = w[..., None, :, :] * grad_core
     targets = (bent @ core.mT).sum(-3).flatten(-2), (bent.mT @ core).sum(-3).flatten(-2)
-    solved = torch.linalg.solve(torch.cat(rows, -2), torch.cat(targets, -1))
+    solved, _ = at_home(torch.linalg.solve_ex, torch.cat(rows, -2), torch.cat(targets, -1))
     return solved[..., : p * p].reshape(*lead, p, p), solved[..., p * p :].reshape(*lead, q, q)
 
 
@@ -91,9 +94,9 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors of a Gram matrix, in float64; what is rounding alone is zero."""
-    values, vectors = eigh(gram.double())
+    values, vectors = eigh(double(gram))
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(gram.dtype).eps
-    return torch.where(values > floor, values, 0.0).to(gram.dtype), vectors.to(gram.dtype)
+    return torch.where(values > floor, values, 0.0).to(gram), vectors.to(gram)
 
 
 def _inverse(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tensoradapt.diagram import Diagram
 from tensoradapt.gauge.metric import pinv
 from tensoradapt.gauge.tree import Factors, product
+from tensoradapt.linalg import double
 
 
 class Blocks:
@@ -28,7 +29,7 @@ class Blocks:
         self, factors: Factors, grads: Factors, damping: float = 0.0, scale: float = 1.0, *, project: bool = False
     ) -> dict[str, Tensor]:
         """The direction of every trained node from its gradient, its own share of J^+ g.  Shapes: the factors'."""
-        blocks = {node: term.gram(factors).double() for node, term in self.terms.items()}
+        blocks = {node: double(term.gram(factors)) for node, term in self.terms.items()}
         if damping:
             diagonals = {node: block.diagonal(dim1=-2, dim2=-1) for node, block in blocks.items()}
             means = [self.shares[n] * self.terms[n].mean(d) for n, d in diagonals.items()]
@@ -38,7 +39,7 @@ class Blocks:
                 diagonal.add_(torch.where(shift > 0, shift, 1.0)[..., None])
         found = {}
         for node, block in blocks.items():
-            like = factors[node].dtype
+            like = factors[node]
             inverse = torch.linalg.inv_ex(block).inverse.to(like) if damping else pinv(block, like)
             found[node] = self.terms[node].apply(grads[node], inverse * scale**-2)
         return found

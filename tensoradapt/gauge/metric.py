@@ -25,6 +25,7 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.gauge.closed import eigh
 from tensoradapt.gauge.legs import Leg, leg
 from tensoradapt.gauge.tree import Factors, inward, require_tree
+from tensoradapt.linalg import double
 
 
 class Metric:
@@ -82,8 +83,8 @@ class Metric:
         With damping, delta = damping * tr(J^T J) / entries is the network's, the same for all blocks: a matrix alone in
         its block gets delta, one of several delta over the mean eigenvalues of the others.
         """
-        grams, like = self.grams(factors), factors[self.root].dtype
-        stacks = [torch.stack(grams[run]).double() for run in self._runs]
+        grams, like = self.grams(factors), factors[self.root]
+        stacks = [double(torch.stack(grams[run])) for run in self._runs]
         if damping:
             self._damping.add(stacks, damping)
         made = [_inverse(stack, like) if damping else pinv(stack, like) for stack in stacks]
@@ -165,14 +166,14 @@ def _column(shifts: Sequence[Any], like: Tensor) -> Tensor:
     return torch.where(made > 0, made, 1.0).unsqueeze(-1)
 
 
-def _inverse(gram: Tensor, like: torch.dtype) -> Tensor:
+def _inverse(gram: Tensor, like: Tensor) -> Tensor:
     """Inverses of damped Gram matrices; of others NaN, and no error: a gradient scaler may have met an overflow."""
     return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram).L).to(like)
 
 
-def pinv(gram: Tensor, like: torch.dtype) -> Tensor:
+def pinv(gram: Tensor, like: Tensor) -> Tensor:
     """Pseudo-inverses: what is rounding of the dtype that a Gram matrix was computed in counts as zero."""
     values, vectors = eigh(gram)
-    floor = values[..., -1:] * values.shape[-1] * torch.finfo(like).eps
+    floor = values[..., -1:] * values.shape[-1] * torch.finfo(like.dtype).eps
     kept = torch.where(values > floor, 1 / values.clamp(min=_TINY), 0.0)
     return (vectors * kept[..., None, :] @ vectors.mT).to(like)

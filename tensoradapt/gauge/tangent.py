@@ -22,18 +22,35 @@ from tensoradapt.diagram import Diagram
 from tensoradapt.gauge.closed import pseudo_inverse_lora, pseudo_inverse_lotr
 from tensoradapt.gauge.spectra import overlap
 from tensoradapt.gauge.tree import Factors, Names, fold, middle, product, unfold
+from tensoradapt.linalg import has_float64
 from tensoradapt.lower import dense
 
+LOOK = 32  # iterations between two questions to an accelerator whether conjugate gradients are done
 LARGEST = 40  # the rank above which the closed form's dense system costs more than conjugate gradients
 
 
 @dataclass(frozen=True)
 class Direction:
-    """A direction in the factors' space, the relative residual of its normal equations, and the iterations it took."""
+    """A direction in the factors' space, what is left of its normal equations, and the iterations it took.
+
+    `left` holds the squared norms of what is left and of what there was, `steps` the iterations, where they were
+    computed: nobody who does not ask waits for them.
+    """
 
     factors: dict[str, Tensor]
-    residual: float
-    iterations: int
+    left: tuple[Tensor, Tensor] | None = None
+    steps: Tensor | None = None
+
+    @property
+    def residual(self) -> float:
+        """The relative residual of the normal equations; zero for closed forms."""
+        left, whole = self.left or (0.0, 0.0)
+        return math.sqrt(float(left) / float(whole)) if float(whole) else 0.0
+
+    @property
+    def iterations(self) -> int:
+        """The iterations of conjugate gradients; zero for closed forms."""
+        return 0 if self.steps is None else int(self.steps)
 
 
 def implied(diagram: Diagram, factors: Factors, directions: Factors) -> Tensor:
@@ -114,7 +131,7 @@ def pseudo_inverse(
     held = {node: factors[node].detach() for node in diagram.nodes}
     delta = damping_of(diagram, held, damping)
     found = closed(diagram, held, {node: grads[node].detach() for node in diagram.nodes}, delta)
-    return Direction({node: tensor / scale**2 for node, tensor in found.items()}, 0.0, 0)
+    return Direction({node: tensor / scale**2 for node, tensor in found.items()})
 
 
 _Closed = Callable[[Diagram, Factors, Factors, Tensor], dict[str, Tensor]]
@@ -175,7 +192,9 @@ def pseudo_inverse_cg(
 ) -> Direction:
     """The same for any network, by conjugate gradients on J^T J + delta from zero, which gives the shortest solution.
 
-    Until the residual is `tolerance` of the gradient. Rounding sets a floor: eps * cond(J)^2.
+    Until the residual is `tolerance` of the gradient. Rounding sets a floor: eps * cond(J)^2. On a CPU every iteration
+    asks whether it is the last; an accelerator, which has to be waited for, is asked after some of them, and what is
+    done already stays as it is.
     """
     held = {node: factors[node].detach() for node in diagram.nodes}
     moving = [node for node in diagram.nodes if node in grads]
@@ -185,24 +204,30 @@ def pseudo_inverse_cg(
     operator = normal(diagram, held, moving)
     left = {node: grads[node].detach().clone() for node in moving}
     found = {node: torch.zeros_like(held[node]) for node in moving}
-    along, size = dict(left), _dot(left, left)
-    start, done = size, 0
-    while size > tolerance**2 * start and done < max_iterations:
+    along, start = dict(left), _dot(left, left)
+    size, floor = start, tolerance**2 * start
+    going, done = size > floor, torch.zeros_like(size)
+    every = 1 if size.device.type == "cpu" else LOOK
+    for k in range(max_iterations):
+        if k % every == 0 and not bool(going):
+            break
         image = {node: seen + shifts[node] * along[node] for node, seen in operator(along).items()}
         curve = _dot(along, image)
-        if curve <= 0:  # what is left is rounding, or no gradient of a function of the tensor
-            break
-        found = {n: found[n] + (size / curve) * along[n] for n in found}
-        left = {n: left[n] - (size / curve) * image[n] for n in left}
-        size, before = _dot(left, left), size
-        along = {n: left[n] + (size / before) * along[n] for n in left}
-        done += 1
-    residual = math.sqrt(size / start) if start else 0.0
-    return Direction({node: tensor / scale**2 for node, tensor in found.items()}, residual, done)
+        going = going & (curve > 0)  # else what is left is rounding, or no gradient of a function of the tensor
+        step = torch.where(going, size / curve, 0.0)
+        found = {n: found[n] + step * along[n] for n in found}
+        left = {n: left[n] - step * image[n] for n in left}
+        size, before = torch.where(going, _dot(left, left), size), size
+        turn = torch.where(going, size / before, 0.0)
+        along = {n: left[n] + turn * along[n] for n in left}
+        done, going = done + going, going & (size > floor)
+    return Direction({node: tensor / scale**2 for node, tensor in found.items()}, (size, start), done)
 
 
-def _dot(one: Factors, two: Factors) -> float:
-    return float(sum((one[node] * two[node]).sum() for node in one))
+def _dot(one: Factors, two: Factors) -> Tensor:
+    """The inner product, in float64 where its device has it."""
+    found = torch.stack([(one[node] * two[node]).sum() for node in one]).sum()
+    return found.double() if has_float64(found.device) else found
 
 
 def _spread(diagram: Diagram, node: str, delta: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import SpecError
+from tensoradapt.linalg import double
 
 Factors = Mapping[str, Tensor]
 Names = tuple[str, ...]
@@ -37,15 +38,15 @@ class Edge:
 
 
 def measured(diagram: Diagram, factors: Factors, like: Factors | None = None) -> Network:
-    """Factors with a diagram of the bonds' sizes that they have, in the dtypes of `like`."""
+    """Factors with a diagram of the bonds' sizes that they have, in the dtypes and on the devices of `like`."""
     found = {i: n for node, indices in diagram.nodes.items() for i, n in zip(indices, factors[node].shape, strict=True)}
-    cast = {node: factors[node].to((like or factors)[node].dtype).contiguous() for node in diagram.nodes}
+    cast = {node: factors[node].to((like or factors)[node]).contiguous() for node in diagram.nodes}
     return Network(replace(diagram, sizes={i: found[i] for i in diagram.sizes if i in found}), cast)
 
 
 def precise(diagram: Diagram, factors: Factors) -> dict[str, Tensor]:
-    """The factors detached and in float64: the matrices of a gauge are small."""
-    return {node: factors[node].detach().to(torch.float64) for node in diagram.nodes}
+    """The factors detached and in float64, all where that is: the matrices of a gauge are small."""
+    return {node: double(factors[node].detach()) for node in diagram.nodes}
 
 
 # -- structure ----------------------------------------------------------------------------------------------------

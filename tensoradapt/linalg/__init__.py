@@ -1,5 +1,6 @@
 """Truncated SVDs of matrices and of streams of them, each with the norm of what it leaves out."""
 
+from tensoradapt.linalg.home import double, has_float64, home_of, settled
 from tensoradapt.linalg.krylov import krylov
 from tensoradapt.linalg.level import level_of, norm_of, norms
 from tensoradapt.linalg.parts import BLOCK, LARGE, LowRank, Seed, as_tensor, empty, orthonormal, square
@@ -27,9 +28,12 @@ __all__ = [
     "Values",
     "as_tensor",
     "choose",
+    "double",
     "each",
     "empty",
     "find_ranges",
+    "has_float64",
+    "home_of",
     "krylov",
     "level_of",
     "mapped",
@@ -38,6 +42,7 @@ __all__ = [
     "orthonormal",
     "pooled",
     "range_of",
+    "settled",
     "singular_values",
     "slice_values",
     "square",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tensoradapt.linalg.home import double
 from tensoradapt.linalg.parts import BLOCK, LowRank, Seed, leftover, orthonormal, signed, square
 from tensoradapt.linalg.slices import Slice
 
@@ -86,7 +87,7 @@ class Operator:
     @classmethod
     def short(cls, part: Slice) -> Operator:
         """A slice, turned so that it has no more rows than columns."""
-        total = torch.tensor(part.square, dtype=torch.float64, device=part.like.device)
+        total = part.energy
         if part.shape[0] <= part.shape[1]:
             return cls(part.shape, part.like, total, part.right, part.left)
         return cls((part.shape[1], part.shape[0]), part.like, total, part.left, part.right)
@@ -115,7 +116,7 @@ class Space:
     def directions(self, count: int | None = None) -> tuple[Tensor, Tensor]:
         """The squared singular values in the space, descending, and their directions, the first `count`."""
         values, vectors = torch.linalg.eigh(self.gram)
-        return values.flip(-1)[..., :count].clamp(min=0), vectors.flip(-1)[..., :count].to(self.basis.dtype)
+        return values.flip(-1)[..., :count].clamp(min=0), vectors.flip(-1)[..., :count].to(self.basis)
 
 
 def krylov_space(
@@ -173,14 +174,14 @@ def krylov(
     wide = LANES * -(-(rank + oversample) // LANES) - rank
     space = krylov_space(Operator.of(a), rank, oversample=wide, tolerance=tolerance, steps=steps, seed=seed)
     values, vectors = space.directions(rank)
-    s = values.sqrt().to(a.dtype)
+    s = values.sqrt().to(a)
     u, sv = space.basis @ vectors, space.image @ vectors
     v = sv / s.clamp(min=torch.finfo(a.dtype).tiny)[..., None, :]
     residual = (space.total - values.sum(-1)).clamp(min=0).sqrt()
     if bool((residual.square() <= 100 * CANCELLED * space.total).any()):
         residual = leftover(a, u, sv)
     u, v = signed(u, v)
-    return LowRank(u, s, v, space.total, residual.to(a.dtype), "krylov", space.steps), space.done
+    return LowRank(u, s, v, space.total, residual.to(a), "krylov", space.steps), space.done
 
 
 def _times(a: Tensor, x: Tensor) -> Tensor:
@@ -196,9 +197,9 @@ def _gram(x: Tensor, y: Tensor) -> Tensor:
     height = max(1, BLOCK * x.shape[-2] // max(x.numel(), 1))
     parts = (slice(start, start + height) for start in range(0, x.shape[-2], height))
     first = next(parts, slice(0))
-    found = x[..., first, :].mT.double() @ y[..., first, :].double()
+    found = double(x[..., first, :]).mT @ double(y[..., first, :])
     for rows in parts:
-        found += x[..., rows, :].mT.double() @ y[..., rows, :].double()
+        found += double(x[..., rows, :]).mT @ double(y[..., rows, :])
     return found
 
 

@@ -1,8 +1,8 @@
 """LAPACK's long calls, which an interruption does not have to wait for.
 
 A call into LAPACK takes seconds on a large matrix, and Python looks at signals between calls alone. Large calls on the
-CPU run on a thread beside the main one, which waits for it and can be interrupted. Invariant: results are those of the
-plain call with the caller's number of threads.
+CPU run on a thread beside the main one, which waits for it and can be interrupted. What a device cannot decompose, the
+CPU does. Invariant: results are those of the plain call with the caller's number of threads, on the matrices' device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tensoradapt.linalg.home import at_home
 
 LONG = 1024  # rows and columns from which on a decomposition takes a noticeable time
 LOOK = 0.1  # seconds between two looks at signals
@@ -36,11 +38,17 @@ def svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
+def qr(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (.., m, k) and R (.., k, n) of matrices, k = min(m, n).  Shape: (.., m, n)."""
+    q, r = at_home(torch.linalg.qr, a)
+    return q, r
+
+
 def _beside(function: Callable[[Tensor], Any], a: Tensor) -> Any:
     """What the function returns or raises, from a thread of its own where the call is long and signals come here."""
     here = threading.current_thread() is threading.main_thread()
     if not here or a.device.type != "cpu" or min(a.shape[-2:], default=0) < LONG:
-        return function(a)
+        return at_home(function, a)
     found: list[Any] = []
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 

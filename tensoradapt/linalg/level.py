@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from tensoradapt.linalg.home import double, has_float64
+
 PLAIN = 2.0**20  # tensors with norms from 1/PLAIN to PLAIN are worked on as they are
 FAINT = 1e-24  # a sum of squares below it may have lost some of them
 MOST = {torch.float64: 1000}  # the largest exponent of a level: its inverse is a number of the dtype too
@@ -27,11 +29,16 @@ def level_of(norm: float, dtype: torch.dtype = torch.float32, plain: float = PLA
 
 
 def norms(a: Tensor, dim: int = -1) -> Tensor:
-    """The norms along a dimension, in float64: each of float32's sums, unless those may have lost squares."""
-    found = torch.linalg.vector_norm(a, dim=dim).double()
+    """The norms along a dimension, in float64: on a CPU of float32's sums, unless those may have lost squares.
+
+    An accelerator sums in float64 at once, which costs it less than the answer to whether it has to.
+    """
+    if a.dtype != torch.float64 and a.device.type != "cpu" and has_float64(a.device):
+        return torch.linalg.vector_norm(a, dim=dim, dtype=torch.float64)
+    found = double(torch.linalg.vector_norm(a, dim=dim))
     if a.dtype == torch.float64 or bool(((found.square().sum(-1) > FAINT) & found.isfinite().all(-1)).all()):
         return found
-    return torch.linalg.vector_norm(a, dim=dim, dtype=torch.float64)
+    return torch.linalg.vector_norm(a.to(found.device), dim=dim, dtype=torch.float64)
 
 
 def norm_of(a: Tensor) -> float:
@@ -43,4 +50,4 @@ def norm_of(a: Tensor) -> float:
     largest = float(flat.abs().max())
     if not largest or not math.isfinite(largest):
         return largest
-    return largest * float(torch.linalg.vector_norm(norms(flat.double() / largest)))
+    return largest * float(torch.linalg.vector_norm(norms(double(flat) / largest)))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
+from tensoradapt.linalg.home import double, home_of
+from tensoradapt.linalg.lapack import qr
 from tensoradapt.linalg.level import norms
 
 DEVICES = ("cpu", "cuda", "mps")
@@ -59,18 +61,19 @@ class LowRank:
 
     def cut(self, rank: int) -> LowRank:
         """The first `rank` terms."""
-        dropped = self.s[..., rank:].double().square().sum(-1)
-        residual = (self.residual.double().square() + dropped).sqrt()
+        dropped = double(self.s[..., rank:]).square().sum(-1)
+        residual = (double(self.residual).square() + dropped).sqrt()
         return replace(
-            self, u=self.u[..., :rank], s=self.s[..., :rank], v=self.v[..., :rank], residual=residual.to(self.s.dtype)
+            self, u=self.u[..., :rank], s=self.s[..., :rank], v=self.v[..., :rank], residual=residual.to(self.s)
         )
 
     def times(self, level: float) -> LowRank:
         """The decomposition of `level` times the matrix, in float64 where the dtype has no such numbers."""
-        s, residual = self.s.double() * level, self.residual.double() * level
+        s, residual = double(self.s) * level, double(self.residual) * level
         fits = bool(s.to(self.s.dtype).isfinite().all() & residual.to(self.s.dtype).isfinite().all())
-        kept = self.s.dtype if fits else torch.float64
-        return replace(self, s=s.to(kept), total=self.total * level * level, residual=residual.to(kept))
+        if fits:
+            s, residual = s.to(self.s), residual.to(self.s)
+        return replace(self, s=s, total=self.total * level * level, residual=residual)
 
     def turned(self) -> LowRank:
         """The decomposition of the transpose."""
@@ -89,9 +92,9 @@ def orthonormal(y: Tensor, basis: Tensor | None = None) -> Tensor:
     Shape: (.., m, b) -> (.., m, b).
     """
     if basis is None:
-        return torch.linalg.qr(y)[0]
+        return qr(y)[0]
     for _ in range(2):  # twice is enough (Giraud, Langou and Rozloznik, 2005), also for columns that all but depend
-        y = torch.linalg.qr(y - basis @ (basis.mT @ y))[0]
+        y = qr(y - basis @ (basis.mT @ y))[0]
     return y
 
 
@@ -106,7 +109,7 @@ def signed(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def leftover(a: Tensor, u: Tensor, sv: Tensor) -> Tensor:
     """The norm of A - u sv^T, formed a block of rows at a time.  Shapes: (.., m, n), (.., m, r), (.., n, r) -> (..)."""
-    found = torch.zeros(a.shape[:-2], dtype=torch.float64, device=a.device)
+    found = torch.zeros(a.shape[:-2], dtype=torch.float64, device=home_of(a.device))
     height = max(1, BLOCK * a.shape[-2] // max(a.numel(), 1))
     for start in range(0, a.shape[-2], height):
         rows = slice(start, start + height)
@@ -116,10 +119,10 @@ def leftover(a: Tensor, u: Tensor, sv: Tensor) -> Tensor:
 
 def gram_matrix(a: Tensor) -> Tensor:
     """A A^T in float64, a block of columns at a time.  Shape: (.., m, n) -> (.., m, m)."""
-    found = torch.zeros(*a.shape[:-1], a.shape[-2], dtype=torch.float64, device=a.device)
+    found = torch.zeros(*a.shape[:-1], a.shape[-2], dtype=torch.float64, device=home_of(a.device))
     width = max(1, BLOCK * a.shape[-1] // max(a.numel(), 1))
     for start in range(0, a.shape[-1], width):
-        block = a[..., start : start + width].double()
+        block = double(a[..., start : start + width])
         found += block @ block.mT
     return found
 

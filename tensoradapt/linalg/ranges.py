@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tensoradapt.linalg.home import double, home_of
 from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, Held, Operator, krylov_space, worth
-from tensoradapt.linalg.lapack import eigh
+from tensoradapt.linalg.lapack import eigh, qr
 from tensoradapt.linalg.parts import Seed, gram_matrix, orthonormal
 from tensoradapt.linalg.pool import mapped
 from tensoradapt.linalg.slices import Slice
@@ -80,7 +81,7 @@ class Ranges:
         """The squared norm of what the bases do not hold; exact up to rounding, since they are orthonormal."""
         if self.out is None and self.inp is None:
             return 0.0
-        return max(0.0, self.total - float(self.core.double().square().sum()))
+        return max(0.0, self.total - float(double(self.core).square().sum()))
 
 
 @dataclass
@@ -112,7 +113,7 @@ class _Side:
     def grow(self, image: Tensor) -> None:
         """Take M times the last block."""
         assert self.basis is not None and self.held is not None
-        cross = self.basis.mT.double() @ image.double()
+        cross = double(self.basis).mT @ double(image)
         old = 0 if self.quotient is None else len(self.quotient)
         grown = cross.new_zeros(len(cross), len(cross))
         grown[:, old:] = cross
@@ -134,8 +135,8 @@ class _Side:
             return None
         values, vectors = torch.linalg.eigh(self.quotient)
         count = worth(values.flip(0).clamp(min=0), self.rank, self.held.total)
-        leading = self.basis.double() @ vectors.flip(1)[:, :count]
-        return torch.linalg.qr(leading)[0].to(self.basis.dtype)  # in float64, so that the core's norm is what it holds
+        leading = double(self.basis) @ vectors.flip(1)[:, :count]
+        return torch.linalg.qr(leading)[0].to(self.basis)  # in float64, so that the core's norm is what it holds
 
 
 @dataclass(frozen=True)
@@ -169,21 +170,21 @@ def _range_of(a: Tensor, rank: int, seed: int) -> Range:
         return Range(basis, (basis.mT @ a).mT)
     values, vectors = torch.linalg.eigh(space.gram)
     leading = vectors.flip(1)[:, : worth(values.flip(0).clamp(min=0), rank, space.total)]
-    wide = space.basis.double() @ leading
+    wide = double(space.basis) @ leading
     triangle = torch.linalg.qr(wide)[1]  # next to the identity: what float32 lacks to orthonormal columns
     basis, image = (
         torch.linalg.solve_triangular(triangle, x, upper=True, left=False)
-        for x in (wide, space.image.double() @ leading)
+        for x in (wide, double(space.image) @ leading)
     )
-    return Range(basis.to(a.dtype), image.to(a.dtype))
+    return Range(basis.to(a), image.to(a))
 
 
 def _eigenvectors(a: Tensor, rank: int, total: Tensor) -> Tensor:
     """The leading left singular vectors, by the smaller Gram matrix."""
     tall = len(a) > a.shape[1]
     values, vectors = eigh(gram_matrix(a.mT if tall else a))
-    kept = vectors.flip(1)[:, : worth(values.flip(0).clamp(min=0), rank, total)].to(a.dtype)
-    return torch.linalg.qr(a @ kept)[0] if tall else kept
+    kept = vectors.flip(1)[:, : worth(values.flip(0).clamp(min=0), rank, total)].to(a)
+    return qr(a @ kept)[0] if tall else kept
 
 
 def find_ranges(
@@ -218,20 +219,20 @@ def _sketch(stack: Stack, sides: list[_Side], seed: Seed, team: Team) -> Tensor:
     """The first pass: the total, and random combinations of columns and of rows."""
     out, inp = sides
     sketches = [stack.like.new_zeros(side.size, 0 if side.whole else side.width) for side in sides]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=home_of(stack.like.device))
 
-    def sketched(position: int, part: Slice) -> tuple[float, list[Tensor | None]]:
+    def sketched(position: int, part: Slice) -> tuple[Tensor, list[Tensor | None]]:
         noise = partial(seed.noise, like=stack.like)
         rows = None if out.whole else part.right(noise(inp.size, out.width, salt=2 * position + 1))
-        return part.square, [rows, None if inp.whole else part.left(noise(out.size, inp.width, salt=2 * position + 2))]
+        return part.energy, [rows, None if inp.whole else part.left(noise(out.size, inp.width, salt=2 * position + 2))]
 
-    for square, made in stack.each(sketched):
-        total += square
+    for energy, made in stack.each(sketched):
+        total += energy
         _add(sketches, made)
     team.add(total)
     for side, sketch in zip(sides, sketches, strict=True):
         if not side.whole:
-            side.image, side.held = team.add(sketch), Held(side.rank, total.to(sketch.device))
+            side.image, side.held = team.add(sketch), Held(side.rank, total)
     return total
 
 

@@ -5,7 +5,6 @@ Invariant: no method of a product, or of strips, forms its (out, in) matrix but 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tensoradapt.linalg.home import double
 from tensoradapt.linalg.parts import gram_matrix, square
 from tensoradapt.linalg.pool import mapped
 
@@ -30,6 +30,10 @@ class Slice(Protocol):
     @property
     def like(self) -> Tensor:
         """What gives the dtype and the device."""
+
+    @property
+    def energy(self) -> Tensor:
+        """The squared norm in float64, on its device if that has float64: no step waits for it."""
 
     @property
     def square(self) -> float:
@@ -71,9 +75,14 @@ class Dense:
         return self.matrix
 
     @cached_property
+    def energy(self) -> Tensor:
+        """The squared norm in float64."""
+        return square(self.matrix)
+
+    @cached_property
     def square(self) -> float:
         """The squared norm."""
-        return float(square(self.matrix))
+        return float(self.energy)
 
     def right(self, x: Tensor) -> Tensor:
         """D x.  Shape: (in, k) -> (out, k)."""
@@ -118,10 +127,15 @@ class Product:
         return self.outer
 
     @cached_property
+    def energy(self) -> Tensor:
+        """The squared norm in float64, sum_rs (B^T B)[r, s] (A A^T)[r, s]."""
+        outer, inner = torch.linalg.qr(double(self.outer))[1], torch.linalg.qr(double(self.inner).mT)[1]
+        return square(outer @ inner.mT)
+
+    @cached_property
     def square(self) -> float:
-        """The squared norm, sum_rs (B^T B)[r, s] (A A^T)[r, s]."""
-        outer, inner = torch.linalg.qr(self.outer.double())[1], torch.linalg.qr(self.inner.double().mT)[1]
-        return float(square(outer @ inner.mT))
+        """The squared norm."""
+        return float(self.energy)
 
     def right(self, x: Tensor) -> Tensor:
         """D x.  Shape: (in, k) -> (out, k)."""
@@ -162,9 +176,14 @@ class Strips:
     like: Tensor
 
     @cached_property
+    def energy(self) -> Tensor:
+        """The squared norm in float64."""
+        return torch.stack(list(self._each(lambda at: square(self.read(at))))).sum()
+
+    @cached_property
     def square(self) -> float:
         """The squared norm."""
-        return math.fsum(self._each(lambda at: float(square(self.read(at)))))
+        return float(self.energy)
 
     def right(self, x: Tensor) -> Tensor:
         """D x.  Shape: (in, k) -> (out, k)."""

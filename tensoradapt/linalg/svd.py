@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import RankError, ShapeError, SpecError
+from tensoradapt.linalg.home import double, home_of
 from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS, Operator, krylov, krylov_space
-from tensoradapt.linalg.lapack import eigh, eigvalsh, svd
+from tensoradapt.linalg.lapack import eigh, eigvalsh, qr, svd
 from tensoradapt.linalg.level import level_of, norm_of
 from tensoradapt.linalg.parts import LowRank, Seed, gram_matrix, leftover, signed, square
 from tensoradapt.linalg.slices import Slice
@@ -99,13 +100,13 @@ def _on_cpu(a: Tensor, rank: int, method: str, options: tuple[int, float, int], 
     """The same on the CPU in float64, brought back."""
     plain = "exact" if method == "krylov" else method
     found = _run(a.cpu().double(), rank, plain, options)
-    back = {name: getattr(found, name).to(a.device, a.dtype) for name in ("u", "s", "v", "residual")}
-    return replace(found, **back, total=found.total.to(a.device), retried=reason.splitlines()[0])
+    back = {name: getattr(found, name).to(a) for name in ("u", "s", "v", "residual")}
+    return replace(found, **back, total=found.total.to(home_of(a.device)), retried=reason.splitlines()[0])
 
 
 def _exact(a: Tensor, rank: int) -> LowRank:
     u, s, vh = svd(a)
-    dropped = s[..., rank:].double().square().sum(-1).sqrt().to(a.dtype)
+    dropped = double(s[..., rank:]).square().sum(-1).sqrt().to(a)
     u, v = signed(u[..., :rank], vh.mT[..., :rank])
     return LowRank(u, s[..., :rank], v, square(a), dropped, "exact")
 
@@ -115,11 +116,11 @@ def _gram(a: Tensor, rank: int) -> LowRank:
     if a.shape[-2] > a.shape[-1]:
         return _gram(a.mT, rank).turned()
     values, vectors = eigh(gram_matrix(a))
-    u = vectors.flip(-1)[..., :rank].to(a.dtype)
-    v, triangle = torch.linalg.qr(a.mT @ u)  # its columns are all but orthogonal; those of zero norm get a basis
+    u = vectors.flip(-1)[..., :rank].to(a)
+    v, triangle = qr(a.mT @ u)  # its columns are all but orthogonal; those of zero norm get a basis
     s, sign = triangle.diagonal(dim1=-2, dim2=-1).abs(), triangle.diagonal(dim1=-2, dim2=-1).sign()
     u, v = signed(u, v * torch.where(sign < 0, -1.0, 1.0).to(a.dtype)[..., None, :])
-    return LowRank(u, s, v, values.clamp(min=0).sum(-1), leftover(a, u, v * s[..., None, :]).to(a.dtype), "gram")
+    return LowRank(u, s, v, values.clamp(min=0).sum(-1), leftover(a, u, v * s[..., None, :]).to(a), "gram")
 
 
 def singular_values(a: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ def _nothing(a: Tensor) -> LowRank:
     empty = a.new_zeros(*a.shape[:-2], a.shape[-2], 0)
     total = square(a)
     other = a.new_zeros(*a.shape[:-2], a.shape[-1], 0)
-    return LowRank(empty, a.new_zeros(*a.shape[:-2], 0), other, total, total.sqrt().to(a.dtype), "exact")
+    return LowRank(empty, a.new_zeros(*a.shape[:-2], 0), other, total, total.sqrt().to(a), "exact")
 
 
 _PLAIN: dict[str, Callable[[Tensor, int], LowRank]] = {"exact": _exact, "gram": _gram}

@@ -6,8 +6,9 @@ Invariant: Q has orthonormal columns whatever the rank of U, the zero factor inc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tensoradapt.gauge.cp import is_cp
 from tensoradapt.gauge.tree import Edge, act, batch_of, fold, positive_qr, require_tree, unfold
 from tensoradapt.grouping import Group
 from tensoradapt.init import draw
+from tensoradapt.linalg import double
 
 ROUNDING = 1e-12  # what a retraction in float64 itself leaves
 
@@ -34,13 +36,17 @@ class Frame:
 
     def matrix(self, diagram: Diagram, tensor: Tensor) -> Tensor:
         """The factor as matrices in float64, one for each value of a batch axis.  Shape: (batch.., rows, bond)."""
-        wide = tensor.detach().to(torch.float64)
-        return unfold(wide, diagram.nodes[self.edge.child], batch_of(diagram, self.edge), self.edge.bond)
+        return double(self.rows(diagram, tensor))
+
+    def rows(self, diagram: Diagram, tensor: Tensor) -> Tensor:
+        """The same in the factor's dtype."""
+        indices = diagram.nodes[self.edge.child]
+        return unfold(tensor.detach(), indices, batch_of(diagram, self.edge), self.edge.bond)
 
     def tensor(self, diagram: Diagram, matrix: Tensor, like: Tensor) -> Tensor:
-        """The factor of such matrices, in the dtype of `like`."""
+        """The factor of such matrices, in the dtype and on the device of `like`."""
         found = fold(matrix, like, diagram.nodes[self.edge.child], batch_of(diagram, self.edge), self.edge.bond)
-        return found.to(like.dtype).contiguous()
+        return found.to(like).contiguous()
 
 
 def frames_of(adapter: Adapter, nodes: str | Iterable[str] | None, held: Collection[Tensor]) -> tuple[Frame, ...]:
@@ -131,6 +137,34 @@ def _obstacle(group: Group, node: str, chosen: Collection[str]) -> str:
     return ""
 
 
+def alike(frames: Sequence[Frame], factors: Mapping[Frame, Tensor], diagrams: Mapping[str, Diagram]) -> list[Alike]:
+    """Frames whose matrices have one shape, dtype and device, together."""
+    found: dict[Any, list[Frame]] = {}
+    for frame in frames:
+        factor, diagram = factors[frame], diagrams[frame.group]
+        batch = tuple(diagram.sizes[axis] for axis in batch_of(diagram, frame.edge))
+        key = (batch, factor.numel(), diagram.sizes[frame.edge.bond], factor.dtype, factor.device)
+        found.setdefault(key, []).append(frame)
+    return [Alike([(frame, diagrams[frame.group]) for frame in lot]) for lot in found.values()]
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Frames of equal matrices, each with its group's diagram: what is done to all of them is done at once."""
+
+    frames: Sequence[tuple[Frame, Diagram]]
+
+    def matrices(self, tensors: Mapping[Frame, Tensor]) -> Tensor:
+        """A tensor of every frame as matrices in float64.  Shape: (frame, batch.., rows, bond)."""
+        return double(torch.stack([frame.rows(diagram, tensors[frame]) for frame, diagram in self.frames]))
+
+    def tensors(self, matrices: Tensor, like: Mapping[Frame, Tensor]) -> Iterator[tuple[Frame, Tensor]]:
+        """Every frame with the factor of its matrices, in the dtype and on the device of another."""
+        back = matrices.to(like[self.frames[0][0]])
+        for (frame, diagram), matrix in zip(self.frames, back.unbind(), strict=True):
+            yield frame, frame.tensor(diagram, matrix, like[frame])
+
+
 # -- becoming orthonormal -----------------------------------------------------------------------------------------
 
 
@@ -174,7 +208,7 @@ def _straightened(adapter: Adapter, group: Group, frames: Sequence[Frame], seed:
 
 def is_orthonormal(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether X^T X = 1 within the rounding of a dtype; so are columns that are not finite, which nothing can help."""
-    off = (x.mT @ x - torch.eye(x.shape[-1]).to(x)).abs().max()
+    off = (x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).abs().max()
     return not bool(off > max(8 * torch.finfo(dtype).eps, ROUNDING))
 
 

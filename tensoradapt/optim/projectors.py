@@ -17,7 +17,7 @@ from torch import Tensor
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError
 from tensoradapt.fit.tucker import hooi
-from tensoradapt.linalg import orthonormal, truncated_svd
+from tensoradapt.linalg import double, orthonormal, truncated_svd
 
 PROJECTORS = ("svd", "rsvd", "tucker", "group")
 SIDES = ("std", "reverse_std", "left", "right", "full")
@@ -91,7 +91,7 @@ def find(tensors: Sequence[Tensor], ranks: Mapping[int, int], method: str = "exa
 
 def _clean(basis: Tensor) -> Tensor:
     """Orthonormal to the last digit, also where singular values are zero and their vectors are not defined."""
-    return orthonormal(basis.double()).to(basis.dtype)
+    return orthonormal(double(basis)).to(basis)
 
 
 def _improved(stack: Tensor, bases: Mapping[int, Tensor]) -> dict[int, Tensor]:

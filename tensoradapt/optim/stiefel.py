@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from tensoradapt.adapter import Adapter
 from tensoradapt.change.install import parameters_of
+from tensoradapt.diagram import Diagram
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.gauge import retract_polar, retract_qr, stiefel_tangent
 from tensoradapt.interchange import rounded
-from tensoradapt.optim.frames import Frame, frames_of, is_orthonormal, orthonormal
+from tensoradapt.optim.frames import Alike, Frame, alike, frames_of, is_orthonormal, orthonormal
 from tensoradapt.optim.wrapper import Wrapper
 
 RETRACTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"polar": retract_polar, "qr": retract_qr}
@@ -65,7 +66,8 @@ class Stiefel(Wrapper):
         super().__init__(adapter, base, params, **options)
         self.frames = frames_of(adapter, nodes, parameters_of(self.base))
         self.retraction = retraction
-        self._before: dict[Frame, Tensor] = {}  # of one step: the factors that are led back from where they were
+        self._tight: dict[Frame, tuple[Tensor, int]] = {}  # the factors that are orthonormal, as last written to
+        self._before: list[tuple[Alike, Tensor]] = []  # of one step: those that are led back, from where they were
         self._loose = False  # and whether there are others, which are not orthonormal
         self.orthonormalize(seed)
         _undecayed(self.base, {self._factor(frame) for frame in self.frames})
@@ -80,37 +82,60 @@ class Stiefel(Wrapper):
             raise AdapterError(f"adapter {self.adapter.name!r} is merged into the weights", hint="unmerge() first")
         for group, tensors in orthonormal(self.adapter, self.frames, seed).items():
             self.adapter.set_factors(group, rounded(self.adapter.factors(group), tensors))
+        self._tight = {frame: _stamp(self._factor(frame)) for frame in self.frames}
 
     def _factor(self, frame: Frame) -> Tensor:
         return self.adapter.factors(frame.group)[frame.edge.child]
 
     def directions(self) -> dict[Tensor, Tensor]:
         """The gradients of the orthonormal factors without their part along the normal."""
-        groups, found, before, loose = self.adapter.groups, {}, {}, False
-        for frame in self.frames:
-            factor, diagram = self._factor(frame), groups[frame.group].diagram
-            x = frame.matrix(diagram, factor)
-            if not is_orthonormal(x, factor.dtype):
-                loose = True
-            elif factor.grad is not None:
-                before[frame] = factor.detach().clone()
-                found[factor] = frame.tensor(diagram, stiefel_tangent(x, frame.matrix(diagram, factor.grad)), factor)
-        self._before, self._loose = before, loose
+        factors = {frame: self._factor(frame) for frame in self.frames}
+        diagrams = {name: group.diagram for name, group in self.adapter.groups.items()}
+        tight = [f for f in self.frames if self._is_tight(f, factors[f], diagrams[f.group])]
+        self._before, self._loose = [], len(tight) < len(self.frames)
+        grads = {frame: grad for frame in tight if (grad := factors[frame].grad) is not None}
+        found = {}
+        for lot in alike(list(grads), factors, diagrams):
+            x = lot.matrices(factors)
+            self._before.append((lot, x))
+            for frame, direction in lot.tensors(stiefel_tangent(x, lot.matrices(grads)), factors):
+                found[factors[frame]] = direction
         return found
+
+    def _is_tight(self, frame: Frame, factor: Tensor, diagram: Diagram) -> bool:
+        """Whether a factor is orthonormal: it is where nobody has written to it since it was made so."""
+        held, version = self._tight.get(frame, (None, 0))
+        return (held is factor and version == factor._version) or is_orthonormal(
+            frame.matrix(diagram, factor), factor.dtype
+        )
 
     @torch.no_grad()
     def finish(self) -> None:
         """Lead the factors that moved back to orthonormal columns; make those so that were not before the step."""
-        groups, retract = self.adapter.groups, RETRACTIONS[self.retraction]
-        before, self._before = self._before, {}
-        for frame, old in before.items():
-            factor, diagram = self._factor(frame), groups[frame.group].diagram
-            x = frame.matrix(diagram, old)
-            step = stiefel_tangent(x, frame.matrix(diagram, factor) - x)
-            if bool(step.isfinite().all()):  # else the NaN of a gradient stays to be seen, as in any optimiser
-                factor.copy_(frame.tensor(diagram, retract(x, step), factor))
+        factors = {frame: self._factor(frame) for frame in self.frames}
+        before, self._before = self._before, []
+        for lot, x in before:
+            after = lot.matrices(factors)
+            for frame, made in lot.tensors(_led_back(x, after, RETRACTIONS[self.retraction]), factors):
+                factors[frame].copy_(made)
+                self._tight[frame] = _stamp(factors[frame])
         if self._loose:
             self.orthonormalize()
+
+
+def _led_back(x: Tensor, after: Tensor, retract: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Orthonormal columns from X along the tangential part of X' - X; X' where that is not finite.
+
+    The NaN of a gradient stays to be seen, as in any optimiser.  Shapes: (frame, batch.., rows, bond).
+    """
+    step = stiefel_tangent(x, after - x)
+    sound = step.flatten(1).isfinite().all(1).reshape(-1, *[1] * (x.dim() - 1))
+    return torch.where(sound, retract(torch.where(sound, x, 0.0), torch.where(sound, step, 0.0)), after)
+
+
+def _stamp(factor: Tensor) -> tuple[Tensor, int]:
+    """A factor, and how often it was written to."""
+    return factor, factor._version
 
 
 def _undecayed(base: Optimizer, factors: Collection[Tensor]) -> None:

@@ -1,0 +1,42 @@
+"""How often the host waits for a device: counted by the simulated one, or by CUDA's own warnings."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import simulated
+import torch
+
+
+SOLVERS = ("gauge/closed.py", "linalg/lapack.py")  # torch's eigh and svd wait for themselves on CUDA
+
+
+class Waits(list[str]):
+    """Where the host waited."""
+
+    def table(self) -> str:
+        return "\n".join(f"{count:6d}  {text}" for text, count in Counter(self).most_common())
+
+
+@contextmanager
+def waits(device: str) -> Iterator[Waits]:
+    """Collects the places at which the host waits inside the block.
+
+    On a device without float64 its copies to the CPU's small problems are left out: they are how it works.
+    """
+    found = Waits()
+    if device == "sim":
+        with simulated.host_syncs() as counted:
+            yield found
+        found += [str(sync) for sync in counted.waits if simulated.STATE.float64 or sync.kind != "copy"]
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [f"{w.filename}:{w.lineno}" for w in said if "synchronizing" in str(w.message)]
+    found += [place for place in places if not any(solver in place for solver in SOLVERS)]
