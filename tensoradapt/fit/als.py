@@ -127,7 +127,7 @@ class _Problem:
         while not settled and len(history) < sweeps:
             held: Tensor | float = 0.0
             for place, seen in self._steps(factors):
-                factors[place.node], held = place.solved(seen, factors)
+                factors[place.node], held = place.best(seen, factors)
             explained = float(held)  # an accelerator is waited for once in a sweep
             history.append(math.sqrt(max(0.0, self.total - explained) / self.total) if self.total else 0.0)
             settled = len(self.free) <= 1 or _settled(history)

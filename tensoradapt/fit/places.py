@@ -54,8 +54,13 @@ class Place:
         first, cols, rows = (math.prod(sizes[i] for i in part) for part in self.parts)
         return first, cols, rows
 
-    def solved(self, seen: Seen, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def solved(self, seen: Seen, factors: Mapping[str, Tensor]) -> tuple[Tensor, float]:
         """The node that is best for the others, and what the network then explains of |T|^2: 2 <T, N> - |N|^2."""
+        node, explained = self.best(seen, factors)
+        return node, float(explained)
+
+    def best(self, seen: Seen, factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, the number as a tensor: nothing waits for it."""
         mine, sizes = self.frame.diagram.nodes[self.node], self.frame.diagram.sizes
         others = [factors[n] for n in self.others]
         right = double(self.right(seen.image, *[t.to(seen.image) for t in others]).reshape(self.sizes))

@@ -18,6 +18,7 @@ from tensoradapt.linalg.slices import Slice
 OVERSAMPLE = 10
 LANES = 16  # sketches are as wide as a multiple of it: the products with further columns cost nothing
 STEPS = 6
+LOOK = 3  # steps between two questions to an accelerator
 # A step gains at least this share of what the one before it gained on the flattest spectra we measured; the first steps
 # on a spectrum with a gap look far better than what follows.
 SLOWEST, FASTEST = 0.7, 0.4
@@ -42,6 +43,10 @@ class Held:
         self.energies.append(values[..., : self.rank].sum(-1))
         if values.shape[-1] > self.rank:
             self.ratio = values[..., self.rank] / values[..., self.rank - 1].clamp(min=1e-300)
+
+    def asked(self, step: int) -> bool:
+        """Whether to ask after a step if it was the last: an accelerator, whose answer has to be waited for, seldom."""
+        return self.total.device.type == "cpu" or step % LOOK == 0
 
     def converged(self, tolerance: float) -> bool:
         """Whether what further steps would gain leaves every residual within the tolerance of the optimal one.
@@ -147,8 +152,9 @@ def krylov_space(
     held = Held(rank, a.total)
     for step in range(1, steps + 1):
         held.add(gram)
-        done = held.converged(tolerance)
-        if done or step == steps or basis.shape[-1] + width > min(a.shape):
+        last = step == steps or basis.shape[-1] + width > min(a.shape)
+        done = (last or held.asked(step)) and held.converged(tolerance)
+        if done or last:
             break
         q = orthonormal(a.right(images[-1]), basis)
         new = a.left(q)

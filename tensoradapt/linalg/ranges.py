@@ -204,9 +204,11 @@ def find_ranges(
     """
     sides = [_Side(size, r, min(r + oversample, size)) for size, r in zip(stack.shape, rank, strict=True)]
     total, passes = _sketch(stack, sides, Seed(seed), team), 1
-    while passes <= steps and not all(side.done(tolerance) for side in sides):
-        _pass(stack, [None if side.done(tolerance) else side for side in sides], team)
+    done = [side.done(tolerance) for side in sides]
+    while passes <= steps and not all(done):
+        _pass(stack, [None if ended else side for side, ended in zip(sides, done, strict=True)], team)
         passes += 1
+        done = [side.done(tolerance) for side in sides]
     bases = [side.kept() for side in sides]
     sizes = [size if q is None else q.shape[1] for size, q in zip(stack.shape, bases, strict=True)]
     core = stack.like.new_zeros(stack.count, *sizes)

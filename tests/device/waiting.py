@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import simulated
 import torch
 
-
 SOLVERS = ("gauge/closed.py", "linalg/lapack.py")  # torch's eigh and svd wait for themselves on CUDA
 
 
@@ -20,16 +19,17 @@ class Waits(list[str]):
 
 
 @contextmanager
-def waits(device: str) -> Iterator[Waits]:
+def waits(device: str, *, copies: bool = False) -> Iterator[Waits]:
     """Collects the places at which the host waits inside the block.
 
-    On a device without float64 its copies to the CPU's small problems are left out: they are how it works.
+    On a device without float64 its copies to the CPU's small problems are left out, but with `copies`: they are how it
+    works.
     """
     found = Waits()
     if device == "sim":
         with simulated.host_syncs() as counted:
             yield found
-        found += [str(sync) for sync in counted.waits if simulated.STATE.float64 or sync.kind != "copy"]
+        found += [str(sync) for sync in counted.waits if copies or simulated.STATE.float64 or sync.kind != "copy"]
         return
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
