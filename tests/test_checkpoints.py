@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import tensoradapt as ta
 from tensoradapt.analysis.source import open_source
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
@@ -685,6 +686,25 @@ def test_closing_closes_both():
     for side in (found.base, found.tuned):
         with pytest.raises(FileError, match="closed"):
             side.read("head.weight")
+
+
+DOORS = {
+    "analyze": lambda base, tuned, folder: ta.analyze(base, tuned),
+    "extract": lambda base, tuned, folder: ta.extract(base, tuned, ta.preset("lora", rank=2, targets="q"), folder),
+    "change": lambda base, tuned, folder: [open_source(base, tuned).change(name) for name in base],
+    "fold": lambda base, tuned, folder: [open_source(base, tuned).delta(f"layers.{k}.q") for k in (0, 1)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("door", DOORS)
+def test_tensors_that_are_compared_stay_as_they_are(door, dtype, tmp_path):
+    base = tensors(dtype=dtype)
+    tuned = moved(base)
+    before = [{name: tensor.clone() for name, tensor in side.items()} for side in (base, tuned)]
+    DOORS[door](base, tuned, tmp_path / "out")
+    for side, kept in zip((base, tuned), before, strict=True):
+        assert all(torch.equal(side[name], kept[name]) for name in kept)
 
 
 MEASURE = """

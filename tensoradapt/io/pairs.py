@@ -170,11 +170,11 @@ def _blocks(tensor: Tensor) -> Iterator[slice]:
 
 def _squared(base: Tensor, tuned: Tensor) -> float:
     """|tuned - base|^2 of a block, in float64; entries that are equal are no change, whatever they are."""
-    found = float(tuned.double().sub_(base).square_().sum())
+    found = float(torch.sub(tuned.double(), base).square_().sum())
     if math.isfinite(found):
         return found
     differs = base != tuned
-    return float(tuned[differs].double().sub_(base[differs]).square_().sum())
+    return float(torch.sub(tuned[differs].double(), base[differs]).square_().sum())
 
 
 def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
