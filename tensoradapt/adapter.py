@@ -17,6 +17,7 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor, nn
 
+from tensoradapt.dry_run import Reach, dry_run
 from tensoradapt.errors import AdapterError
 from tensoradapt.factors import Factors
 from tensoradapt.host import Host, carrier, copied, slashed
@@ -24,10 +25,11 @@ from tensoradapt.io.saved import Saved
 from tensoradapt.merged import Merge, check_place
 from tensoradapt.merging import Target, admit, targets_of, with_copies
 from tensoradapt.parts import laid_out
-from tensoradapt.passes import Passes, Reach, dry_run
+from tensoradapt.passes import Passes
 from tensoradapt.plan import Plan
 from tensoradapt.quantised import gathered
 from tensoradapt.scan import owner_of
+from tensoradapt.switch import Switch
 
 
 class Adapter(Factors):
@@ -43,7 +45,7 @@ class Adapter(Factors):
         self._model = [model]  # in a list: no registered reference to the model, which would recurse
         self._handles: list[Any] = []
         self._merge: Merge | None = None
-        self._enabled = True
+        self.switch = Switch()
         self._weighted: dict[str, list[str]] = {}  # parameters delivered by weight, and the sites on them
         self._callers: dict[str, list[str]] = {}  # replaced parameters, and the modules around whose calls
         self.passes = Passes()
@@ -66,13 +68,13 @@ class Adapter(Factors):
 
     @property
     def enabled(self) -> bool:
-        """Whether the adapter adds anything."""
-        return self._enabled
+        """Whether the adapter adds anything in this context; what is set is for all but those inside `disabled()`."""
+        return self.switch.adds
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
         self._check_unmerged()
-        self._enabled = bool(value)
+        self.switch.on = bool(value)
 
     @property
     def active(self) -> bool:
@@ -83,7 +85,7 @@ class Adapter(Factors):
         if self._merge is not None:
             self._merge.check_ended()
             return False
-        return self._enabled
+        return self.switch.adds
 
     @property
     def merged(self) -> bool:
@@ -119,12 +121,13 @@ class Adapter(Factors):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch the adapter off inside a `with` block. Raises AdapterError where it is merged."""
-        before, self.enabled = self.enabled, False
-        try:
+        """Switch the adapter off inside a `with` block, for the thread or the task that runs it and for no other.
+
+        Raises AdapterError where it is merged.
+        """
+        self._check_unmerged()
+        with self.switch.off():
             yield
-        finally:
-            self.enabled = before
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter file (a folder with `adapter.safetensors`, or that file), atomically; returns its path.
@@ -153,6 +156,10 @@ class Adapter(Factors):
         then), on weights that are quantised or on the meta device, and on tied weights without `untie=True`.
         """
         check_place(keep)
+        with self._host().alone("merging"):
+            self._merge_alone(keep, untie=untie)
+
+    def _merge_alone(self, keep: str | None, *, untie: bool) -> None:
         self._check_unmerged()
         if not self.enabled:
             raise AdapterError(f"adapter {self.name!r} is switched off", hint="set adapter.enabled = True first")
@@ -189,12 +196,13 @@ class Adapter(Factors):
 
         Raises AdapterError where nothing was merged or kept.
         """
-        if self._merge is None:
-            raise AdapterError(f"adapter {self.name!r} is not merged", hint="merge() first")
-        self._merge.check_kept()
-        self._merge.check_last(self._host().merged[-1] if self.merged else self.name)
-        self._merge.undo()
-        self._merge = None
+        with self._host().alone("unmerging"):
+            if self._merge is None:
+                raise AdapterError(f"adapter {self.name!r} is not merged", hint="merge() first")
+            self._merge.check_kept()
+            self._merge.check_last(self._host().merged[-1] if self.merged else self.name)
+            self._merge.undo()
+            self._merge = None
 
     def merge_and_detach(self, *, untie: bool = False) -> nn.Module:
         """Make the deltas, and the modules trained with them, part of the base for good; returns the plain model.
@@ -209,7 +217,10 @@ class Adapter(Factors):
 
     def detach(self) -> None:
         """Take the adapter off the model: hooks, registration and frozen flags go, merged weights are restored."""
-        host = self._host()
+        with self._host().alone("detaching") as host:
+            self._detach(host)
+
+    def _detach(self, host: Host) -> None:
         if self._merge is not None and self._merge.keep is None:
             self._merge.check_ended()
         elif self._merge is not None:
@@ -217,7 +228,7 @@ class Adapter(Factors):
             warnings.warn(
                 f"detach() of the merged adapter {self.name!r} takes its change out of the weights again: "
                 "adapter.merge_and_detach() leaves it in; unmerge() first says that this is meant",
-                stacklevel=2,
+                stacklevel=3,
             )
         for handle in self._handles:
             handle.remove()

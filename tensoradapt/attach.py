@@ -38,6 +38,7 @@ from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
 from tensoradapt.scan import held_weight, known_base, module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sites import Site, SiteMap
+from tensoradapt.standins import Standing
 from tensoradapt.targets import delivered
 
 
@@ -277,6 +278,7 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     for key in dict.fromkeys((*adapter._weighted, *adapter.plan.extras)):
         owner, leaf = owner_of(model, key)
         loader = loader_of(model, key, owner._parameters.get(leaf))
+        adapter._handles.append(Standing(owner))
         shadow = WeightHook(adapter, key, owner, leaf, loaded=loader is not None)
         for path in adapter._callers[key]:
             caller = module_at(model, path)
@@ -285,10 +287,10 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
                 continue
             adapter._handles.append(caller.register_forward_pre_hook(shadow.before))
             adapter._handles.append(caller.register_forward_hook(shadow.after, always_call=True, prepend=True))
-    watching = PassHook(adapter)
+    watching = PassHook(adapter, host.lock)
     adapter._handles.append(model.register_forward_pre_hook(watching.before, prepend=True))
     adapter._handles.append(model.register_forward_hook(watching.stop, always_call=True, prepend=True))
-    adapter._handles.append(model.register_forward_hook(watching.after))
+    adapter._handles.append(model.register_forward_hook(watching.after, with_kwargs=True))
     return adapter
 
 

@@ -1,7 +1,7 @@
 """Hooks: how a delta reaches a module's output. Objects, not closures, so that models can be copied and pickled.
 
-`OutputHook` adds to what a module returns. `WeightHook` puts the sum of weight and delta in the parameter's place while
-one call of the module that uses it runs; the parameter itself, its name and its value stay as they are.
+`OutputHook` adds to what a module returns. `WeightHook` lets the sum of weight and delta stand in for the parameter
+while one call of the module that uses it runs; the parameter itself, its name and its value stay as they are.
 Invariant: a hook holds no tensor: it asks its adapter at every call.
 """
 
@@ -20,6 +20,7 @@ from tensoradapt.chain import Chain, Convolved, staged
 from tensoradapt.errors import AdapterError
 from tensoradapt.passes import Passes
 from tensoradapt.replicas import watch_pieces
+from tensoradapt.standins import StandIn, caller, table_of
 
 
 class Source(Protocol):
@@ -140,33 +141,57 @@ class OutputHook:
 
 
 class WeightHook:
-    """Before a call, `owner.name` reads as the sum with the deltas or as a trained copy; after it, as the parameter.
+    """Within a call, `owner.name` reads as the sum with the deltas or as a trained copy, in the thread of the call.
 
-    The calls of several modules may do so, one within another: the outermost forms the sum.
+    The calls of several modules may do so, one within another, and a module may call itself: the parameter itself is
+    what is added to, once.
     """
 
     def __init__(self, source: Source, key: str, owner: nn.Module, name: str, *, loaded: bool = False) -> None:
         self.source, self.key, self.name = source, key, name
         self.owner = [owner]  # in a list: a hook is no module, and must not look like one
         self.loaded = loaded  # for the length of a call: outside it there is nothing to add to
-        self.shadowed: list[Any] = []
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Put what the adapter makes of the parameter in its place."""
-        held: Any = self.owner[0]._parameters
-        now = held[self.name]
-        absent = self.loaded and now.is_meta
-        first = not absent and all(each is None for each in self.shadowed)
-        self.shadowed.append(None if absent else now)
-        if first and self.source.active:
+        """Put what the adapter makes of the parameter in its place, for this call."""
+        table = table_of(self.owner[0])
+        parameter = table.held(self.name)
+        if self.loaded and parameter.is_meta:
+            return
+        self._check_copied(module)
+        found, on, frame = table.standing(self.name), self.source.active, caller()
+        mine = [each for each in found if each.by is self]
+        known = frame is not None and all(each.frame is not None for each in found)
+        if known and mine and mine[-1].on == on:
+            value = found[-1].value
+        elif known and not mine:
+            value = self.made(found[-1].value if found else parameter)
+        else:
+            value = parameter
+            for hook in (*dict.fromkeys(each.by for each in found if each.by is not self), self):
+                value = hook.made(value)
+        table.put(self.name, (*found, StandIn(self, value, on, frame)))
+
+    def made(self, value: Tensor) -> Tensor:
+        """What the adapter makes of what is read without it."""
+        if self.source.active:
             watch_pieces(self.source)
-            held[self.name] = self.source.in_place_of(self.key, now)
-        elif first:
-            watched = watch(self.source, now)
-            held[self.name] = now if watched is None else watched
+            return self.source.in_place_of(self.key, value)
+        watched = watch(self.source, value)
+        return value if watched is None else watched
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Put the parameter back, also when the call has failed."""
-        before = self.shadowed.pop() if self.shadowed else None
-        if before is not None:
-            self.owner[0]._parameters[self.name] = before
+        """Take it away again, also when the call has failed."""
+        table = table_of(self.owner[0])
+        found, frame = table.standing(self.name), caller()
+        mine = [k for k, each in enumerate(found) if each.by is self and frame in (None, each.frame)]
+        mine = mine or [k for k, each in enumerate(found) if each.by is self and each.frame is None]
+        if mine:
+            table.put(self.name, found[: mine[-1]] + found[mine[-1] + 1 :])
+
+    def _check_copied(self, module: nn.Module) -> None:
+        if "_is_replica" in module.__dict__:
+            raise AdapterError(
+                f"nn.DataParallel copies modules without their parameters: what adapts {self.key} does not reach it",
+                hint="use DistributedDataParallel, or one device",
+            )

@@ -6,7 +6,8 @@ Invariant: what is registered on a model under `HOST` is never a part of the mod
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from tensoradapt.errors import AdapterError
 from tensoradapt.plan import Plan
+from tensoradapt.running import Lock
 
 HOST = "tensoradapt"  # the name under which adapters register themselves on a model
 NONE = "tensoradapt: no attribute"  # a string, so that it is itself in a copy of the model too
@@ -30,6 +32,7 @@ class Host(nn.Module):
     def __init__(self, flags: Mapping[str, bool], *, quantised: bool = False) -> None:
         super().__init__()
         self.flags, self.quantised = dict(flags), quantised
+        self.lock = Lock()
         self.shadowed: dict[str, Any] = {}
         self.register_state_dict_post_hook(_without_merged)
         self.register_load_state_dict_post_hook(_merged_may_lack)
@@ -39,6 +42,21 @@ class Host(nn.Module):
         """The adapters whose deltas stand in the base, in the order in which they were merged."""
         merges = [adapter._merge for adapter in self._modules.values() if adapter.merged]  # type: ignore[union-attr]
         return [merge.name for merge in sorted(merges, key=lambda merge: merge.order)]  # type: ignore[union-attr,return-value]
+
+    @contextmanager
+    def alone(self, act: str) -> Iterator[Host]:
+        """Let no pass of the model begin meanwhile, as far as no compiler runs it, and nobody else write it.
+
+        Raises AdapterError where a pass runs.
+        """
+        with self.lock:
+            for adapter in self._modules.values():
+                if adapter.passes.running.anywhere:  # type: ignore[union-attr]
+                    raise AdapterError(
+                        f"a forward pass of the model is running: {act} would change what it computes with",
+                        hint="let the pass end first, under a lock of your own where threads serve requests",
+                    )
+            yield self
 
     def next_merge(self, name: str) -> int:
         """Where a merge stands among others. Raises AdapterError where one of another adapter was interrupted."""

@@ -7,22 +7,26 @@ delta, another module read it. Invariant: a watched pass computes what any other
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_map_only
 
 from tensoradapt.errors import AdapterError
 from tensoradapt.quantised import is_plain
 from tensoradapt.readers import ASKS, LIKE
+from tensoradapt.running import Lock, Running, runs
 from tensoradapt.scan import owner_of
+from tensoradapt.switch import Switch
 from tensoradapt.tables import first_of
 
 SHOWN = 6  # paths in a message
@@ -51,28 +55,11 @@ class Source(Protocol):
     name: str
     training: bool
     passes: Passes
+    switch: Switch
 
     @property
     def active(self) -> bool:
         """Whether anything is added."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What one forward pass reached: sites whose delta was delivered, and those where it was not.
-
-    `past` are those among the unreached, or among the reached, whose weight another module read without the delta.
-    """
-
-    reached: tuple[str, ...]
-    unreached: tuple[str, ...]
-    past: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.reached)} of {len(self.reached) + len(self.unreached)} sites reached"]
-        lines += [f"not reached: {listed(self.unreached)}"] if self.unreached else []
-        lines += [f"read by another module without the delta: {listed(self.past)}; {NEXT}"] if self.past else []
-        return "\n".join(lines)
 
 
 NEXT = "attach with delivery='weight', or delivery={target: 'weight'}, in the spec, or exclude these weights"
@@ -83,13 +70,18 @@ def listed(paths: Sequence[str]) -> str:
     return first_of(paths, SHOWN)
 
 
-class _Counting(TorchFunctionMode):
-    """Counts the functions that take a watched tensor, but for those that ask for its dtype, device or shape."""
+class Counting(TorchFunctionMode):
+    """Counts the functions that take a watched tensor, but for those that ask for its dtype, device or shape.
+
+    `calls` are the deliveries by site in the same thread and time.
+    """
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
         self.watched, self.reads = dict(watched), Counter[str]()
+        self.calls = Counter[str]()
         self.kept: list[Tensor] = []  # so that no identity is used twice
+        self.outer: Counting | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, and run the function."""
@@ -107,6 +99,29 @@ def _asks(func: Any) -> bool:
     return name in ASKS or name in LIKE - {"to"} or name.startswith(("is_", "new_", "__set__"))
 
 
+class Watching(threading.local):
+    """What counts the pass that runs in this thread. A copy of it counts nothing."""
+
+    def __init__(self) -> None:
+        self.counting: Counting | None = None
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+@dataclass
+class Pass:
+    """A forward pass of the model that runs: its frame, and what counts it where it is watched."""
+
+    frame: FrameType
+    counting: Counting | None = None
+
+
+def frame_of(one: Pass) -> FrameType:
+    """The frame of the call that a pass is."""
+    return one.frame
+
+
 class Passes:
     """The deliveries of one adapter, counted by site, and what its host's passes showed.
 
@@ -121,8 +136,8 @@ class Passes:
         self.fused = False  # whether PyTorch takes another kernel for a pass without gradients that is watched
         self.settled: set[bool] = set()
         self.told = False
-        self._counting: _Counting | None = None
-        self._before = Counter[str]()
+        self.running: Running[Pass] = Running(frame_of)
+        self._watching = Watching()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -139,46 +154,52 @@ class Passes:
         """Sites whose delta was never delivered."""
         return tuple(path for path in self.paths if not self.calls[path])
 
+    @property
+    def watched(self) -> bool:
+        """Whether a pass in this thread is watched."""
+        return self._watching.counting is not None
+
     def reach(self, *paths: str) -> None:
         """Count a delivery."""
         if not torch.compiler.is_compiling():
+            counting = self._watching.counting
             for path in paths:
                 self.calls[path] += 1
+                if counting is not None:
+                    counting.calls[path] += 1
 
     def made(self, key: str, tensor: Tensor) -> Tensor:
         """A tensor that stands in the place of a parameter, watched where the pass is."""
-        if not torch.compiler.is_compiling() and self._counting is not None:
-            self._counting.watched[id(tensor)] = f"{key} at use"
-            self._counting.kept.append(tensor)
+        if not torch.compiler.is_compiling() and self._watching.counting is not None:
+            self._watching.counting.watched[id(tensor)] = f"{key} at use"
+            self._watching.counting.kept.append(tensor)
         return tensor
 
-    def begin(self, model: nn.Module) -> None:
-        """Watch the pass that begins."""
+    def begin(self, model: nn.Module) -> Counting:
+        """Watch the pass that begins in this thread."""
         watched = [
             (owner._parameters.get(leaf), h.key)
             for h in self.held
             if h.alone
             for owner, leaf in [owner_of(model, h.key)]
         ]
-        self._before = Counter(self.calls)
-        self._counting = _Counting(
-            {id(p): key for p, key in watched if p is not None and is_plain(p) and not p.is_meta}
-        )
-        self._counting.__enter__()
-
-    def stop(self) -> _Counting | None:
-        """End the watching; returns what was counted."""
-        counting, self._counting = self._counting, None
-        if counting is not None:
-            counting.__exit__(None, None, None)
+        counting = Counting({id(p): key for p, key in watched if p is not None and is_plain(p) and not p.is_meta})
+        counting.outer, self._watching.counting = self._watching.counting, counting
+        counting.__enter__()
         return counting
 
-    def judge(self, counting: _Counting) -> tuple[str, ...]:
+    def stop(self, counting: Counting, *, whole: bool = True) -> None:
+        """End the watching of a pass, or (not `whole`) that of its reads: what is delivered by a hook still counts."""
+        self._watching.counting = counting.outer if whole else counting
+        if _get_current_function_mode() is counting:
+            counting.__exit__(None, None, None)
+
+    def judge(self, counting: Counting) -> tuple[str, ...]:
         """The sites whose weight was read more often than their delta was delivered, in the pass that was watched."""
         past = []
         for each in self.held:
             groups = each.sites.values()
-            own = sum(max(self.calls[path] - self._before[path] for path in paths) for paths in groups)
+            own = sum(max(counting.calls[path] for path in paths) for paths in groups)
             past += [path for paths in groups for path in paths] if counting.reads[each.key] > own else []
         return tuple(past)
 
@@ -208,46 +229,68 @@ def past_error(name: str, paths: Sequence[str]) -> AdapterError:
 
 
 class PassHook:
-    """The hooks on the model itself: they watch a pass, and arm its output where weights were read past the adapter."""
+    """The hooks on the model itself: they watch a pass, and arm its output where weights were read past the adapter.
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.depth, self.watching = 0, False
-        self.counted: _Counting | None = None
+    A pass begins only while nobody writes the model, by `lock`.
+    """
+
+    def __init__(self, source: Source, lock: Lock) -> None:
+        self.source, self.lock = source, lock
+        self.counted: Running[Counting] = Running(id)  # by passes that have ended and are not judged
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Watch, unless such a pass has been watched, or a compiler runs."""
         if torch.compiler.is_compiling():
             return
-        self.depth += 1
         passes = self.source.passes
-        blind = passes.fused and not torch.is_grad_enabled()
-        if self.depth == 1 and self.source.active and not blind and self.source.training not in passes.settled:
-            self.watching = True
-            passes.begin(module)
+        for left in self.counted.pop(threading.get_ident(), ()):  # of a pass that failed after its forward
+            passes.stop(left)
+        blind = bool(self._outer()) or passes.watched or (passes.fused and not torch.is_grad_enabled())
+        one = Pass(sys._getframe(1))
+        with self.lock:
+            passes.running.here().append(one)
+        if self.source.active and not blind and self.source.training not in passes.settled:
+            one.counting = passes.begin(module)
+
+    def _outer(self) -> list[Pass]:
+        """The passes that run in this thread; what an interrupt has left of others is ended."""
+        here = self.source.passes.running.here()
+        while here and not runs(here[-1].frame):
+            left = here.pop().counting
+            if left is not None:
+                self.source.passes.stop(left)
+        return here
 
     def stop(self, module: nn.Module, args: Any, output: Any) -> None:
         """End the watching, also when the call has failed."""
         if torch.compiler.is_compiling():
             return
-        self.depth -= 1
-        if self.depth == 0 and self.watching:
-            self.watching, self.counted = False, self.source.passes.stop()
+        here = self._outer()
+        if here and here[-1].frame is sys._getframe(1):
+            counting = here.pop().counting
+            if counting is not None:
+                self.source.passes.stop(counting, whole=False)
+                self.counted.here().append(counting)
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Judge a pass that has ended, and arm the output."""
-        if torch.compiler.is_compiling() or self.depth or not self.source.active:
+        if torch.compiler.is_compiling() or self._outer():
             return None
-        passes, counted, self.counted = self.source.passes, self.counted, None
-        if counted is not None:
-            passes.past = passes.judge(counted) or passes.past
+        passes, counted = self.source.passes, self.counted.pop(threading.get_ident(), None)
+        if counted:
+            passes.stop(counted[-1])
+        if not self.source.active:
+            self.source.switch.stamp(output, (args, kwargs))
+            return None
+        if counted:
+            passes.past = passes.judge(counted[-1]) or passes.past
             passes.settled.add(self.source.training)
             passes.ended += 1
         if not (torch.is_grad_enabled() and self.source.training):
             return None
         if passes.past:
             return armed(output, past_error(self.source.name, passes.past))
-        if counted is not None:
+        if counted:
             passes.check(self.source.name)
         return None
 
@@ -271,50 +314,3 @@ def armed(output: Any, error: AdapterError) -> Any:
     if not found:
         raise error
     return made
-
-
-@contextmanager
-def _as_it_was(model: nn.Module, *, train: bool, grad: bool) -> Iterator[None]:
-    """Run a model in one mode; afterwards modes, buffers and random states are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if train else []
-    used = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
-    with torch.random.fork_rng(sorted(used)), torch.set_grad_enabled(grad):  # every one there is would be woken
-        try:
-            model.train(train)
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-
-
-def dry_run(model: nn.Module, source: Source, batch: Any, *, train: bool, grad: bool) -> Reach:
-    """What a forward pass on a batch reaches.  Raises AdapterError where the adapter adds nothing."""
-    if not source.active:
-        raise AdapterError(f"adapter {source.name!r} is merged or switched off", hint="unmerge() or enable it first")
-    passes = source.passes
-    kept, passes.settled = passes.settled, {True, False}
-    counting = None
-    try:
-        with _as_it_was(model, train=train, grad=grad):
-            passes.begin(model)
-            try:
-                _call(model, batch)
-            finally:
-                counting = passes.stop()
-        assert counting is not None
-        past, before = passes.judge(counting), passes._before
-        unread = {path for path in passes.weighted if not counting.reads[f"{passes.weighted[path]} at use"]}
-        reached = tuple(p for p in passes.paths if passes.calls[p] > before[p] and p not in unread)
-        return Reach(reached, tuple(p for p in passes.paths if p not in reached), past)
-    finally:
-        passes.settled = kept
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
