@@ -7,6 +7,7 @@ A network is an einsum with names, `"out a, layer a b, b in -> layer out in"`. A
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def _check(nodes: Nodes, axes: tuple[str, ...], text: str) -> None:
         raise SpecError(
             f"axis {axis!r} sits on no node", got=text, hint=f"add {axis!r} to a node; names are parted by spaces"
         )
-    for bond in (i for i in carried if i not in axes and carried.count(i) == 1):
+    times = Counter(carried)
+    for bond in (i for i in carried if i not in axes and times[i] == 1):
         raise SpecError(
             f"bond {bond!r} ends nowhere: it is on one node and not among the axes",
             got=text,
@@ -68,9 +70,15 @@ def _check(nodes: Nodes, axes: tuple[str, ...], text: str) -> None:
 
 def _loose(nodes: Nodes, axes: tuple[str, ...]) -> list[str]:
     """The nodes that no chain of bonds joins to an axis."""
-    reached = set(axes)
-    for _ in nodes:
-        reached |= {i for indices in nodes.values() if reached & set(indices) for i in indices}
+    at: dict[str, list[str]] = {}
+    for name, indices in nodes.items():
+        for index in indices:
+            at.setdefault(index, []).append(name)
+    reached, waiting = set(axes), list(axes)
+    while waiting:
+        new = {i for name in at.pop(waiting.pop(), ()) for i in nodes[name]} - reached
+        reached |= new
+        waiting += new
     return [name for name, indices in nodes.items() if not reached & set(indices)]
 
 

@@ -6,6 +6,8 @@ Invariant: every error raised on user input is a `TensorAdaptError`, so that the
 
 from __future__ import annotations
 
+LONGEST = 4000  # characters of one part of a message
+
 
 class TensorAdaptError(ValueError):
     """Base of all errors: `what`, and on lines of their own what was got, what was expected and what to do next."""
@@ -14,11 +16,21 @@ class TensorAdaptError(ValueError):
     lasting = True  # whether the same input would be refused again, so that work begun on it is of no use
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, hint: str | None = None) -> None:
-        lines = [what]
-        lines += [f"  got: {got}"] if got is not None else []
-        lines += [f"  expected: {expected}"] if expected is not None else []
-        lines += [f"  next: {hint}"] if hint is not None else []
+        lines = [_shown(what)]
+        lines += [f"  got: {_shown(got)}"] if got is not None else []
+        lines += [f"  expected: {_shown(expected)}"] if expected is not None else []
+        lines += [f"  next: {_shown(hint)}"] if hint is not None else []
         super().__init__("\n".join(lines))
+
+
+def _shown(said: object) -> str:
+    """A part of a message: of a screen's length, with nothing in it that would move a terminal's cursor.
+
+    Names come from files, and a file may have any.
+    """
+    text = str(said)
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class SpecError(TensorAdaptError):

@@ -6,6 +6,7 @@ error that names the key.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +28,7 @@ LARGEST_SCALE = 1e12  # what a delta is multiplied by: a weight's largest number
 Scale = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_SCALE, le=LARGEST_SCALE)]
 Law = Annotated[str, Field(max_length=200)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+MAX_RULES = 1000
 Set = Literal["query-value", "attention", "qkv", "feed-forward", "block", "convolutions", "all-linear"]
 SETS: tuple[str, ...] = get_args(Set)  # words that stand for the weights of a model that have a part in common
 
@@ -160,9 +162,9 @@ class Rule(_Value):
             if axis not in SIDES:
                 raise SpecError(f"folds names the axis {axis!r}, which is not cut", expected=", ".join(SIDES))
         names = [str(part).partition("=")[0] for how in self.folds.values() if not isinstance(how, str) for part in how]
-        names = [name for name in names if not name.isdigit()]
-        for name in names:
-            if name in TAKEN or names.count(name) > 1 or not name.isidentifier():
+        times = Counter(name for name in names if not name.isdigit())
+        for name in times:
+            if name in TAKEN or times[name] > 1 or not name.isidentifier():
                 raise SpecError(
                     f"the fold {name!r} has no name of its own",
                     got=dict(self.folds),
@@ -228,7 +230,7 @@ class Rule(_Value):
 class Spec(_Value):
     """An ordered list of rules; the first rule that matches a site takes it."""
 
-    rules: tuple[Rule, ...] = Field((), description="the rules, in order")
+    rules: tuple[Rule, ...] = Field((), max_length=MAX_RULES, description=f"the rules, in order; at most {MAX_RULES}")
 
     def __str__(self) -> str:
         rules = [line for rule in self.rules[:6] for line in wrap(str(rule), 80, subsequent_indent="  ")]
@@ -263,7 +265,7 @@ class Spec(_Value):
                 hint="fields of a rule go under 'rules' or 'defaults'",
             )
         defaults = _mapping(data.get("defaults") or {}, "defaults are")
-        rows = [{**defaults, **_mapping(row, "a rule is")} for row in data["rules"]]
+        rows = [{**defaults, **_mapping(row, "a rule is")} for row in data["rules"][: MAX_RULES + 1]]
         return cls(rules=tuple(Rule(**row) for row in rows))
 
     @classmethod

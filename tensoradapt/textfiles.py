@@ -6,6 +6,7 @@ Invariant: a key given twice is an error, whatever the format; where writing fai
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,28 @@ from tensoradapt.errors import FileError, SpecError
 from tensoradapt.paths import expand
 from tensoradapt.writing.atomic import atomic
 
-MAX_BYTES = 4_000_000
+MAX_BYTES, MAX_VALUES, MAX_DIGITS = 4_000_000, 100_000, 40
+SEPARATORS = (",", "\n", ": ", "[", "{", "- ")  # one of them stands before every value but the first
+BOOLS = ("yes", "no", "true", "false", "on", "off")
+PLAIN = {
+    **{f"tag:yaml.org,2002:{name}": "scalar" for name in ("str", "int", "float", "bool", "null")},
+    **{"tag:yaml.org,2002:seq": "sequence", "tag:yaml.org,2002:map": "mapping"},
+}
 
 
 def read_plain(path: str | Path) -> Any:
     """The plain values in a YAML or JSON file. Raises FileError on an unreadable one, SpecError on a doubled key."""
     text = _text(expand(path))
+    if (values := sum(map(text.count, SEPARATORS))) > MAX_VALUES:
+        raise FileError(
+            f"{path} has too many values for a spec",
+            got=f"{values:,} of {', '.join(map(repr, SEPARATORS))}",
+            expected=f"at most {MAX_VALUES:,}",
+            hint="write globs or 're:' expressions where targets are listed one by one",
+        )
     if Path(path).suffix == ".json":
-        return _parse(json.loads, text, path, object_pairs_hook=_unique)
-    return _parse(yaml.load, text, path, Loader=_UniqueLoader)
+        return _parse(json.loads, text, path, object_pairs_hook=_unique, parse_int=_whole)
+    return _parse(yaml.load, text, path, Loader=_PlainLoader)
 
 
 def write_plain(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -69,32 +83,60 @@ def _parse(parser: Any, text: str, path: str | Path, **options: Any) -> Any:
         return parser(text, **options)
     except SpecError:
         raise
-    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no JSON, a number of 5000 digits
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise FileError(
             f"{path} cannot be read", got=str(error).replace("\n", " "), hint="mend the line it names"
         ) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    doubled = [key for key in keys if keys.count(key) > 1]
-    if doubled:
-        raise SpecError(f"key {doubled[0]!r} is given twice", hint="keep one of them")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        doubled = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise SpecError(f"key {doubled!r} is given twice", hint="keep one of them")
+    return found
 
 
-class _UniqueLoader(yaml.SafeLoader):
-    """YAML's safe loader, refusing keys given twice (the plain one keeps the last in silence), and aliases.
+def _whole(digits: str) -> int:
+    """An integer. Raises SpecError on one of more digits than any size has: many are read and written slowly."""
+    if len(digits) > MAX_DIGITS:
+        raise SpecError("a number has too many digits", got=digits, expected=f"at most {MAX_DIGITS}")
+    return int(digits)
 
-    Aliases of aliases write a list of billions of entries in ten lines.
+
+class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML's safe loader, with no more than JSON can say: texts, numbers, true, false, null, lists and mappings.
+
+    It refuses keys given twice (the plain one keeps the last in silence), aliases (of aliases, they write a list of
+    billions of entries in ten lines), and tags (`!!set`, a date) whose values no field takes.
     """
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise SpecError("aliases (*name) are not read", hint="write it out, or put what rules share into defaults")
-        return super().compose_node(parent, index)
+    def get_single_node(self) -> yaml.Node | None:
+        root: yaml.Node | None = super().get_single_node()
+        waiting, seen = [root] if root is not None else [], set()
+        while waiting:
+            node = waiting.pop()
+            if id(node) in seen:
+                raise SpecError(
+                    "aliases (*name) are not read", hint="write it out, or put what rules share into defaults"
+                )
+            seen.add(id(node))
+            waiting += _inside(node)
+        return root
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        _unique([(key, None) for key in keys])
-        return super().construct_mapping(node, deep)
+
+def _inside(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes of a list or a mapping. Raises SpecError where the node is nothing that JSON has."""
+    kind = PLAIN.get(node.tag)
+    if kind != node.id or (node.tag == "tag:yaml.org,2002:bool" and node.value.lower() not in BOOLS):
+        raise SpecError(
+            f"{str(node.value)[:40]!r} is read as {node.tag.rpartition(':')[2]!r}, which is no value of a spec",
+            expected="text, a number, true, false, null, a list or a mapping",
+            hint="write text in quotes, and nothing after '!'",
+        )
+    if kind == "mapping":
+        _unique([(str(key.value), None) for key, _ in node.value])
+        return [part for pair in node.value for part in pair]
+    if node.tag == "tag:yaml.org,2002:int":
+        _whole(node.value)
+    return list(node.value) if kind == "sequence" else []

@@ -59,7 +59,7 @@ class Journal:
             sums = _sums(tensors, metadata["record"])
             whole = metadata["name"] == name and json.loads(metadata["crc32"]) == sums
             return (tensors, json.loads(metadata["record"])) if whole else None
-        except (SafetensorError, OSError, KeyError, ValueError):
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
             return None
 
     def remove(self) -> None:
@@ -135,7 +135,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     """What a journal's work is of; None where it does not say."""
     try:
         found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return dict(found) if hasattr(found, "keys") else None
 

@@ -21,6 +21,7 @@ from tensoradapt.extract.holding import Fitted, holding
 from tensoradapt.extract.journal import Journal, opened
 from tensoradapt.extract.measure import overall, worst_of
 from tensoradapt.extract.output import Output
+from tensoradapt.extract.part import is_of
 from tensoradapt.extract.planning import allocated, check_reach, planned
 from tensoradapt.extract.result import Extraction
 from tensoradapt.extract.seen import check_seen, check_targets
@@ -115,7 +116,7 @@ def _fit_all(work: Work, journal: Journal, progress: Progress | None) -> None:
 
     What is left is the first member's word, so that all of a team take part in the same groups in the same order.
     """
-    left = together(work.team, lambda: [name for name in work.groups if journal.read(name) is None])[0]
+    left = together(work.team, lambda: [name for name in work.groups if _kept(work, journal, name) is None])[0]
     mine = [name for name in left if work.is_mine(name)]
     shared = [name for name in mine if work.shared(name)]
     small = [name for name in mine if work.like.device.type == "cpu" and _small(work.group(name))]
@@ -164,10 +165,16 @@ def _small(group: Group) -> bool:
 
 
 def _part(work: Work, journal: Journal, name: str) -> Done:
-    found = journal.read(name)
+    found = _kept(work, journal, name)
     if found is None:
         raise FileError(f"the part of group {name!r} is gone from {journal.folder}", hint="run the command again")
-    return Done(name, *found)
+    return found
+
+
+def _kept(work: Work, journal: Journal, name: str) -> Done | None:
+    """A finished group, as it was written; None where there is none."""
+    found = journal.read(name)
+    return Done(name, *found) if found is not None and is_of(work.group(name), *found) else None
 
 
 def assembled(work: Work, done: list[Done]) -> Saved:

@@ -121,7 +121,12 @@ def _check_values(file: Path, family: str, values: Mapping[str, Any]) -> None:
         *((f"alpha_pattern[{k!r}]", v, _is_number, "a number") for k, v in _mapping(file, values, "alpha_pattern")),
         ("target_modules", values.get("target_modules"), _is_names, "a list of names, or one expression"),
         ("exclude_modules", values.get("exclude_modules"), _is_names, "a list of names, or one expression"),
-        ("modules_to_save", values.get("modules_to_save") or [], _is_list, "a list of names"),
+        *(
+            (key, values.get(key) or [], _is_list, "a list of names")
+            for key in ("modules_to_save", "target_parameters")
+        ),
+        ("layers_pattern", values.get("layers_pattern"), _is_names, "a name, or a list of names"),
+        ("layers_to_transform", values.get("layers_to_transform"), _are_numbers, "a number, or a list of numbers"),
         ("use_rslora", values.get("use_rslora") or False, lambda v: type(v) is bool, "true or false"),
         ("bias", values.get("bias") or "none", lambda v: v in ("none", "all", f"{family.lower()}_only"), "none or all"),
         ("projection_prng_key", values.get("projection_prng_key") or 0, _is_seed, "an integer"),
@@ -171,6 +176,10 @@ def _is_seed(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return type(value) is list and all(type(name) is str for name in value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return value is None or all(type(number) is int for number in (value if type(value) is list else [value]))
 
 
 def _is_names(value: Any) -> bool:
