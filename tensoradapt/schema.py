@@ -115,6 +115,8 @@ class BaseRow(BaseModel):
     name: Text = ""
     revision: Text = ""
     shapes: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    hub: bool | None = None
+    weights: dict[Name, dict[str, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]]] | None = None  # by module and dtype
 
 
 def plan_row(data: Mapping[str, Any]) -> PlanRow:
