@@ -22,3 +22,4 @@ def pytest_addoption(parser):
     )
     parser.addoption("--device", default="cuda", choices=("cuda", "sim", "sim-without-float64"), help=which)
     parser.addoption("--zoo", default="part", choices=("part", "all"), help="cells of tests/zoo: a fixed third, or all")
+    parser.addoption("--kills", default="few", choices=("few", "all"), help="steps of tests/test_kills.py")

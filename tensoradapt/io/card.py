@@ -10,15 +10,14 @@ import re
 import shlex
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tensoradapt.errors import FileError
 from tensoradapt.paths import origin
 from tensoradapt.plan import Plan
-from tensoradapt.textfiles import write_text
+from tensoradapt.writing.atomic import atomic
 
 CARD = "README.md"
 MARK = re.compile(r"\n<!-- tensoradapt ([0-9a-f]{8}): this card is written anew until it is changed -->\n$")
@@ -85,16 +84,22 @@ def maker(folder: Path) -> str:
     return found[1] if found else ""
 
 
-def write_card(folder: Path, text: str) -> None:
-    """Write a folder's card, unless there is one that was changed or cannot be: the adapter is there without it."""
+@contextmanager
+def carded(folder: Path, text: str) -> Iterator[None]:
+    """A folder that gets its card when the block ends, unless there is one that was changed. Raises FileError.
+
+    The card is made before the block, so that a disk without room for it is seen before the block writes anything.
+    """
     file = folder / CARD
     if os.path.lexists(file) and not _is_ours(file):
+        yield
         return
-    with suppress(FileError):
+    with atomic(file) as temporary:
         mark = (
             f"\n<!-- tensoradapt {zlib.crc32(text.encode()):08x}: this card is written anew until it is changed -->\n"
         )
-        write_text(file, text + mark)
+        temporary.write_text(text + mark, encoding="utf-8")
+        yield
 
 
 def _is_ours(file: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.base import identity
-from tensoradapt.io.card import card, command, write_card
+from tensoradapt.io.card import card, carded, command
 from tensoradapt.paths import expand
 from tensoradapt.plan import BYTES, START, Plan
 from tensoradapt.schema import base_row
@@ -103,11 +104,10 @@ def write(
         "base": json.dumps(of),
         "crc32": json.dumps(checksums),
     }
-    with atomic(file) as temporary:
+    said = card(plan, of, command(made))
+    with carded(file.parent, said) if file.name == FILE else nullcontext(), atomic(file) as temporary:
         write_tensors(whole, temporary, metadata)
         _settle(temporary)
-    if file.name == FILE:
-        write_card(file.parent, card(plan, of, command(made)))
     return file
 
 
