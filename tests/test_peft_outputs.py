@@ -3,13 +3,14 @@
 import copy
 import json
 import warnings
+from dataclasses import fields
+from functools import partial
 
 import pytest
 import tiny
 import torch
 import transformers
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, PromptTuningConfig, VeraConfig, get_peft_model
-from peft.tuners.lora.config import VeloraConfig
 from test_peft_classes import Aux
 from torch import nn
 
@@ -94,48 +95,61 @@ def of(*shape: int):
 
 
 LAYERS = {"target_modules": ["embed_tokens", "q_proj"]}
-# How it is made for training and for serving, where the two differ; the config; what is compared.
+# How it is made for training and for serving, where the two differ; the config, made in the test, since the lowest PEFT
+# that is supported does not know every field; what is compared.
 CASES = {
     "a resized vocabulary": (
         lambda: resized(False),
         lambda: resized(False, 6),
-        LoraConfig(r=2, **LAYERS),
+        partial(LoraConfig, r=2, **LAYERS),
         all_words,
     ),
     "a resized vocabulary with a tied head": (
         lambda: resized(True),
         lambda: resized(True, 6),
-        LoraConfig(r=2, **LAYERS),
+        partial(LoraConfig, r=2, **LAYERS),
         all_words,
     ),
-    "an embedding": (tied, tied, LoraConfig(r=2, **LAYERS), words),
-    "a scaled embedding": (gemma, gemma, LoraConfig(r=2, **LAYERS), words),
-    "a head tied by PEFT": (tied, tied, LoraConfig(r=2, ensure_weight_tying=True, **LAYERS), words),
+    "an embedding": (tied, tied, partial(LoraConfig, r=2, **LAYERS), words),
+    "a scaled embedding": (gemma, gemma, partial(LoraConfig, r=2, **LAYERS), words),
+    "a head tied by PEFT": (tied, tied, partial(LoraConfig, r=2, ensure_weight_tying=True, **LAYERS), words),
     "an embedding trained whole, and its head": (
         tied,
         tied,
-        LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        partial(LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
         words,
     ),
     "layers behind a list at the root": (
         Blocks,
         Blocks,
-        LoraConfig(r=2, target_modules=["q"], layers_to_transform=[1]),
+        partial(LoraConfig, r=2, target_modules=["q"], layers_to_transform=[1]),
         of(2, 8),
     ),
-    "attention that calls no linear": (Attention, Attention, LoraConfig(r=2, target_modules=["attn"]), of(2, 5, 8)),
+    "attention that calls no linear": (
+        Attention,
+        Attention,
+        partial(LoraConfig, r=2, target_modules=["attn"]),
+        of(2, 5, 8),
+    ),
     "a head whose name ends another's": (
         Aux,
         Aux,
-        LoraConfig(r=2, target_modules=["body"], modules_to_save=["head"]),
+        partial(LoraConfig, r=2, target_modules=["body"], modules_to_save=["head"]),
         of(2, 8),
     ),
-    "VeLoRA": (tiny.bert, tiny.bert, LoraConfig(r=2, target_modules=["query"], velora_config=VeloraConfig()), words),
-    "LoHa of kernels": (kernels, kernels, LoHaConfig(r=2, target_modules=["0", "2"]), of(2, 4, 7, 7)),
-    "LoKr of kernels": (kernels, kernels, LoKrConfig(r=1, target_modules=["0", "2"]), of(2, 4, 7, 7)),
-    "LoHa of a Conv1d": (signals, signals, LoHaConfig(r=2, target_modules=["0"]), of(2, 4, 9)),
-    "all linear modules": (tiny.llama, tiny.llama, LoraConfig(r=2, target_modules="all-linear"), words),
+    "VeLoRA": (tiny.bert, tiny.bert, partial(LoraConfig, r=2, target_modules=["query"], velora_config={}), words),
+    "LoHa of kernels": (kernels, kernels, partial(LoHaConfig, r=2, target_modules=["0", "2"]), of(2, 4, 7, 7)),
+    "LoKr of kernels": (kernels, kernels, partial(LoKrConfig, r=1, target_modules=["0", "2"]), of(2, 4, 7, 7)),
+    "LoHa of a Conv1d": (signals, signals, partial(LoHaConfig, r=2, target_modules=["0"]), of(2, 4, 9)),
+    "all linear modules": (tiny.llama, tiny.llama, partial(LoraConfig, r=2, target_modules="all-linear"), words),
 }
+
+
+def known(config: partial):
+    """A config of this PEFT."""
+    if missing := sorted(set(config.keywords) - {field.name for field in fields(config.func)}):
+        pytest.skip(f"the lowest PEFT that is supported does not know {', '.join(missing)}")
+    return config()
 
 
 def trained(model: nn.Module, config, out) -> None:
@@ -154,7 +168,7 @@ def trained(model: nn.Module, config, out) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_the_outputs_are_those_of_peft_attached_and_merged(case, given, tmp_path):
     before, after, config, outputs = CASES[case]
-    trained(before(), copy.deepcopy(config), tmp_path)
+    trained(before(), known(config), tmp_path)
     wanted, base = outputs(PeftModel.from_pretrained(after(), tmp_path).eval()), outputs(after().eval())
     saved = ta.import_peft(tmp_path, model=after() if given else None)
     model = after().eval()
