@@ -272,6 +272,8 @@ def test_keys_that_peft_would_pass_over_are_errors(case, tmp_path):
 
 def test_grouped_convolutions_are_refused(tmp_path):
     out = trained(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)), LoraConfig(r=2, target_modules=["0"]), tmp_path)
+    if load_file(out / "adapter_model.safetensors")["base_model.model.0.lora_B.weight"].shape[1] == 2:
+        pytest.skip("the lowest PEFT that is supported writes factors of a layer without groups")
     with pytest.raises(ta.FileError, match="no groups"):
         import_peft(out)
 

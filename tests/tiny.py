@@ -44,7 +44,10 @@ def llama(layers: int = 2, **more) -> LlamaForCausalLM:
 
 
 def mixtral(layers: int = 1) -> MixtralForCausalLM:
-    return _made(MixtralForCausalLM, MixtralConfig(num_hidden_layers=layers, num_local_experts=3, **_LLAMA))
+    model = _made(MixtralForCausalLM, MixtralConfig(num_hidden_layers=layers, num_local_experts=3, **_LLAMA))
+    if not any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters()):
+        pytest.skip("in the lowest transformers that is supported every expert is a module of its own")
+    return model
 
 
 def gpt_oss(layers: int = 1) -> nn.Module:
