@@ -16,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tensoradapt.linalg import mapped
+from tensoradapt.linalg import LARGE, home_of, mapped
 
 # dtype -> its integers, the bits of its exponent, significant bits less one, and its smallest normal number
 _STORED = {
@@ -24,8 +24,8 @@ _STORED = {
     torch.float16: (torch.int16, 0x7C00, 10, 2.0**-14),
     torch.float32: (torch.int32, 0x7F800000, 23, 2.0**-126),
 }
-BLOCK = 1 << 18  # entries that are looked at at a time: with their copies they stay in the cache
-SHARE = 1 << 22  # entries that a core looks at one after the other
+BLOCK = 1 << 18  # entries that a core looks at at a time: with their copies they stay in the cache
+SHARE = 1 << 22  # entries that it looks at one after the other
 UNEVEN = 2.0  # from this ratio of the largest to the mean variance of rows or columns on, they are scaled first
 TRACY_WIDOM = 2.02  # its 99 % quantile
 FAINT = 1e-30  # sums of float32 squares below it have lost some of them
@@ -111,12 +111,13 @@ def uneven_edge(row: float, col: float, sigma: float, rows: int, cols: int) -> f
     return row * math.sqrt(cols) + col * math.sqrt(rows) + sigma * TRACY_WIDOM * width
 
 
-def noise_of(base: Tensor, tuned: Tensor) -> Noise:
+def noise_of(base: Tensor, tuned: Tensor, device: torch.device | None = None) -> Noise:
     """The rounding noise of tuned - base, from both stored dtypes.  Shape: (m, n, ..), flattened to (m, n).
 
-    Where one side has fewer rows or columns, the other alone is noisy beyond them.
+    Where one side has fewer rows or columns, the other alone is noisy beyond them. What is summed over entries is
+    summed on the device; the sums are the CPU's.
     """
-    sides = [side.flatten(1) for side in (base, tuned)]
+    sides = [side.flatten(1).to(device) if side.dtype in _STORED else side.flatten(1) for side in (base, tuned)]
     shape = max(side.shape[0] for side in sides), max(side.shape[1] for side in sides)
     halves = [side for side in sides if side.dtype in _HALVES]
     rows, cols = _means(halves, shape)
@@ -163,28 +164,37 @@ def _add_sums(side: Tensor, rows: tuple[Tensor, Tensor], cols: tuple[Tensor, Ten
 
     Without the kernel's axes, some rows at a time, as many at once as there are cores.  Shapes: (m, n), (m), (n).
     """
+    on_cpu = side.device.type == "cpu"
     left, right = (weights.to(side.device) for _, weights in (rows, cols))
-    height = max(1, SHARE // side.shape[1])
+    height = max(1, (SHARE if on_cpu else LARGE) // side.shape[1])
     parts = [slice(start, min(start + height, len(side))) for start in range(0, len(side), height)]
-    for part, sums in zip(parts, mapped(lambda at: _sums(side[at], left[at], right), parts), strict=True):
-        rows[0][part] += sums[0].double().cpu()
-        cols[0].add_(sums[1].double().cpu())
+    one = lambda at: _sums(side[at], left[at], right)  # noqa: E731
+    for part, sums in zip(parts, mapped(one, parts) if on_cpu else map(one, parts), strict=True):
+        rows[0][part] += sums[0].double()
+        cols[0].add_(sums[1].double())
 
 
 def _sums(side: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The weighted sums of some rows, over columns and over rows: in float64 where float32 has no such squares."""
-    rows, cols = _sums_in(torch.float32, side, left, right)
+    rows, cols = _sums_in(torch.float32, side, left, right).cpu().split([len(left), len(right)])
     largest = float(rows.max()) if len(rows) else 1.0
-    return (rows, cols) if FAINT < largest < math.inf else _sums_in(torch.float64, side, left.double(), right.double())
+    if FAINT < largest < math.inf:
+        return rows, cols
+    home = home_of(side.device)
+    found = _sums_in(torch.float64, side.to(home), left.to(home).double(), right.to(home).double())
+    rows, cols = found.cpu().split([len(left), len(right)])
+    return rows, cols
 
 
-def _sums_in(dtype: torch.dtype, side: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    rows, cols, height = [], torch.zeros_like(right), max(1, BLOCK // side.shape[1])
+def _sums_in(dtype: torch.dtype, side: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Those over columns, and then those over rows."""
+    size = BLOCK if side.device.type == "cpu" else LARGE
+    rows, cols, height = [], torch.zeros_like(right), max(1, size // side.shape[1])
     for start in range(0, len(side), height):
         squares, weights = _ulp_squares(side[start : start + height], dtype), left[start : start + height]
         rows.append((squares @ right) * weights)
         cols += weights @ squares
-    return torch.cat(rows), cols * right
+    return torch.cat([*rows, cols * right])
 
 
 def _ulp_squares(values: Tensor, dtype: torch.dtype) -> Tensor:

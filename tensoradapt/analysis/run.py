@@ -6,7 +6,6 @@ deltas are in memory at a time, those of large weights never whole, and one stac
 
 from __future__ import annotations
 
-import builtins
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,16 +69,13 @@ class DeltaSource:
             shape = site.out, site.numel // site.out
             width = max(1, BLOCK // min(shape))
             parts = tuple(slice(k, min(k + width, max(shape))) for k in range(0, max(shape), width))
-            return Strips(shape, parts, partial(self._strip, site.path), self.like)
-        return Dense(self.deltas.delta(site.path).flatten(1).to(self.like.device))
-
-    def _strip(self, path: str, at: builtins.slice) -> Tensor:
-        return self.deltas.strip(path, at).to(self.like.device)
+            return Strips(shape, parts, partial(self.deltas.strip, site.path), self.like)
+        return Dense(self.deltas.delta(site.path).flatten(1))
 
     def noise(self, site: Site) -> Noise:
         """The rounding noise of one delta, found once."""
         if site.path not in self.noises:
-            self.noises[site.path] = noise_of(*self.deltas.weights(site.path))
+            self.noises[site.path] = noise_of(*self.deltas.weights(site.path), self.like.device)
         return self.noises[site.path]
 
     def described(self, site: Site) -> dict[str, Any]:
@@ -104,7 +100,7 @@ def analyze(base: Any, tuned: Any, *, device: str | None = None, **options: Any)
     where, values, names = empty(device), own.get("values"), own.pop("names", None)
     if values is not None and (type(values) is not int or values < 1):
         raise RankError("values is a number of singular values", got=values, expected="a positive number, or None")
-    with alike(own.get("team", SOLO), lambda: open_source(base, tuned, **options)) as deltas:
+    with alike(own.get("team", SOLO), lambda: open_source(base, tuned, **options).on(where.device)) as deltas:
         source = DeltaSource(deltas, where, _several(own.pop("targets", None)))
         match = {**deltas.match.to_dict(), "matched": len(deltas.match.pairs)}
         named = ("checkpoints", *_labels(deltas, names))

@@ -20,7 +20,7 @@ from tensoradapt.extract.seen import check_seen, check_targets
 from tensoradapt.extract.whole import Whole, whole_change
 from tensoradapt.fit.compress import basis_size
 from tensoradapt.grouping import Group
-from tensoradapt.linalg import SOLO
+from tensoradapt.linalg import SOLO, empty
 from tensoradapt.linalg.krylov import OVERSAMPLE, STEPS
 from tensoradapt.plan import Plan
 from tensoradapt.presets import expand
@@ -67,7 +67,7 @@ def preview(
     known(options, (*OPTIONS, *READING))
     reading = {key: value for key, value in options.items() if key in READING}
     goal, output = Goal(error, max_parameters), None if out is None else Output.of(out)
-    with open_source(base, tuned, **reading) as deltas:
+    with open_source(base, tuned, **reading).on(empty(device).device) as deltas:
         free = any(not rule.targets for rule in expand(spec).rules)
         check_targets(spec, deltas.match)
         whole = whole_change(deltas) if free else Whole()

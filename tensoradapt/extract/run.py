@@ -30,7 +30,7 @@ from tensoradapt.extract.work import Done, Work
 from tensoradapt.grouping import Group
 from tensoradapt.io.base import WEIGHTS, fingerprint
 from tensoradapt.io.saved import Saved
-from tensoradapt.linalg import LARGE, SOLO, Team, each
+from tensoradapt.linalg import LARGE, SOLO, Team, each, empty
 from tensoradapt.plan import START, Plan
 from tensoradapt.plots.unmatched import equal
 from tensoradapt.presets import SpecLike, as_spec
@@ -67,10 +67,10 @@ def extract(
     spec = as_spec(spec, "ta.extract(base, tuned, spec, out)")
     overwrite, progress = options.pop("overwrite", False), options.pop("progress", None)
     team: Team = options.pop("team", SOLO)
-    where = (device, options.pop("seed", 0))
+    where, there = (device, options.pop("seed", 0)), empty(device).device
     output, goal = Output.of(out), Goal(error, max_parameters)
     together(team, lambda: output.check((), overwrite=overwrite))
-    with claimed_by(team, output.claim), alike(team, lambda: open_source(base, tuned, **options)) as deltas:
+    with claimed_by(team, output.claim), alike(team, lambda: open_source(base, tuned, **options).on(there)) as deltas:
         files = (*deltas.base.files, *deltas.tuned.files)
         together(team, lambda: output.check(files, overwrite=overwrite))
         alike(team, lambda: check_targets(spec, deltas.match))

@@ -160,12 +160,12 @@ class Work:
 
     def fetch(self, site: Site) -> Slice:
         """One site's delta on the device.  Shape: (out, in), the kernel flattened into `in`."""
-        return Dense(self._view(self.deltas.delta(self.stored(site).path), site).to(self.like.device))
+        return Dense(self._view(self.deltas.delta(self.stored(site).path), site))
 
     def noise(self, site: Site) -> Noise:
         """The rounding noise of one site's delta."""
         base, tuned = (self._view(side, site) for side in self.deltas.weights(self.stored(site).path))
-        return noise_of(base, tuned)
+        return noise_of(base, tuned, self.like.device)
 
     def _view(self, whole: Tensor, site: Site) -> Tensor:
         """What a site of the plan is of a stored one: its rows, in its layout."""

@@ -1,7 +1,8 @@
 """Two checkpoints of one model side by side: which tensors belong together, and the stream of their differences.
 
 Invariant: what is matched, what only one side has, what differs in shape and what is no weight is all in the report;
-nothing is dropped without a name. One pair is in memory at a time, and of it one matrix of the asked dtype.
+nothing is dropped without a name. One pair is in memory at a time, and of it one matrix of the asked dtype. What is
+subtracted on a device goes there as it is stored.
 """
 
 from __future__ import annotations
@@ -18,18 +19,25 @@ from torch import Tensor
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
 from tensoradapt.io.matching import Match, Pair, match, named_like
+from tensoradapt.linalg import LARGE, home_of, norm_of
 from tensoradapt.sites import Site, SiteMap
 
-BLOCK = 1 << 18  # entries that are converted at a time: a block and its copies stay in the cache
+BLOCK = 1 << 18  # entries that the CPU converts at a time: a block and its copies stay in the cache
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
 class Deltas:
-    """The differences of two checkpoints, site by site, read when they are asked for."""
+    """The differences of two checkpoints, site by site, read when they are asked for, and formed on a device."""
 
     base: Checkpoint
     tuned: Checkpoint
     match: Match
+    device: torch.device = HOST
+
+    def on(self, device: torch.device) -> Deltas:
+        """The same, formed on another device."""
+        return replace(self, device=device)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -71,8 +79,8 @@ class Deltas:
         are not finite, naming the tensor and their number, and SiteError.
         """
         pair = self.pair(path)
-        base, tuned = self._stored(path)
-        out = torch.empty(pair.site.shape, dtype=dtype)
+        base, tuned = self._there(*self._stored(path))
+        out = torch.empty(pair.site.shape, dtype=dtype, device=tuned.device)
         turned = out.mT if pair.site.layout == "in out" else out
         stored = turned if turned.dim() == tuned.dim() else turned.view(-1, *tuned.shape[1:])
         both = min(len(base), len(tuned))
@@ -84,7 +92,7 @@ class Deltas:
             self._refuse_nonfinite(pair, dtype)
         self.base.check(pair.base_name)
         self.tuned.check(pair.tuned_name)
-        return out
+        return out.to(self.device)
 
     def change(self, name: str) -> tuple[bool, float]:
         """Whether a tensor of both sides, named as on the tuned one, differs, and |tuned - base|^2, block by block.
@@ -94,7 +102,7 @@ class Deltas:
         base, tuned = self.base.read(self.match.names[name]), self.tuned.read(name)
         if base.shape != tuned.shape or not (base.is_floating_point() and tuned.is_floating_point()):
             return base.shape != tuned.shape or not torch.equal(base, tuned), math.nan
-        base, tuned = torch.atleast_1d(base), torch.atleast_1d(tuned)
+        base, tuned = self._there(torch.atleast_1d(base), torch.atleast_1d(tuned))
         squares = [_squared(base[rows], tuned[rows]) for rows in _blocks(base)]
         self.base.check(self.match.names[name])
         self.tuned.check(name)
@@ -108,13 +116,13 @@ class Deltas:
         pair = self.pair(path)
         sides = [_view(part, pair.site).flatten(1) for part in self._stored(path)]
         dim = 0 if max(side.shape[0] for side in sides) > max(side.shape[1] for side in sides) else 1
-        base, tuned = (side.narrow(dim, *_within(at, side.shape[dim])) for side in sides)
+        base, tuned = self._there(*(side.narrow(dim, *_within(at, side.shape[dim])) for side in sides))
         found = _difference(base, tuned, dtype)
         self.base.check(pair.base_name)
         self.tuned.check(pair.tuned_name)
         if found is None:
             self._refuse_nonfinite(pair, dtype)
-        return found
+        return found.to(self.device)
 
     def nonfinite(self, path: str) -> tuple[int, int]:
         """How many entries of a site are NaN or infinite, of the base and of the tuned side."""
@@ -128,6 +136,11 @@ class Deltas:
         tuned = self.tuned.read(pair.tuned_name, pair.site.index)
         rows = pair.site.shape[1 if pair.site.layout == "in out" else 0]
         return base[:rows], tuned[:rows]
+
+    def _there(self, base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides where they are subtracted: on the CPU where the device has no float64, and one of them is that."""
+        where = home_of(self.device) if torch.float64 in (base.dtype, tuned.dtype) else self.device
+        return base.to(where), tuned.to(where)
 
     def _refuse_nonfinite(self, pair: Pair, dtype: torch.dtype) -> NoReturn:
         counts = self.nonfinite(pair.site.path)
@@ -163,18 +176,20 @@ def _view(stored: Tensor, site: Site) -> Tensor:
 
 
 def _blocks(tensor: Tensor) -> Iterator[slice]:
-    """Ranges of rows of about BLOCK entries each."""
-    height = max(1, BLOCK * len(tensor) // max(tensor.numel(), 1))
+    """Ranges of rows of about BLOCK entries each; of many more on a device, which is waited for at every one."""
+    size = BLOCK if tensor.device.type == "cpu" else LARGE
+    height = max(1, size * len(tensor) // max(tensor.numel(), 1))
     return (slice(start, min(start + height, len(tensor))) for start in range(0, len(tensor), height))
 
 
 def _squared(base: Tensor, tuned: Tensor) -> float:
-    """|tuned - base|^2 of a block, in float64; entries that are equal are no change, whatever they are."""
-    found = float(torch.sub(tuned.double(), base).square_().sum())
+    """|tuned - base|^2 of a block; entries that are equal are no change, whatever they are."""
+    wide = torch.float64 if home_of(tuned.device) == tuned.device else torch.float32
+    found = norm_of(torch.sub(tuned.to(wide), base)) ** 2
     if math.isfinite(found):
         return found
     differs = base != tuned
-    return float(torch.sub(tuned[differs].double(), base[differs]).square_().sum())
+    return norm_of(torch.sub(tuned[differs].to(wide), base[differs])) ** 2
 
 
 def _subtract(tuned: Tensor, base: Tensor, out: Tensor) -> bool:
@@ -202,7 +217,7 @@ def _difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor | Non
         turned = _difference(base.mT, tuned.mT, dtype)
         return None if turned is None else turned.mT
     rows, cols = (min(base.shape[k], tuned.shape[k]) for k in (0, 1))
-    found = torch.zeros([max(base.shape[k], tuned.shape[k]) for k in (0, 1)], dtype=dtype)
+    found = torch.zeros([max(base.shape[k], tuned.shape[k]) for k in (0, 1)], dtype=dtype, device=tuned.device)
     if (rows, cols) != tuned.shape:
         found[: tuned.shape[0], : tuned.shape[1]] = tuned
     blocks = _blocks(found[:rows, :cols])

@@ -10,7 +10,11 @@ import pytest
 import simulated
 import torch
 
-ONLY = {"test_refusals.py": True, "test_simulated.py": False}  # whether a file is for a simulated device
+ONLY = {
+    "test_refusals.py": True,
+    "test_there.py": True,
+    "test_simulated.py": False,
+}  # whether a file is for a simulated device
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

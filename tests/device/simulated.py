@@ -60,6 +60,7 @@ class State:
 
     float64: bool = True
     counting: list[list[Sync]] = field(default_factory=list)
+    seen: list[Counter[str]] = field(default_factory=list)
 
 
 STATE = State()
@@ -96,6 +97,17 @@ def host_syncs() -> Iterator[Syncs]:
         yield found
     finally:
         STATE.counting.remove(found)
+
+
+@contextmanager
+def operations() -> Iterator[Counter[str]]:
+    """Counts what the device computes inside the block, by the names of torch's operations."""
+    found: Counter[str] = Counter()
+    STATE.seen.append(found)
+    try:
+        yield found
+    finally:
+        STATE.seen.remove(found)
 
 
 def _waited(kind: str, operation: str) -> None:
@@ -234,6 +246,8 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(value, torch.Generator) for value in flat):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
     _count(operation, args)
+    for seen in STATE.seen:
+        seen[operation] += 1
     hosts = {id(value): host(value) for value in flat if _is_ours(value)}
     hosts |= {id(out): torch.empty(0, dtype=out.dtype) for out in _targets(op, kwargs) if not out.numel()}
     moved = [hosts.get(id(value), torch.device("cpu") if isinstance(value, torch.device) else value) for value in flat]
