@@ -41,25 +41,24 @@ def identity(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
     found = origin(said)
     hub = base["hub"] is True if "hub" in base else found.hub and "/" in found.name  # others may be folders' names
     name, _, revision = said.partition("@") if hub else (found.name, "", "")
-    shapes = sorted((p.site.path, list(p.site.shape)) for group in plan.groups for p in group.placements)
     return {
         "name": name,
         "hub": hub,
         "revision": str(base.get("revision") or revision or found.revision),
-        "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest(),
+        "shapes": shapes_of(plan),
         **({WEIGHTS: weights} if (weights := recorded(base)) else {}),
     }
 
 
+def shapes_of(plan: Plan) -> str:
+    """A hash of the shapes of the weights that a plan adapts."""
+    shapes = sorted((p.site.path, list(p.site.shape)) for group in plan.groups for p in group.placements)
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
 def recorded(base: Mapping[str, Any]) -> Fingerprint:
-    """The fingerprint that a file has; empty in older files, and what is no such thing is left out."""
-    found = base.get(WEIGHTS)
-    rows = found.items() if isinstance(found, dict) else ()
-    return {
-        path: row
-        for path, row in rows
-        if isinstance(row, dict) and all(isinstance(each, str) for each in (*row, *row.values()))
-    }
+    """The fingerprint of what is known of a base; empty in older files."""
+    return dict(base.get(WEIGHTS) or {})
 
 
 def fingerprint(plan: Plan, read: Read) -> Fingerprint:

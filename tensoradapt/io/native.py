@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tensoradapt.errors import FileError
-from tensoradapt.io.base import identity
+from tensoradapt.io.base import identity, shapes_of
 from tensoradapt.io.card import card, carded, command
 from tensoradapt.paths import expand
 from tensoradapt.plan import BYTES, START, Plan
@@ -187,7 +187,7 @@ def _header(file: Path, metadata: Mapping[str, str]) -> tuple[Plan, dict[str, An
 def _base(file: Path, plan: Plan, text: str) -> dict[str, Any]:
     """What a file says of the base model. Raises FileError where that is not what its plan says."""
     base = base_row(_parsed(file, "base", text))
-    shapes = identity(plan, {})["shapes"]
+    shapes = shapes_of(plan)
     if base.get("shapes", shapes) != shapes:
         raise FileError(
             f"{file} is of weights of other shapes than its plan",
