@@ -27,8 +27,8 @@ from tensoradapt.merging import Target, admit, targets_of, with_copies
 from tensoradapt.parts import laid_out
 from tensoradapt.passes import Passes
 from tensoradapt.plan import Plan
-from tensoradapt.quantised import gathered
 from tensoradapt.scan import owner_of
+from tensoradapt.sharded import gathered, shard_again, written_once
 from tensoradapt.switch import Switch
 
 
@@ -137,12 +137,15 @@ class Adapter(Factors):
         AdapterError where a forward pass read weights past the adapter.
         """
         self.passes.check(self.name)
-        return self.as_saved().save(path, made="ta.attach(model, spec), and training")
+        saved = self.as_saved()
+        made = partial(saved.save, path, made="ta.attach(model, spec), and training")
+        return written_once(self.parameters(), made)
 
     def as_saved(self) -> Saved:
         """The adapter without its model: its tensors, gathered where they are sharded, and the scale in every group."""
+        self._settle()
         groups = tuple(replace(group, scale=group.scale * self._scale) for group in self.plan.groups)
-        tensors = {key: gathered(tensor.detach()) for key, tensor in self.tensors().items()}
+        tensors = {key: gathered(tensor, key).detach() for key, tensor in self.tensors().items()}
         return Saved(replace(self.plan, groups=groups), tensors, self.base)
 
     # -- merging ------------------------------------------------------------------------------------------------
@@ -169,6 +172,7 @@ class Adapter(Factors):
             self._merge.check_kept()
         if self._merge is not None and self._merge.keep is not None:
             self.unmerge()
+        self._settle()
         targets = self._targets()
         apart = admit(self._model[0], targets, untie=untie)
         if self._merge is None:
@@ -182,6 +186,9 @@ class Adapter(Factors):
                 self.unmerge()
             raise
         self._merge.complete = True
+
+    def _settle(self) -> None:
+        shard_again(self._model[0])
 
     def _targets(self) -> list[Target]:
         """The parameters that a merge changes, each with all of its sites."""
@@ -200,6 +207,8 @@ class Adapter(Factors):
             if self._merge is None:
                 raise AdapterError(f"adapter {self.name!r} is not merged", hint="merge() first")
             self._merge.check_kept()
+            self._settle()
+            self._merge.check_plain()
             self._merge.check_last(self._host().merged[-1] if self.merged else self.name)
             self._merge.undo()
             self._merge = None

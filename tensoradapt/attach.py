@@ -37,6 +37,7 @@ from tensoradapt.plan import START, Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
 from tensoradapt.scan import held_weight, known_base, module_at, owner_of, parameter_of, scan_module
+from tensoradapt.sharded import check_site, sharded_by
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.standins import Standing
 from tensoradapt.targets import delivered
@@ -99,6 +100,12 @@ def _check_model(model: nn.Module, name: str, call: str) -> None:
         raise AdapterError(
             "the model is compiled: hooks added now would be ignored", hint="attach first, then torch.compile"
         )
+    how = sharded_by(model)
+    if how:
+        raise AdapterError(
+            f"the model is sharded by {how}, which would not know of the factors: every process would train its own",
+            hint="attach first, then shard the model",
+        )
     others = {adapter.name for adapter in _sources(model) if adapter._model[0] is not model}
     if others:
         raise AdapterError(
@@ -131,6 +138,7 @@ def _prepare(model: nn.Module, plan: Plan, found: SiteMap, name: str) -> Adapter
     adapter.replan(plan, lines_of(plan, live))
     _check_extras(model, plan)
     for path, (_, site, _) in adapter._lines.items():
+        check_site(path, *owner_of(model, parameter_of(model, site)))
         if site.delivery == "weight":
             adapter._weighted.setdefault(parameter_of(model, site), []).append(path)
     adapter._callers = {key: callers_of(model, key, adapter, found) for key in (*adapter._weighted, *plan.extras)}

@@ -20,6 +20,7 @@ from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
 from tensoradapt.merging import Rows, rows_of
 from tensoradapt.plan import START, Plan
+from tensoradapt.sharded import gathered, put
 from tensoradapt.sites import Site
 
 
@@ -57,6 +58,10 @@ class Factors(nn.Module):
             found[node] = tensor[tuple(slice(0, n) for n in shape)] if banked else tensor  # type: ignore[index]
         return found  # type: ignore[return-value]
 
+    def _whole(self, group: str, suffix: str = "") -> dict[str, Tensor]:
+        """Every node's tensor, as `_tensors` has them, gathered where they are sharded."""
+        return {node: gathered(tensor, f"{group}.{node}") for node, tensor in self._tensors(group, suffix).items()}
+
     def factors(self, group: str, *, start: bool = False) -> dict[str, Tensor]:
         """A group's factors: node -> tensor, shapes as its diagram says; shared memory, not copies.
 
@@ -73,9 +78,13 @@ class Factors(nn.Module):
         dtype rounds the values. Raises SpecError on unknown nodes and where there is no frozen start, ShapeError on
         other shapes, on what is no tensor and on numbers that the dtype cannot hold.
         """
+        self._settle()
         held = self.factors(group, start=start)
         for node, tensor in values_for(group, held, tensors).items():
-            held[node].copy_(tensor)
+            put(held[node], tensor)
+
+    def _settle(self) -> None:
+        """Make the tensors ready to be written to, where others hold copies of them."""
 
     def _group(self, name: str) -> Group:
         if name not in self.groups:
@@ -85,8 +94,8 @@ class Factors(nn.Module):
     def chain(self, path: str, like: Tensor | None = None) -> Chain:
         """A site's chain without the scale, in the dtype and on the device of `like`, or of the factors."""
         group, _, made = self._lines[path]
-        starts = self._tensors(group.name, START) if group.rule.start == "difference" else None
-        return lowered(made, self._tensors(group.name), starts, like)
+        starts = self._whole(group.name, START) if group.rule.start == "difference" else None
+        return lowered(made, self._whole(group.name), starts, like)
 
     def _factor(self, path: str) -> float:
         return self._lines[path][0].scale * self._scale
@@ -109,7 +118,7 @@ class Factors(nn.Module):
         """Blocks of rows of a site's delta, computed in float32 at least."""
         group, _, made = self._lines[path]
         wide = [
-            {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in self._tensors(group.name, suffix).items()}
+            {n: t.to(torch.promote_types(t.dtype, torch.float32)) for n, t in self._whole(group.name, suffix).items()}
             for suffix in ("", START)
         ]
         return rows_of(
@@ -118,7 +127,7 @@ class Factors(nn.Module):
 
     def to_tensorly(self) -> dict[str, Any]:
         """Every group as a TensorLy tensor, detached and without the scale. Raises SpecError on other networks."""
-        return {name: to_tensorly(group, self.factors(name)) for name, group in self.groups.items()}
+        return {name: to_tensorly(group, self._whole(name)) for name, group in self.groups.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every stored tensor by its key in the file: `group.node`, `group.node__start`, `extra.<parameter>`."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tensoradapt.errors import AdapterError
 from tensoradapt.merging import Place, Target, held_at, holders_of
+from tensoradapt.quantised import is_plain, kind_of
+from tensoradapt.sharded import local
 
 PLACES = ("cpu", "same", None)
 
@@ -42,7 +44,7 @@ class Changed:
             if self.tied is not None:
                 owner._parameters[leaf] = self.tied
             elif self.original is not None:
-                held_at(owner, leaf).copy_(self.original)  # type: ignore[union-attr]
+                local(held_at(owner, leaf)).copy_(self.original)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Merge:
                 own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                 self.records[target.name] = Changed(target.places, None, tied=parameter, own=own)
             else:
-                self.records[target.name] = Changed(target.places, _original(parameter, self.keep))
+                self.records[target.name] = Changed(target.places, _original(local(parameter), self.keep))
         self.records[target.name].part()
 
     def _write(self, done: int, stop: int, block: Tensor, result: Tensor) -> None:
@@ -135,6 +137,17 @@ class Merge:
                 got="merge(keep=None)",
                 hint="merge with keep='cpu', or load the base again",
             )
+
+    def check_plain(self) -> None:
+        """Raise AdapterError where a weight was quantised since: it has no place for its original."""
+        for name, record in self.records.items():
+            held = held_at(*record.places[0])
+            if record.tied is None and not is_plain(None if held is None else local(held)):
+                raise AdapterError(
+                    f"{name} was quantised after the merge: its original cannot be put back",
+                    got=kind_of(held),
+                    hint="merge_and_detach() before quantising keeps the deltas for good; or load the base again",
+                )
 
     def check_last(self, last: str) -> None:
         """Raise AdapterError where it cannot be undone yet: another merge came after it."""

@@ -19,6 +19,7 @@ from tensoradapt.offload import said
 from tensoradapt.parts import view
 from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.scan import owner_of, parameter_of
+from tensoradapt.sharded import gathered, is_absent, is_sharded, local, part_of
 from tensoradapt.sites import Site
 
 BLOCK = 1 << 18  # entries of float32 arithmetic at a time: a block and its copies stay in the cache
@@ -45,6 +46,9 @@ class Target:
     def steps(self) -> Iterator[tuple[Tensor, Callable[[int], Sums]]]:
         """What is written, in order: a part of the parameter, and from a first row on its sums."""
         parameter: Tensor = self.parameter  # type: ignore[assignment]
+        if is_sharded(parameter):
+            yield local(parameter), partial(_part, parameter, self)
+            return
         if self.trained is not None:
             yield parameter, partial(_copies, parameter, self.trained, self.name)
         for site, rows in self.parts:
@@ -116,6 +120,8 @@ def admit(model: nn.Module, targets: Sequence[Target], *, untie: bool) -> dict[s
         absent = said(model, target.name, target.parameter)
         if absent is not None:
             raise AdapterError(f"{target.name} has nothing to merge into: it is {absent[0]}", hint=absent[1])
+        if is_absent(target.parameter):
+            gathered(target.parameter, target.name)  # type: ignore[arg-type]
     holders = holders_of(model)
     return {target.name: _tied(target, holders, untie) for target in targets}
 
@@ -138,9 +144,9 @@ def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie:
             f"{target.name} is {made[0]}, so a merge has no parameter to write into",
             hint=f"{made[1]} makes a parameter of it, then merge again; or serve the adapter unmerged",
         )
-    if not is_plain(parameter):
+    if parameter is None or not is_plain(local(parameter)):
         raise AdapterError(
-            f"{target.name} is no plain weight to merge into: it is quantised or sharded",
+            f"{target.name} is no plain weight to merge into: it is quantised",
             got=f"{kind_of(parameter)}, in a {type(target.places[0][0]).__name__}",
             hint="dequantise the base first, or serve the adapter unmerged",
         )
@@ -149,6 +155,11 @@ def _tied(target: Target, holders: Mapping[int, list[tuple[str, Place]]], untie:
         raise AdapterError(
             f"{target.name} is tied to {', '.join(others)}: merging would change both",
             hint="merge(untie=True) gives this module a weight of its own",
+        )
+    if others and is_sharded(parameter):
+        raise AdapterError(
+            f"{target.name} is tied to {', '.join(others)}, and sharded: it cannot be given a weight of its own",
+            hint="save the adapter, and merge it into a model that is not sharded",
         )
     return bool(others)
 
@@ -178,6 +189,18 @@ def _sums(part: Tensor, rows: Callable[[], Rows], path: str, first: int) -> Sums
 def _copies(parameter: Tensor, trained: Tensor, name: str, first: int) -> Sums:
     _check(_finite(trained), trained.dtype, name)
     yield 0, parameter, trained
+
+
+def _part(parameter: Tensor, target: Target, first: int) -> Sums:
+    """This process's part of a sharded parameter: the whole is gathered, and summed by every process alike."""
+    if first:
+        return
+    whole = gathered(parameter if target.trained is None else target.trained).to(parameter.dtype, copy=True)
+    for site, rows in target.parts:
+        add_rows(view(whole, site), rows(), site.path)
+    _check(_finite(whole), whole.dtype, target.name)
+    held = local(parameter)
+    yield max(1, len(held)), held, part_of(whole, parameter)
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -32,11 +32,6 @@ def kind_of(weight: Tensor | None) -> str:
     return f"{str(weight.dtype)[6:]} of shape {tuple(weight.shape)}"
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor of which every process holds a shard (FSDP): all of them call this together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def admit_training(model: nn.Module) -> bool:
     """Clear `is_quantized` of a model that can be trained; returns whether there was something to clear.
 

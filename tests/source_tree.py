@@ -24,6 +24,7 @@ WITH_TORCH = (
         "io",
         "running",
         "host",
+        "sharded",
         "quantised",
         "calls",
         "readers",

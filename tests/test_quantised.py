@@ -189,3 +189,17 @@ def test_a_packed_parameter_without_features_is_no_matrix():
     model.head = nn.Linear(4, 4)
     with pytest.raises(ta.SiteError, match="its weight is quantised or sharded: uint8 of shape"):
         ta.plan(ta.preset("lora", rank=1, targets=["table"]), model)
+
+
+def test_a_weight_that_was_quantised_after_the_merge_is_not_written_to(change):
+    model = tiny.bert_classifier()
+    adapter = attach(model)
+    tiny.shake(adapter)
+    adapter.merge()
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.query.weight = change(attention.query).weight
+    held = attention.query.weight
+    for undo in (adapter.unmerge, adapter.detach):
+        with pytest.raises(ta.AdapterError, match="query.weight was quantised after the merge(?s:.*)merge_and_detach"):
+            undo()
+    assert adapter.merged and attention.query.weight is held

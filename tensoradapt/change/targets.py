@@ -19,6 +19,7 @@ from tensoradapt.errors import AdapterError, SpecError, TensorAdaptError
 from tensoradapt.gauge import Network
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Savable, Saved, as_saved
+from tensoradapt.sharded import check_whole
 
 Source = Adapter | Savable | str | Path
 ATTACHED = "the Adapter that ta.attach or ta.load returned"
@@ -32,6 +33,7 @@ def opened(source: Source, optimizer: Any) -> Adapter | Saved:
                 f"adapter {source.name!r} is merged into the weights, which would keep the old deltas",
                 hint="unmerge() first",
             )
+        check_whole(source._model[0], source.parameters(), source.name)
         with_numbers(source.as_saved())
         return source
     if optimizer is not None:

@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tensoradapt.peft.taken import taken_for_experts
 from tensoradapt.peft.trained import Trained, check_head, trained_of
 from tensoradapt.peft.within import seen_from_within
 from tensoradapt.scan import Model, scan, told_by
+from tensoradapt.sharded import sharded_by, written_once
 from tensoradapt.sites import SiteMap
 from tensoradapt.writing.folder import atomic_folder, check_free, claimed
 
@@ -115,17 +117,26 @@ def export_peft(  # noqa: PLR0913
     """
     zeros = zeros or consumer in STACKING
     options = _Options(layout, dtype, consumer, base_name, task_type, rank, extras, zeros, progress)
+    if not isinstance(source, Adapter):
+        return _claimed(filled(open_adapter(source), "export"), expand(out), model, options, overwrite=overwrite)
+    saved, live = filled(source.as_saved(), "export"), source._model[0]
+    if model is None:
+        model = scan(live) if sharded_by(live) else live  # whose modules cannot be copied
+    write = partial(_claimed, saved, expand(out), model, options, overwrite=overwrite)
+    return written_once(source.parameters(), write)
+
+
+def _claimed(saved: Saved, out: Path, model: Model | None, options: _Options, *, overwrite: bool) -> Exported:
     with claimed(out):
-        check_free(expand(out), FILES, overwrite=overwrite)
-        return _export(source, expand(out), options, model, overwrite=overwrite)
+        check_free(out, FILES, overwrite=overwrite)
+        return _export(saved, out, options, model, overwrite=overwrite)
 
 
-def _export(source: Savable | str | Path, out: Path, options: _Options, model: Any, *, overwrite: bool) -> Exported:
-    model = source._model[0] if model is None and isinstance(source, Adapter) else model
+def _export(saved: Saved, out: Path, options: _Options, model: Model | None, *, overwrite: bool) -> Exported:
     if model is not None and not isinstance(model, nn.Module):
         module, sites = told_by(model)
         model = sites if module is None else module
-    saved, model = seen_from_within(_exact(filled(open_adapter(source), "export")), model)
+    saved, model = seen_from_within(_exact(saved), model)
     whole = model if isinstance(model, nn.Module) else None
     known = None if model is None else scan(model)
     saved = saved if known is None else with_twins(saved, known)
@@ -133,7 +144,7 @@ def _export(source: Savable | str | Path, out: Path, options: _Options, model: A
     made, zero = _make(saved, modules, whole, known, options)
     check(options.consumer, made.folder)
     if made.folder.patterns:
-        warnings.warn("the compact layout is read right by PEFT and newer vLLM alone", stacklevel=2)
+        warnings.warn("the compact layout is read right by PEFT and newer vLLM alone", stacklevel=4)
     with atomic_folder(out, FILES, overwrite=overwrite) as temporary:
         result = replace(_write(temporary, saved, made, whole, options), path=out)
         dropped = () if options.extras else tuple(saved.plan.extras)
