@@ -24,6 +24,7 @@ from tensoradapt.host import Host, carrier, copied, slashed
 from tensoradapt.io.saved import Saved
 from tensoradapt.merged import Merge, check_place
 from tensoradapt.merging import Target, admit, targets_of, with_copies
+from tensoradapt.offload import check_here
 from tensoradapt.parts import laid_out
 from tensoradapt.passes import Passes
 from tensoradapt.plan import Plan
@@ -104,10 +105,13 @@ class Adapter(Factors):
     def in_place_of(self, key: str, parameter: Tensor) -> Tensor:
         """What a call reads in a parameter's place: it, or its trained copy, and the deltas of its sites."""
         if key in self.plan.extras:
+            self.check_drawn()
             parameter = self.extra[slashed(key)].to(parameter.dtype)
         if key not in self._weighted:
             return parameter
         paths = self._weighted[key]
+        if parameter.is_meta:
+            check_here(key, next(self.parameters()))
         self.passes.reach(*paths)
         changed = parameter + laid_out([(self._lines[path][1], self.delta(path)) for path in paths], parameter)
         return self.passes.made(key, changed)
@@ -144,6 +148,7 @@ class Adapter(Factors):
     def as_saved(self) -> Saved:
         """The adapter without its model: its tensors, gathered where they are sharded, and the scale in every group."""
         self._settle()
+        self.check_drawn()
         groups = tuple(replace(group, scale=group.scale * self._scale) for group in self.plan.groups)
         tensors = {key: gathered(tensor, key).detach() for key, tensor in self.tensors().items()}
         return Saved(replace(self.plan, groups=groups), tensors, self.base)

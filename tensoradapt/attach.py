@@ -55,6 +55,7 @@ def attach(model: nn.Module, spec: SpecLike, name: str = "default", seed: int = 
     _check_apart(model, plan)
     adapter = _prepare(model, plan, found, name)
     _check_random(plan, seed)
+    adapter._seed = seed
     _fill(adapter, _initial(model, plan, adapter, seed))
     tied = (note for note in plan.notes if "tied" in note)
     for note in filter(None, (*tied, *_without_dropout(adapter), untrainable(model))):

@@ -5,23 +5,26 @@ Invariant: each factor exists once; sites, groups and banks are views of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensoradapt.chain import Chain
-from tensoradapt.errors import SiteError, SpecError
+from tensoradapt.errors import AdapterError, SiteError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.host import Bank, slashed, sources
+from tensoradapt.init import WEIGHT, draw
 from tensoradapt.interchange import subtracted, to_tensorly, values_for
 from tensoradapt.lower import Line
 from tensoradapt.lower import chain as lowered
 from tensoradapt.merging import Rows, rows_of
 from tensoradapt.plan import START, Plan
-from tensoradapt.sharded import gathered, put
+from tensoradapt.sharded import gathered, local, put
 from tensoradapt.sites import Site
+from tensoradapt.tables import first_of
 
 
 class Factors(nn.Module):
@@ -36,6 +39,8 @@ class Factors(nn.Module):
         self.stored = Bank()
         self.extra = Bank()
         self._scale = 1.0
+        self._seed: int | None = None  # None where values come from a file
+        self._blank: set[str] = set()  # keys of tensors that were on the meta device and have no values yet
         self._lines: dict[str, tuple[Group, Site, Line]] = {}
         self._sources = sources(plan)
 
@@ -58,8 +63,39 @@ class Factors(nn.Module):
             found[node] = tensor[tuple(slice(0, n) for n in shape)] if banked else tensor  # type: ignore[index]
         return found  # type: ignore[return-value]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factors:
+        """Move the tensors; what leaves the meta device (`to_empty`) is drawn by its law, or waits for values."""
+        absent = [key for key, tensor in self.tensors().items() if tensor.is_meta]
+        super()._apply(fn, recurse)
+        now = self.tensors()
+        self._draw({key: now[key] for key in absent if not now[key].is_meta})
+        return self
+
+    @torch.no_grad()
+    def _draw(self, empty: Mapping[str, Tensor]) -> None:
+        for key, tensor in empty.items():
+            factor = self.plan.factors.get(key.removesuffix(START))
+            if factor is None or factor.law == WEIGHT or self._seed is None:
+                tensor.fill_(math.nan)  # until a state dictionary, say, has values
+                self._blank.add(key)
+            else:
+                put(tensor, draw(factor, self._seed))
+
+    def check_drawn(self) -> None:
+        """Raise AdapterError where a tensor has no values since the model came from the meta device."""
+        held = self.tensors() if self._blank else {}
+        self._blank = {key for key in self._blank if bool(local(held[key]).isnan().any())}
+        if self._blank:
+            raise AdapterError(
+                f"adapter {self.name!r} has no values for {first_of(sorted(self._blank), 4)}: the model was on the "
+                "meta device when it was attached, and came to another without them",
+                hint="load a state dictionary that has them; or attach, or load, once the model has its weights",
+            )
+
     def _whole(self, group: str, suffix: str = "") -> dict[str, Tensor]:
         """Every node's tensor, as `_tensors` has them, gathered where they are sharded."""
+        if self._blank:
+            self.check_drawn()
         return {node: gathered(tensor, f"{group}.{node}") for node, tensor in self._tensors(group, suffix).items()}
 
     def factors(self, group: str, *, start: bool = False) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ Invariant: what is registered on a model under `HOST` is never a part of the mod
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,7 @@ class Host(nn.Module):
         self.lock = Lock()
         self.shadowed: dict[str, Any] = {}
         self.register_state_dict_post_hook(_without_merged)
+        self.register_state_dict_post_hook(_without_place)
         self.register_load_state_dict_post_hook(_merged_may_lack)
 
     @property
@@ -137,6 +139,15 @@ def _without_merged(host: Host, state: dict[str, Any], prefix: str, metadata: An
         del state[key]
 
 
+def _without_place(host: Host, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """No adapter, where accelerate asks what a device map has no place for: adapters have theirs, see `Bank`."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != "check_device_map":
+        frame = frame.f_back  # type: ignore[assignment]
+    for key in [k for k in state if k.startswith(prefix)] if frame is not None else ():
+        del state[key]
+
+
 def _merged_may_lack(host: Host, found: Any) -> None:
     merged = tuple(f"{HOST}.{name}." for name in host.merged)
     found.missing_keys[:] = [key for key in found.missing_keys if not key[key.find(f"{HOST}.") :].startswith(merged)]
@@ -151,7 +162,30 @@ def copied(adapter: nn.Module, memo: dict[int, Any]) -> Any:
 
 
 class Bank(nn.Module):
-    """Tensors, or banks of them, by name. Unlike `nn.ParameterDict` it takes any: `values`, say, or `keys`."""
+    """Tensors, or banks of them, by name. Unlike `nn.ParameterDict` it takes any: `values`, say, or `keys`.
+
+    accelerate loads what it offloads around a module's call, and a bank is never called: its tensors stay themselves,
+    and go where the hook says that the module runs.
+    """
+
+    @property
+    def _old_forward(self) -> Any:
+        raise AttributeError("accelerate has no hook on a bank")
+
+    @_old_forward.setter
+    def _old_forward(self, forward: Any) -> None:  # which accelerate sets before it moves the tensors
+        self.__dict__["_kept"] = dict(self._parameters)
+
+    @property
+    def _hf_hook(self) -> Any:
+        raise AttributeError("accelerate has no hook on a bank")
+
+    @_hf_hook.setter
+    def _hf_hook(self, hook: Any) -> None:  # and this after it has
+        self._parameters.update(self.__dict__.pop("_kept", {}))
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            self._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device), recurse=False)
 
     def __getitem__(self, name: str) -> Any:
         return self._parameters[name] if name in self._parameters else self._modules[name]

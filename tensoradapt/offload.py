@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensoradapt.errors import AdapterError
 from tensoradapt.io.wrapped import inside
 
 
@@ -54,6 +55,17 @@ def said(model: nn.Module, parameter: str, held: Tensor | None) -> tuple[str, st
         "offloaded by accelerate: its values are on the CPU or on disk but while its module runs",
         "load the model where all of it fits (without device_map, or on the CPU), and the adapter onto that",
     )
+
+
+def check_here(parameter: str, factor: Tensor) -> None:
+    """Raise AdapterError on a parameter of the meta device that factors elsewhere are to be added to."""
+    if not factor.is_meta:
+        raise AdapterError(
+            f"{parameter} is on the meta device, and the factors are not",
+            got="a weight that is delivered by itself, not by its module's output",
+            expected="a weight that was offloaded before the adapter was attached, or has its values",
+            hint="offload the model (dispatch_model, cpu_offload, disk_offload) first, then attach or load",
+        )
 
 
 class Within:

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model, load_checkpoint_and_dispatch
 from test_own_forward import Squashed
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -131,3 +131,63 @@ def test_a_model_of_transformers_with_a_device_map(make, tmp_path):
     assert torch.allclose(model(words).logits, whole(words).logits, atol=1e-5)
     model(words).logits.sum().backward()
     assert all(p.grad is not None for p in model.tensoradapt.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("offload", OFFLOAD.values(), ids=OFFLOAD)
+def test_an_adapter_that_was_there_before_the_offload_stays_itself(offload, tmp_path):
+    """Its bank is not offloaded, its tensors are the same objects, which an optimiser may hold, and no map names it."""
+    whole, model = made(), made()
+    adapters = [attach(each, ["words", "plain", "out"]) for each in (whole, model)]
+    held = [*adapters[1].parameters()]
+    optimizers = [torch.optim.SGD(adapter.parameters(), lr=0.1) for adapter in adapters]
+    for adapter in adapters:
+        tiny.shake(adapter)
+    offload(model, tmp_path / "weights")
+    assert any(p.is_meta for p in model.parameters())
+    assert all(a is b and not a.is_meta for a, b in zip(adapters[1].parameters(), held, strict=True))
+    for each, optimizer in zip((whole, model), optimizers, strict=True):
+        for _ in range(2):
+            optimizer.zero_grad()
+            each(X).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(model(X), whole(X), atol=1e-6)
+    for a, b in zip(*(adapter.tensors().values() for adapter in adapters), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    for path in ("words", "plain", "out"):
+        assert torch.equal(adapters[1].delta(path), attached_delta(adapters[1], path, tmp_path))
+    with pytest.raises(ta.AdapterError, match="has nothing to merge into: it is offloaded"):
+        adapters[1].merge()
+    adapters[1].detach()
+    adapters[0].detach()
+    assert torch.equal(model(X), whole(X))
+
+
+def attached_delta(adapter, path, folder):
+    """The delta after a save and a load onto a model that is not offloaded."""
+    return ta.load(adapter.save(folder / "saved"), made()).delta(path)
+
+
+def test_a_device_map_made_without_the_adapter_is_enough_to_load_a_checkpoint(tmp_path):
+    whole, model = tiny.bert_classifier(), tiny.bert_classifier()
+    whole.save_pretrained(tmp_path / "base")
+    spec = ta.preset("lotr_by_role", rank=2, targets=["query", "value"])
+    for each in (whole, model):
+        tiny.shake(ta.attach(each, spec))
+    places = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "cpu", "classifier": "cpu"}
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    names = set(model.state_dict())
+    load_checkpoint_and_dispatch(model, tmp_path / "base", device_map=places, offload_folder=tmp_path / "off")
+    assert any(p.is_meta for p in model.parameters()) and set(model.state_dict()) == names
+    assert torch.allclose(model(tiny.tokens()).logits, whole(tiny.tokens()).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("offload", OFFLOAD.values(), ids=OFFLOAD)
+def test_a_weight_that_is_replaced_at_use_and_offloaded_later_is_refused(offload, tmp_path):
+    model = made()
+    adapter = attach(model, ["own"])
+    offload(model, tmp_path)
+    with pytest.raises(ta.AdapterError, match="own.weight is on the meta device(?s:.*)first, then attach"):
+        model(X)
+    adapter.detach()
+    assert torch.equal(model(X), made()(X))
