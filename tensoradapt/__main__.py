@@ -8,7 +8,7 @@ import sys
 
 
 def _stopped(*_: object) -> None:
-    """End the process, which has done nothing yet."""
+    """End the process at once: it has done nothing yet, or was interrupted before."""
     os.write(2, b"interrupted\n")
     os._exit(130)
 
@@ -20,14 +20,23 @@ from tensoradapt.cli.app import run  # noqa: E402
 from tensoradapt.cli.interrupt import INTERRUPTED, leave  # noqa: E402
 
 
+def _interrupted(*_: object) -> None:
+    """Interrupt the command; a second time, end the process: nothing that cleans up is interrupted itself."""
+    signal.signal(signal.SIGINT, _stopped)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line and leave with its exit code: interrupted at once, threads of it may still compute."""
-    if signal.getsignal(signal.SIGINT) is _stopped:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    code = run()
+    try:
+        if signal.getsignal(signal.SIGINT) in (_stopped, signal.default_int_handler):
+            signal.signal(signal.SIGINT, _interrupted)
+        code = run()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was to be done is done
+    except KeyboardInterrupt:  # before the command was read, or after it was done
+        leave("interrupted\n", INTERRUPTED)
     if code == INTERRUPTED:
         leave("", code)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was to be done is done
     sys.exit(code)
 
 

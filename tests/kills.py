@@ -94,8 +94,11 @@ class Ended:
     steps: int
 
 
-def run(job: Callable[[], None] | list[str], room: Path, act=None, at: int = 0, *, on=False, limit=None) -> Ended:
-    """A job, the arguments of a command or a function, in a forked child."""
+def run(job, room: Path, act=None, at: int = 0, *, on=False, limit=None, meanwhile=None) -> Ended:
+    """A job, a command's arguments or a function, in a forked child; `meanwhile` is done while it waits at a step."""
+    ready, go = os.pipe(), os.pipe()
+    if meanwhile is not None:
+        act = lambda _: (os.write(ready[1], b"x"), os.read(go[0], 1))  # noqa: E731
     said, counted = room.with_name(f"{room.name}.stderr"), room.with_name(f"{room.name}.steps")
     counted.write_text("")
     child = os.fork()
@@ -104,6 +107,14 @@ def run(job: Callable[[], None] | list[str], room: Path, act=None, at: int = 0, 
             _be(job, Steps(f"{room}{os.sep}", act, at, on), said, counted, limit)
         finally:
             os._exit(99)
+    os.close(ready[1])  # a child that ended is then the end of the pipe
+    try:
+        if meanwhile is not None and os.read(ready[0], 1):
+            meanwhile()
+    finally:
+        os.write(go[1], b"x")
+        for end in (ready[0], *go):
+            os.close(end)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Ended(code, said.read_text(), len(counted.read_text()))
 

@@ -4,10 +4,14 @@ After it the output is not there, the old one, or complete; the same job then su
 nothing beside its output. A few steps of every job; `pytest tests/test_kills.py --kills all` takes every one of them.
 """
 
+import errno
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,8 @@ from torch import nn
 
 import tensoradapt as ta
 from tensoradapt.cli.app import run as command_line
+from tensoradapt.writing import locks
+from tensoradapt.writing.folder import claimed
 
 BASE = {f"layers.{i}.{role}.weight": tiny.noise(8, 6, seed=i) for i in (0, 1) for role in "qv"}
 
@@ -173,3 +179,144 @@ def check_end(ended, way: str, job: Job, held, new, in_python: bool, where) -> N
         assert kills.visible(held) == new, where
     else:
         assert ended.code in CODES[way], where
+
+
+@pytest.mark.parametrize("limit", [300, 1000])
+@pytest.mark.parametrize("name", ["merge", "convert", "export", "extract"])
+def test_a_file_that_cannot_grow_is_an_error(name, limit, inputs, tmp_path):
+    """The system refuses to write more: the writers in other languages, too."""
+    job, new = JOBS[name], made(inputs, name)
+    if limit > max(map(len, new.values())):
+        return
+    room = room_of(tmp_path, inputs, name, "old")
+    ended = kills.run(job.run(str(room / job.out)), room, limit=limit)
+    assert ended.code == 2 and ended.said.startswith("error: ") and "Traceback" not in ended.said
+    held = _plain(kills.contents(room), room)
+    assert kills.visible(held) == older(inputs, name)
+    assert not any(
+        ".tmp" in name or ".new" in name or "lock" in name or text == b"a folder" for name, text in held.items()
+    )
+
+
+@pytest.mark.parametrize("name", ["merge", "convert", "plan"])
+def test_a_second_interruption_ends_at_once(name, inputs, tmp_path):
+    """One comes before every step: before those that clean up, too."""
+    job, new = JOBS[name], made(inputs, name)
+    room = room_of(tmp_path, inputs, name, "old")
+    ended = kills.run(job.run(str(room / job.out)), room, kills.interrupt, 4, on=True)
+    assert ended.code == 130 and "Traceback" not in ended.said and "interrupted" in ended.said
+    assert kills.visible(_plain(kills.contents(room), room)) == older(inputs, name)
+    assert kills.run(job.run(str(room / job.out)), room).code == 0
+    assert _plain(kills.contents(room), room) == new
+
+
+CLAIMING = ("merge", "convert", "convert to a file", "export", "extract", "analyze", "plot")
+
+
+@pytest.mark.parametrize("name", CLAIMING)
+def test_a_second_process_is_refused_by_name(name, inputs, tmp_path, capsys):
+    job, new = JOBS[name], made(inputs, name)
+    room = room_of(tmp_path, inputs, name, "none")
+    act, said = job.run(str(room / job.out)), []
+
+    def second():
+        said.append(command_line(act))
+
+    assert kills.run(act, room, at=4, meanwhile=second).code == 0
+    assert said == [2] and f"another process is writing {room / job.out}" in capsys.readouterr().err
+    assert _plain(kills.contents(room), room) == new
+
+
+def test_a_second_thread_is_refused_by_name(inputs, tmp_path):
+    refused = []
+
+    def within(*_):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(ta.FileError, match="another process is writing") as met:
+            pool.submit(ta.convert, "adapter", "lora", tmp_path / "out").result()
+        refused.append(met)
+
+    ta.convert("adapter", "lotr", tmp_path / "out", progress=within)
+    assert refused and sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_many_threads_that_save_one_file_each_save_it_whole(tmp_path):
+    """They come one after the other, and the last one's stays."""
+    adapters = [attached(rank) for rank in (1, 2, 3, 4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda adapter: [adapter.save(tmp_path / "out") for _ in range(5)], adapters))
+    assert ta.open_adapter(tmp_path / "out").plan.num_trainable in {a.plan.num_trainable for a in adapters}
+    assert sorted(kills.contents(tmp_path)) == ["out/README.md", "out/adapter.safetensors"]
+
+
+def test_a_disk_without_locks_is_written_and_nobody_elses_temporaries_are_removed(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks, "_exclusive", none)
+    others = [tmp_path / "out" / f".adapter.safetensors.tmp-{16 * 'a'}", tmp_path / f".out.new-{16 * 'b'}"]
+    for folder in others:
+        folder.mkdir(parents=True)
+    with claimed(tmp_path / "out"):
+        attached().save(tmp_path / "out")
+    assert all(folder.is_dir() for folder in others)
+    assert not [name for name in kills.contents(tmp_path) if "lock" in name]
+
+
+def test_what_other_versions_and_other_people_left(inputs, tmp_path):
+    """Temporaries named by a process's number go; what merely looks like one stays."""
+    for name in (".out.tmp-4711", f".out.old-{16 * '0'}", f".out.new-{16 * '0'}"):
+        (tmp_path / name / "x").mkdir(parents=True)
+    for name in (".out.tmp-mine", ".out.lock.txt", "out.tmp-4711", ".outer.tmp-4711"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(inputs / "adapter", tmp_path / "out")
+    with claimed(tmp_path / "out"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".out.lock.txt", ".out.tmp-mine", ".outer.tmp-4711", "out", "out.tmp-4711"]
+
+
+def test_a_folder_that_was_moved_aside_comes_back(inputs, tmp_path):
+    """Where a system cannot exchange two folders, a kill may come between two renamings."""
+    shutil.copytree(inputs / "adapter", tmp_path / f".out.old-{16 * '0'}")
+    with pytest.raises(ta.FileError, match="other files, which would be lost"):
+        ta.merge_folder("base", "adapter", tmp_path / "out")
+    assert kills.contents(tmp_path / "out") == kills.contents(inputs / "adapter")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+IMPORTING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+left = [int(sys.argv.pop(1))]
+
+def interrupt(event, args):
+    if event == "import" and signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+from tensoradapt.__main__ import main
+main()
+"""
+
+
+def test_an_interruption_of_any_import_is_one_of_the_command(inputs, tmp_path, pytestconfig):
+    """Of whatever module: the process says `interrupted`, and leaves with 130."""
+    every = range(1, 2000, 50) if pytestconfig.getoption("--kills") == "all" else (1, 700)
+    for at in every:
+        words = [str(at), "convert", "adapter", "--preset", "lotr", "--rank", "2", "--out", str(tmp_path / "out")]
+        done = subprocess.run([sys.executable, "-c", IMPORTING, *words], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            break
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n"), at
+        assert not (tmp_path / "out").exists()
+
+
+def test_output_that_nobody_reads_or_that_has_no_room():
+    command = f"{sys.executable} -m tensoradapt presets"
+    read = subprocess.run(["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert (read.stdout, read.stderr) == ("141\n", "")
+    full = subprocess.run(["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, check=False)
+    assert full.returncode == 2 and "No space left" in full.stderr and "Traceback" not in full.stderr
+    deaf = subprocess.run(["bash", "-c", f"{command} 2> /dev/full"], capture_output=True, text=True, check=False)
+    assert deaf.returncode == 0 and deaf.stdout

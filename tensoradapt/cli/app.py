@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from inspect import cleandoc
 from typing import Annotated
 
@@ -22,10 +24,11 @@ from tensoradapt.cli.plan import plan
 from tensoradapt.cli.plot import plot
 from tensoradapt.cli.presets import presets
 from tensoradapt.cli.verify import verify
-from tensoradapt.errors import TensorAdaptError
+from tensoradapt.errors import FileError, TensorAdaptError
 from tensoradapt.version import VERSION
 
 AT_FAULT = 2
+UNREAD = 141  # as a shell says of a program that wrote to a pipe which nobody reads: 128 and the signal's number
 # Recent versions of typer carry their own copy of click, so the class is found by what it is the base of.
 UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
@@ -70,11 +73,27 @@ def _tell(error: TensorAdaptError) -> None:
     """Print an error in the words of the command line."""
     from tensoradapt.cli.run.words import in_options
 
-    sys.stderr.write(f"error: {in_options(str(error))}\n")
+    _say(f"error: {in_options(str(error))}\n")
+
+
+def _say(text: str) -> None:
+    """Write on stderr, where it can be written."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(text)
+
+
+def _unread(code: int) -> int:
+    """Give up stdout, which cannot be written: what is left in its buffer would be tried again at the end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0 done, 1 a tolerance missed, 2 the input is at fault, 130 interrupted."""
+    """Run a command line; the exit code.
+
+    0 done, 1 a tolerance missed, 2 the input or the disk is at fault, 130 interrupted, 141 nobody reads the output.
+    """
     try:
         command = typer.main.get_command(application())
         given = list(sys.argv[1:] if arguments is None else arguments)
@@ -82,7 +101,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             code = command.main(args=given, prog_name="tensoradapt", standalone_mode=False)
         if code == INTERRUPTED:  # recent versions of typer turn the interruption into its code themselves
             raise KeyboardInterrupt
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except (BrokenPipeError, SystemExit):  # the latter is what the command line's library makes of it
+        return _unread(UNREAD)
     except TensorAdaptError as error:
         if not error.told:
             _tell(error)
@@ -91,5 +113,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error.show()  # type: ignore[attr-defined]
         return AT_FAULT
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted\n")
+        _say("interrupted\n")
         return INTERRUPTED
+    except OSError as error:
+        _tell(FileError("a file cannot be read or written", got=error, hint="look at the disk, and at permissions"))
+        return _unread(AT_FAULT)

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 INTERRUPTED = 130
 SOON = 0.02  # seconds in which the watch has seen an interruption
@@ -34,6 +35,7 @@ def prompt() -> Iterator[None]:
     theirs.setblocking(False)
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     seen, ended = threading.Event(), threading.Event()
+    told, sys.unraisablehook = sys.unraisablehook, _quietly
     watch = threading.Thread(target=_watch, args=(ours, seen, ended), name="interruptions", daemon=True)
     watch.start()
     try:
@@ -42,12 +44,22 @@ def prompt() -> Iterator[None]:
         if seen.wait(SOON):
             raise KeyboardInterrupt from None
         raise
+    else:
+        if seen.is_set():  # a library went on in spite of it
+            raise KeyboardInterrupt
     finally:
         ended.set()
+        sys.unraisablehook = told
         signal.set_wakeup_fd(before)
         theirs.close()
         watch.join()
         ours.close()
+
+
+def _quietly(met: sys.UnraisableHookArgs) -> None:
+    """Say nothing of an interruption of what Python calls by itself, which does not end the block: the watch does."""
+    if not issubclass(met.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(met)
 
 
 def _watch(signals: socket.socket, seen: threading.Event, ended: threading.Event) -> None:
@@ -60,7 +72,7 @@ def _watch(signals: socket.socket, seen: threading.Event, ended: threading.Event
                     leave("interrupted\n", INTERRUPTED)
 
 
-def leave(words: str, code: int) -> None:
+def leave(words: str, code: int) -> NoReturn:
     """End the process at once, without the threads that still compute."""
     with suppress(OSError, ValueError):
         sys.stderr.write(words)

@@ -12,7 +12,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,9 +106,12 @@ def _held(folder: Path, work: Mapping[str, Any], stack: ExitStack) -> None:
     stack.enter_context(claimed(folder))
     try:
         folder.mkdir(exist_ok=True)
+        _write_down(folder, work)
     except OSError as error:
         raise unwritten(folder, error) from None
-    _write_down(folder, work)
+    finally:
+        with suppress(OSError):  # an empty one is of no use
+            folder.rmdir()
 
 
 def _write_down(folder: Path, work: Mapping[str, Any]) -> None:

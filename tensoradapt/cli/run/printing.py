@@ -9,7 +9,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from tensoradapt.cli.run.words import in_options
@@ -69,4 +69,5 @@ def told() -> Iterator[None]:
 def note(text: str) -> None:
     """Print a line beside the result, on stderr; nothing for no text."""
     if text:
-        sys.stderr.write(in_options(text).rstrip("\n") + "\n")
+        with suppress(OSError):  # a result does not fail since nobody hears what is said beside it
+            sys.stderr.write(in_options(text).rstrip("\n") + "\n")

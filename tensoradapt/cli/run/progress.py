@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from threading import Event, Thread
 
@@ -79,6 +79,12 @@ def span(seconds: float) -> str:
     return f"{large} {one} {small} {two}" if small else f"{large} {one}"
 
 
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody hears it
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+
 @contextmanager
 def _lines(title: str) -> Iterator[Report]:
     """Lines from a thread of their own, so that one long step is seen to be at work too."""
@@ -92,8 +98,7 @@ def _lines(title: str) -> Iterator[Report]:
     def speak() -> None:
         wait = FIRST
         while not over.wait(wait):
-            sys.stderr.write(f"{title}: {state[0].line(time.monotonic())}\n")
-            sys.stderr.flush()
+            _say(f"{title}: {state[0].line(time.monotonic())}")
             said.set()
             wait = EVERY
 
@@ -104,7 +109,7 @@ def _lines(title: str) -> Iterator[Report]:
         over.set()
         thread.join()
         if said.is_set():
-            sys.stderr.write(f"{title}: done in {span(time.monotonic() - start)}\n")
+            _say(f"{title}: done in {span(time.monotonic() - start)}")
     finally:
         over.set()
 
