@@ -23,6 +23,7 @@ from torch import Tensor
 from tensoradapt.errors import AdapterError, RankError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.laws import BALANCED
+from tensoradapt.linalg.lapack import svd
 from tensoradapt.rows import Factor
 
 Random = np.random.Generator
@@ -178,7 +179,7 @@ def _two_sides(group: Group, outer: str, inner: str, weight: Tensor) -> dict[str
     nodes = group.diagram.nodes
     if len(nodes[outer]) != 2 or len(nodes[inner]) != 2:
         raise SpecError("law 'weight' serves nodes with one bond each", got={n: nodes[n] for n in (outer, inner)})
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    u, s, vh = svd(weight)
     signs = torch.where(
         u.abs().argmax(0, keepdim=True).eq(torch.arange(u.shape[0], device=u.device)[:, None]), u.sign(), 0
     ).sum(0)

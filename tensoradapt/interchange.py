@@ -24,7 +24,7 @@ from tensoradapt.errors import ShapeError, SpecError
 from tensoradapt.formats import cp, tt, ttm, tucker
 from tensoradapt.formats.build import Shape
 from tensoradapt.grouping import Group
-from tensoradapt.linalg import as_tensor
+from tensoradapt.linalg import as_tensor, double
 
 
 def to_tensorly(group: Group, factors: Mapping[str, Tensor]) -> Any:
@@ -223,8 +223,8 @@ def values_for(group: str, held: Mapping[str, Tensor], given: Mapping[str, Any])
 
 
 def rounded(held: Mapping[str, Tensor], computed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values that were computed in more digits, in the dtypes of those held: there is nothing to warn of."""
-    return {node: tensor.to(held[node].dtype) for node, tensor in computed.items()}
+    """Values that were computed in more digits, as those held are: there is nothing to warn of."""
+    return {node: tensor.to(held[node]) for node, tensor in computed.items()}
 
 
 def _fitted(what: str, tensor: Tensor, held: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def _fitted(what: str, tensor: Tensor, held: Tensor) -> Tensor:
     if bool((tensor.isfinite() & ~made.isfinite().to(tensor.device)).any()):
         raise ShapeError(
             f"{what} is {str(held.dtype).removeprefix('torch.')}, which cannot hold these numbers",
-            got=f"entries up to {float(tensor.double().abs().max()):.3g}",
+            got=f"entries up to {float(double(tensor).abs().max()):.3g}",
             expected=f"at most {torch.finfo(held.dtype).max:.3g}",
             hint="give the group's scale a part of them, or attach a rule with a wider dtype",
         )
@@ -246,6 +246,6 @@ def _rounding(given: Tensor, made: Tensor) -> float:
     """How much a change of dtype took from the values, as a share of the largest; 0 where it took nothing."""
     if given.dtype == made.dtype or not given.numel():
         return 0.0
-    exact = given.double()
+    exact = double(given)
     largest = float(exact.abs().max())
-    return float((made.to(exact.device).double() - exact).abs().max()) / largest if largest > 0 else 0.0
+    return float((double(made.to(exact.device)) - exact).abs().max()) / largest if largest > 0 else 0.0

@@ -24,6 +24,7 @@ from tensoradapt.fit.tree import tree_svd
 from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Shape
+from tensoradapt.linalg import double
 from tensoradapt.lower import dense
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -55,7 +56,7 @@ class Stacked:
     @cached_property
     def lost(self) -> Tensor:
         """The squared norm of every slice that the core does not hold."""
-        return (self.norms - self.slices.double().square().sum((1, 2)).cpu()).clamp(min=0)
+        return (self.norms - double(self.slices).square().sum((1, 2)).cpu()).clamp(min=0)
 
     @cached_property
     def turned(self) -> Tensor:
@@ -118,7 +119,7 @@ def _lora(stack: Stacked, rank: int) -> Trial:
 def _lotr(stack: Stacked, rank: int) -> Trial:
     m, n = stack.sizes["out"], stack.sizes["in"]
     p, q = min(rank, m), min(rank, n)
-    held = stack.turned[:, :p, :q].double().square().sum((1, 2))
+    held = double(stack.turned[:, :p, :q]).square().sum((1, 2))
     return Trial(p * m + q * n + len(stack.paths) * p * q, (stack.norms - held.cpu()).clamp(min=0))
 
 
@@ -130,7 +131,7 @@ def _network(format: str, order: Sequence[str], stack: Stacked, rank: int) -> Tr
     core = stack.core.permute([stack.axes.index(a) for a in axes])
     small = replace(diagram, sizes={**diagram.sizes, **dict(zip(axes, core.shape, strict=True))})
     made = _reconstructed(core, small, format).permute([axes.index(a) for a in stack.axes])
-    left = (stack.core - made).reshape(-1, *stack.core.shape[-2:]).double().square().sum((1, 2)).cpu()
+    left = double((stack.core - made).reshape(-1, *stack.core.shape[-2:])).square().sum((1, 2)).cpu()
     return Trial(diagram.num_parameters, left + stack.lost)
 
 
@@ -155,7 +156,7 @@ def _ttm(stack: Stacked, rank: int) -> Trial | None:
     diagram = FORMATS["ttm"](shape, rank, "cap")
     whole = stack.deltas.reshape([sizes[a] for a in diagram.open])
     fitted = tree_svd(whole, diagram, Given(diagram.sizes))
-    left = (whole - dense(fitted.diagram, fitted.factors)).double().square().flatten(1).sum(1).cpu()
+    left = double(whole - dense(fitted.diagram, fitted.factors)).square().flatten(1).sum(1).cpu()
     return Trial(diagram.num_parameters, left)
 
 

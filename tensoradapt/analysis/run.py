@@ -30,7 +30,7 @@ from tensoradapt.analysis.steps import Steps
 from tensoradapt.analysis.trials import tried
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.fit.compress import Compressed, compress
-from tensoradapt.fit.policy import squares
+from tensoradapt.fit.policy import energy
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.linalg import BLOCK, LARGE, SOLO, Dense, Slice, Strips, Team, each, empty, level_of, mapped
@@ -83,7 +83,8 @@ class DeltaSource:
         base, tuned = self.deltas.weights(site.path)
         rows = base.flatten(1) if base.stride(0) >= base.stride(-1) else base.mT  # as they lie in the file
         blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
-        norm = math.sqrt(math.fsum(mapped(lambda block: squares(block.float()), blocks)))
+        squares = torch.stack(list(mapped(lambda block: energy(block.float()), blocks)))
+        norm = math.sqrt(math.fsum(squares.tolist()))
         return {"dtypes": (str(base.dtype)[6:], str(tuned.dtype)[6:]), "base_norm": norm}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tensoradapt.analysis.noise import EPS, Noise, edge
 from tensoradapt.analysis.ranks import effective_rank, participation_ratio, ranks_of
-from tensoradapt.linalg import Product, Slice, Values, level_of, slice_values
+from tensoradapt.linalg import Product, Slice, Values, double, level_of, slice_values
 from tensoradapt.sites import Site
 
 WHOLE = 1024  # up to this side all singular values are computed
@@ -109,7 +109,7 @@ def _values(found: Slice, values: int | None, seed: int, start: Tensor | None = 
     """The leading singular values, and how they were found."""
     limit = min(found.shape)
     if isinstance(found, Product) and found.outer.shape[1] < limit:
-        outer, inner = torch.linalg.qr(found.outer.double())[1], torch.linalg.qr(found.inner.double().mT)[1]
+        outer, inner = torch.linalg.qr(double(found.outer))[1], torch.linalg.qr(double(found.inner).mT)[1]
         s = torch.linalg.svdvals(outer @ inner.mT)
         return Values(torch.cat([s, s.new_zeros(limit - len(s))])[: values or limit].cpu(), "factors")
     wanted = values or (limit if limit <= WHOLE else VALUES)

@@ -22,7 +22,7 @@ from tensoradapt.analysis.spectra import SiteReport
 from tensoradapt.errors import TensorAdaptError
 from tensoradapt.fit.compress import Compressed
 from tensoradapt.grouping import Group, group_sites
-from tensoradapt.linalg import pooled, singular_values, truncated_svd
+from tensoradapt.linalg import double, pooled, singular_values, truncated_svd
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 
@@ -169,7 +169,8 @@ def _cut(axes: Sequence[str], k: int) -> str:
 
 
 def _listed(core: Tensor, dims: tuple[int, ...]) -> list[float]:
-    return [float(v) for v in singular_values(_unfolded(core, dims))[:LISTED]]
+    found: list[float] = singular_values(_unfolded(core, dims))[:LISTED].tolist()
+    return found
 
 
 def _multilinear(
@@ -205,7 +206,7 @@ def _cosines(basis: Tensor) -> Tensor:
     count, size, rank = basis.shape
     flat = basis.permute(1, 0, 2).reshape(size, count * rank)
     squares = (flat.mT @ flat).square().reshape(count, rank, count, rank)
-    return (squares.sum((1, 3)) / rank).clamp(0, 1).double()
+    return double((squares.sum((1, 3)) / rank).clamp(0, 1))
 
 
 def _defined(matrix: list[list[float]], zero: list[bool]) -> list[list[float | None]]:
@@ -220,7 +221,8 @@ def _shared(slices: Tensor, spectra: Sequence[Sequence[float]], total: float) ->
         return {"rank": ranks, "shared": [0.0] * len(ranks), "private": [0.0] * len(ranks)}
     own = leading(slices, spectra, ranks[-1]).square().sum(0).cumsum(0)
     turned = rotated(slices, ranks[-1])
-    shared = [float(turned[:, :r, :r].double().square().sum()) / total for r in ranks]
+    squares = double(turned).square().sum(0).cumsum(0).cumsum(1).diagonal().tolist()  # of the first r x r entries
+    shared = [squares[min(r, len(squares)) - 1] / total for r in ranks]
     return {"rank": ranks, "shared": shared, "private": [float(own[r - 1]) / total for r in ranks]}
 
 
@@ -229,7 +231,7 @@ def leading(slices: Tensor, spectra: Sequence[Sequence[float]], rank: int) -> Te
     rank = min(rank, *slices.shape[1:])
     if min(map(len, spectra)) >= rank:
         return torch.tensor([s[:rank] for s in spectra], dtype=torch.float64)
-    return truncated_svd(slices, rank).s.double().cpu()
+    return truncated_svd(slices, rank).s.cpu().double()
 
 
 def rotated(slices: Tensor, rank: int = BASIS) -> Tensor:

@@ -46,6 +46,7 @@ from tensoradapt.gauge import (
 from tensoradapt.grouping import Group
 from tensoradapt.init import require_seed
 from tensoradapt.io.saved import Saved
+from tensoradapt.linalg import double
 
 
 def orthogonalize(
@@ -198,7 +199,7 @@ def _drawn(old: Tensor, shape: tuple[int, ...], key: str, seed: int) -> Tensor:
     """Random entries as large as those of a factor; of unit columns where it is zero. Of the seed and the key alone."""
     own = int.from_bytes(hashlib.sha256(key.encode()).digest(), "little")
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, own])))
-    size = float(old.double().square().mean().sqrt()) or 1 / math.sqrt(max(shape))
+    size = float(double(old).square().mean().sqrt()) or 1 / math.sqrt(max(shape))
     return torch.from_numpy(size * rng.standard_normal(shape)).to(old)
 
 

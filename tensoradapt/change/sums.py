@@ -23,6 +23,7 @@ from tensoradapt.gauge import Network, added, truncatable
 from tensoradapt.grouping import Group
 from tensoradapt.io.saved import Saved, as_saved
 from tensoradapt.layouts import READ, turns
+from tensoradapt.linalg import double
 
 EXAMPLE = "write ta.combine([one, two], [0.5, 0.5])"
 
@@ -134,4 +135,6 @@ def _extras(saved: Saved) -> dict[str, list[float]]:
 
 
 def _fingerprint(tensor: Tensor) -> list[float]:
-    return [float(value) for value in (tensor.double().sum(), tensor.double().square().sum())]
+    wide = double(tensor)
+    found: list[float] = torch.stack([wide.sum(), wide.square().sum()]).tolist()
+    return found

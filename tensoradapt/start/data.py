@@ -15,7 +15,7 @@ from torch import Tensor
 from tensoradapt.analysis.source import open_source
 from tensoradapt.errors import AdapterError, ShapeError, SiteError, SpecError
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import Dense, Slice
+from tensoradapt.linalg import Dense, Slice, double, home_of
 from tensoradapt.scan import scan_module
 from tensoradapt.sites import Site
 from tensoradapt.start.activations import Activations, Inputs
@@ -73,9 +73,10 @@ def lora_one(job: Job, found: Gradients | Found, gamma: float = 64.0) -> Factors
     Source: LoRA-One, arXiv 2502.01235.
     """
     stream = job.stream(partial(_slice, job, found, what="gradient"))
-    gram = torch.zeros((), dtype=torch.float64, device=job.like.device)
+    gram = torch.zeros((), dtype=torch.float64, device=home_of(job.like.device))
     for _, part in stream.stack.passes():
-        gram = gram + part.dense().double() @ part.dense().double().mT
+        whole = double(part.dense())
+        gram = gram + whole @ whole.mT
     largest = float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())
     size = job.group.diagram.extent("out") ** 0.5 / gamma
     return job.fit(stream, -size / largest if largest else 1.0)
@@ -179,7 +180,7 @@ def _weighted(job: Job, found: Activations, damping: float, method: Any) -> Fact
             hint="use a format with shapes: separate, or leave this site out",
         )
     pooled = _pooled(job, [_inputs(found, placement.site) for placement in group.placements])
-    rows = pooled.rows.double()
+    rows = double(pooled.rows)
     covariance = rows.mT @ rows / pooled.count
     level = damping * covariance.diagonal().mean()
     if not float(level):
@@ -187,7 +188,7 @@ def _weighted(job: Job, found: Activations, damping: float, method: Any) -> Fact
     covariance += level * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     factors = dict(method(job, covariance.to(job.like)))
     dim = inner.indices.index("in")
-    moved = factors[inner.node].double().movedim(dim, -1)
+    moved = double(factors[inner.node]).movedim(dim, -1)
     solved = torch.linalg.solve(covariance, moved.reshape(-1, moved.shape[-1]).mT).mT
     factors[inner.node] = solved.reshape(moved.shape).movedim(-1, dim).to(job.like)
     return factors

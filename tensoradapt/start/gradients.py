@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tensoradapt.adapter import Adapter
 from tensoradapt.errors import AdapterError, RankError, SiteError
 from tensoradapt.init import require_seed
-from tensoradapt.linalg import Dense, Product, Seed, Slice
+from tensoradapt.linalg import Dense, Product, Seed, Slice, double
+from tensoradapt.linalg.lapack import qr
 from tensoradapt.parts import view
 from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.scan import owner_of, parameter_of
@@ -151,9 +152,9 @@ class _Sketch:
 
     def mean(self, count: int) -> Slice:
         assert self.right is not None and self.left is not None
-        basis = torch.linalg.qr(self.right)[0]
+        basis = qr(self.right)[0]
         middle = self._noise(self.right)[1].mT @ basis
-        return Product(basis, torch.linalg.lstsq(middle.double(), self.left.double()).solution.to(basis) / count)
+        return Product(basis, torch.linalg.lstsq(double(middle), double(self.left)).solution.to(basis) / count)
 
 
 _Sum = _Whole | _Sketch

@@ -14,6 +14,7 @@ from torch import Tensor
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import Dense, Slice, Stack, find_ranges
+from tensoradapt.linalg.lapack import svd
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def spaces(group: Group, stack: Stack, rank: tuple[int, int], seed: int) -> tupl
     stack = _channels(stack, group.diagram.extent("kernel")) if group.diagram.fold("kernel") else stack
     found = find_ranges(stack, rank, seed=seed)
     core = found.core
-    left = torch.linalg.svd(core.permute(1, 0, 2).flatten(1), full_matrices=False)[0]
-    right = torch.linalg.svd(core.flatten(0, 1), full_matrices=False)[2].mT
+    left = svd(core.permute(1, 0, 2).flatten(1))[0]
+    right = svd(core.flatten(0, 1))[2].mT
     left = left if found.out is None else found.out @ left
     right = right if found.inp is None else found.inp @ right
     return _signed(left), _signed(right)

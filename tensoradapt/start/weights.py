@@ -14,6 +14,8 @@ from tensoradapt.errors import RankError
 from tensoradapt.fit.stream import Stream
 from tensoradapt.init import WEIGHT, draw
 from tensoradapt.laws import BALANCED
+from tensoradapt.linalg import double, home_of
+from tensoradapt.linalg.lapack import qr, svd
 from tensoradapt.rows import Factor, factor_of
 from tensoradapt.start.install import Factors
 from tensoradapt.start.sides import is_matrix
@@ -46,7 +48,7 @@ def minor(job: Job, weighting: Tensor | None = None) -> Factors:
 
 
 def _last(matrix: Tensor, rank: int) -> Tensor:
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = svd(matrix)
     return (u[:, -rank:] * s[-rank:]) @ vh[-rank:]
 
 
@@ -60,9 +62,9 @@ def _width(job: Job, axis: str) -> int:
 def _trailing(job: Job, weights: Stream) -> tuple[Tensor, Tensor]:
     """The last directions, of those that can be more than nothing, of all weights of a group on either side."""
     out, inp = weights.stack.shape
-    grams = torch.zeros(out, out).to(job.like).double(), torch.zeros(inp, inp).to(job.like).double()
+    grams = [torch.zeros(side, side, dtype=torch.float64, device=home_of(job.like.device)) for side in (out, inp)]
     for _, part in weights.stack.passes():
-        w = part.dense().double()
+        w = double(part.dense())
         grams[0].add_(w @ w.mT)
         grams[1].add_(w.mT @ w)
     bases = []
@@ -82,7 +84,7 @@ def olora(job: Job) -> Factors:
     site = job.single
     rank = _width(job, "out")
     if site is not None:
-        q, r = torch.linalg.qr(job.weight(site).dense())
+        q, r = qr(job.weight(site).dense())
         return {
             n: _laid(job, n, q[:, :rank] if "out" in i else r[:rank].mT) for n, i in job.group.diagram.nodes.items()
         }
@@ -90,7 +92,7 @@ def olora(job: Job) -> Factors:
     mean = torch.zeros(weights.stack.shape).to(job.like)
     for _, part in weights.stack.passes():
         mean += part.dense() / weights.stack.count
-    basis = torch.linalg.qr(mean)[0][:, :rank]
+    basis = qr(mean)[0][:, :rank]
     return job.fit(turned(weights, lambda w: basis @ (basis.mT @ w)), 1.0, form="canonical")
 
 
@@ -121,7 +123,7 @@ def orthogonal(job: Job) -> Factors:
     bond, nodes = next(iter((pairs or whole).items()))
     if not pairs:
         return _twins(job, held, bond, nodes)
-    turn = torch.linalg.qr(_noise(job, "turn", (diagram.sizes[bond],) * 2))[0]
+    turn = qr(_noise(job, "turn", (diagram.sizes[bond],) * 2))[0]
     for node, rows in zip(nodes, (turn[0::2], turn[1::2]), strict=True):
         dim = diagram.nodes[node].index(bond)
         shape = [*diagram.shape(node)]
