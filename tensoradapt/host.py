@@ -168,6 +168,16 @@ class Bank(nn.Module):
     and go where the hook says that the module runs.
     """
 
+    def register_forward_hook(self, hook: Any, **options: Any) -> Any:
+        """A hook as on any module. Raises AdapterError on Opacus', which would wait for a call that does not come."""
+        if type(getattr(hook, "__self__", None)).__module__.partition(".")[0] == "opacus":
+            raise AdapterError(
+                "Opacus has no gradients of single examples for factors: it takes them from calls of the modules that "
+                "hold parameters, and factors are read by other modules' hooks",
+                hint="torch.func has them: vmap(grad(loss), (None, 0)), where loss calls torch.func.functional_call",
+            )
+        return super().register_forward_hook(hook, **options)
+
     @property
     def _old_forward(self) -> Any:
         raise AttributeError("accelerate has no hook on a bank")
