@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from functools import lru_cache
 
 from tensoradapt.errors import ShapeError, SiteError, SpecError
+from tensoradapt.expressions import means
 from tensoradapt.layouts import AS_STORED, IN_OUT, KNOWN
 from tensoradapt.sites import Site, SiteMap, by_pattern
 from tensoradapt.spec import SETS, Rule
@@ -130,21 +131,18 @@ def _any(patterns: Sequence[str], path: str) -> bool:
     return any(matches(pattern, path) for pattern in patterns)
 
 
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise SpecError(f"the target 're:{pattern}' is no regular expression", got=str(error)) from None
+@lru_cache(maxsize=4096)
+def _glob(pattern: str) -> re.Pattern[str]:
+    """A glob. Brackets are part of a path, `c_attn[q]`; `[0-5]` is a range."""
+    return re.compile(translate(re.sub(r"\[(?!\d-\d\])", "[[]", pattern)))
 
 
 def matches(target: str, path: str) -> bool:
     """Whether a target means a path: equal, a suffix of whole components, a glob (`*`, `?`), or a `re:` expression."""
     if target.startswith("re:"):
-        return _compiled(target[3:]).fullmatch(path) is not None
+        return means(target[3:], path)
     if any(c in target for c in "*?"):
-        glob = re.sub(r"\[(?!\d-\d\])", "[[]", target)  # brackets are part of a path, `c_attn[q]`; `[0-5]` is a range
-        return fnmatchcase(path, glob) or fnmatchcase(path, f"*.{glob}")
+        return bool(_glob(target).match(path) or _glob(f"*.{target}").match(path))
     base = path.partition("[")[0]
     return target in (path, base) or path.endswith(f".{target}") or base.endswith(f".{target}")
 

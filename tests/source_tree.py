@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "tensoradapt"
 PACKAGE = "tensoradapt"
 
 TORCH_FREE = (
-    *("version", "errors", "paths", "writing", "textfiles", "records", "tables", "foreign", "axes"),
+    *("version", "errors", "expressions", "paths", "writing", "textfiles", "records", "tables", "foreign", "axes"),
     *("diagram", "spec", "folds", "formats", "presets"),
     *("coordinates", "sites", "layouts", "targets", "roles", "sets", "contraction", "recipe"),
     *("placing", "schema", "laws", "grouping", "rows", "derived", "plan", "knapsack", "budget"),

@@ -5,75 +5,19 @@ Invariant: an expression from a file that could run for long, or is none, is ref
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from re import _constants as codes  # type: ignore[attr-defined]
-from re import _parser as parser  # type: ignore[attr-defined]
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tensoradapt.errors import SpecError
+from tensoradapt.expressions import means
 
-MAX_PATTERN = 20_000  # characters
-MAX_STEPS = 10_000_000  # of a match, estimated
-_REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
-_PLAIN = (codes.LITERAL, codes.NOT_LITERAL, codes.ANY, codes.IN, codes.AT)
-
-
-def compiled(pattern: str, longest: int, wrap: str = "{}") -> re.Pattern[str]:
-    """An expression for paths of at most `longest` characters. Raises SpecError where it is invalid or explosive.
-
-    Only single characters may be repeated, and the ways to try them are counted: n^k / k! for k repeats.
-    """
-    if len(pattern) > MAX_PATTERN:
-        raise SpecError(
-            "an expression is too long", got=f"{len(pattern)} characters", expected=f"at most {MAX_PATTERN}"
-        )
-    try:
-        whole = wrap.format(pattern)
-        repeats, choices = _ways(parser.parse(whole))
-        if math.comb(longest + repeats, repeats) * choices > MAX_STEPS:
-            raise ValueError("it may take very long to match")
-        return re.compile(whole)
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
-        raise SpecError(
-            f"{pattern[:80]!r} is no expression that can be used",
-            got=str(error)[:200],
-            hint="write full module paths",
-        ) from None
-
-
-def _ways(parsed: Any) -> tuple[int, int]:
-    """The number of repeats and of ways to choose in a parsed expression. Raises ValueError on nested repeats."""
-    repeats, choices = 0, 1
-    for code, argument in parsed:
-        inner, factor = (0, 1)
-        if code in _REPEATS:
-            inner, factor = _repeated(*argument)
-        elif code is codes.BRANCH:
-            counted = [_ways(branch) for branch in argument[1]]
-            inner, factor = max(r for r, _ in counted), sum(c for _, c in counted)
-        elif code in (codes.SUBPATTERN, codes.ASSERT, codes.ASSERT_NOT):
-            inner, factor = _ways(argument[-1])
-        elif code not in _PLAIN:
-            raise ValueError(f"{str(code).lower()} is not read")
-        repeats, choices = repeats + inner, choices * factor
-    return repeats, choices
-
-
-def _repeated(low: int, high: Any, body: Any) -> tuple[int, int]:
-    if high == 1:
-        inner, factor = _ways(body)
-        return inner, 1 + factor
-    if len(body) != 1 or body[0][0] not in _PLAIN:
-        raise ValueError("it repeats more than one character")
-    return (0, 1) if low == high else (1, 1)
+MAX_DIGITS = 9  # of a layer's number
 
 
 def pattern_key(patterns: Iterable[str], path: str) -> str | None:
     """The first pattern that means a path, as PEFT decides it: a suffix of whole components, read as an expression."""
     for pattern in patterns:
-        if compiled(pattern, len(path), r"(.*\.)?({})$").match(path):
+        if means(pattern, path, r"(.*\.)?({})$"):
             return pattern
     return None
 
@@ -92,7 +36,7 @@ def ends(name: str, path: str) -> bool:
 def named(names: str | Sequence[str], path: str) -> bool:
     """Whether names mean a path: a list by suffix, a text as an expression for the whole path."""
     if isinstance(names, str):
-        return compiled(names, len(path)).fullmatch(path) is not None
+        return means(names, path)
     return any(ends(name, path) for name in names)
 
 
@@ -117,10 +61,10 @@ def targeted(config: Mapping[str, Any], path: str) -> bool:
 def _layer(patterns: str | Sequence[str] | None, path: str) -> int | None:
     """The number of the layer that a path lies in: behind a list that is named, or any but at the root."""
     lists = [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]
-    before = r"(?:^|.*?\.)" if patterns else r".*?\."
-    search: Callable[[str], Any] = lambda name: compiled(name, len(path), before + r"{}\.(\d+)\.").match(path)  # noqa: E731
-    found = next((match for match in map(search, lists) if match), None)
-    return int(found[1]) if found else None
+    before = r"(.*\.)?{}" if patterns else r".*\.{}"
+    parts = path.split(".")
+    numbers = [k for k, part in enumerate(parts[:-1]) if k and part.isdecimal() and len(part) <= MAX_DIGITS]
+    return next((int(parts[k]) for name in lists for k in numbers if means(name, ".".join(parts[:k]), before)), None)
 
 
 def target_modules(paths: Sequence[str], modules: Iterable[str] | None) -> list[str] | str:
