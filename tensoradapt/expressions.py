@@ -106,7 +106,7 @@ def _parts(code: Any, argument: Any) -> list[Any]:
     return [] if code in _PLAIN else [argument[-1]]
 
 
-# -- how long it may take -----------------------------------------------------------------------------------------------
+# -- how long it may take ---------------------------------------------------------------------------------------------
 
 
 def _ways(tree: Any) -> tuple[float, int]:
@@ -158,7 +158,7 @@ def _is_run(low: int, high: Any, body: Any) -> bool:
     return high is codes.MAXREPEAT and len(body) == 1 and body[0][0] in _SINGLE
 
 
-# -- where a match may go on --------------------------------------------------------------------------------------------
+# -- where a match may go on ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

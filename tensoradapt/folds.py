@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import takewhile
 
 from tensoradapt.errors import ShapeError, SpecError
-from tensoradapt.spec import Fold
+from tensoradapt.spec import MAX_PARTS, Fold
+
+MAX_SIDE, MAX_DIGITS = 1 << 31, 12  # of a side that is cut by a rule; of a number in a fold
 
 
 def fold(axis: str, size: int, how: Fold, named: Mapping[str, int]) -> dict[str, int]:
@@ -27,7 +30,7 @@ def fold(axis: str, size: int, how: Fold, named: Mapping[str, int]) -> dict[str,
         if isinstance(part, int):
             sizes[f"{axis}_{k}"] = part
         else:
-            sizes[name] = int(number) if equals and number.isdigit() else named.get(name)
+            sizes[name] = _number(number) if equals and number.isdecimal() else named.get(name)
     return _filled(axis, size, sizes)
 
 
@@ -56,20 +59,31 @@ def _filled(axis: str, size: int, sizes: Mapping[str, int | None]) -> dict[str, 
             f"the folds of {axis} do not multiply out",
             got={k: v for k, v in sizes.items() if v is not None},
             expected=f"a product of {size}",
-            hint=f"use {balanced(size, max(len(sizes), 1))}, or 'auto:{len(sizes)}'",
+            hint=f"use {balanced(size, max(len(sizes), 1))}, or 'auto:{len(sizes)}'" if size <= MAX_SIDE else None,
         )
     return {name: size // known if value is None else value for name, value in sizes.items()}
 
 
 def _by_rule(how: str, size: int) -> list[int]:
     kind, _, number = how.partition(":")
-    if kind not in ("auto", "factor") or not number.removeprefix("-").isdigit() and number:
+    if kind not in ("auto", "factor") or not number.removeprefix("-").isdecimal() and number:
         raise SpecError(f"unknown fold {how!r}", expected="a list of sizes, 'auto', 'auto:3' or 'factor:4'")
+    if size > MAX_SIDE:
+        raise ShapeError(f"a side of {size} is not folded", expected=f"at most {MAX_SIDE}", hint="give the sizes")
     if kind == "auto":
-        if number and int(number) < 1:
-            raise SpecError(f"unknown fold {how!r}", expected="at least one part, as in 'auto:3'")
-        return list(balanced(size, int(number or 3)))
-    return list(two_factors(size, int(number or -1)))
+        if not 1 <= (count := _number(number or "3")) <= MAX_PARTS:
+            raise SpecError(f"unknown fold {how!r}", expected=f"1 to {MAX_PARTS} parts, as in 'auto:3'")
+        return list(balanced(size, count))
+    if (factor := _number(number or "-1")) < -1 or not factor:
+        raise SpecError(f"unknown fold {how!r}", expected="a positive factor, as in 'factor:4', or -1 for near-square")
+    return list(two_factors(size, factor))
+
+
+def _number(digits: str) -> int:
+    """A number in a fold. Raises SpecError on one of more digits than any size has."""
+    if len(digits) > MAX_DIGITS:
+        raise SpecError("a number in a fold has too many digits", got=digits, expected=f"at most {MAX_DIGITS}")
+    return int(digits)
 
 
 @lru_cache(maxsize=4096)
@@ -78,11 +92,10 @@ def balanced(size: int, count: int) -> tuple[int, ...]:
     if count == 1:
         return (size,)
     best = (size, *(1 for _ in range(count - 1)))
-    for first in _divisors(size):
-        if first**count <= size:  # the smallest factor is at most the count-th root
-            rest = balanced(size // first, count - 1)
-            if rest[-1] >= first and sum(rest) + first < sum(best):
-                best = (*rest, first)
+    for first in takewhile(lambda d: d**count <= size, _divisors(size)):  # the least is at most the count-th root
+        rest = balanced(size // first, count - 1)
+        if rest[-1] >= first and sum(rest) + first < sum(best):
+            best = (*rest, first)
     return best
 
 

@@ -171,6 +171,12 @@ def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: Site
     sizes = {"out": out, "in": inp, "kernel": kernel} | {a: s for parts in folds.values() for a, s in parts.items()}
     sizes |= {axis: len(values) for axis, values in labels.items()}
     spread = tuple(part for axis in axes for part in (folds[axis] if axis in folds else (axis,)))
+    if absent := [axis for axis in spread if axis not in sizes]:
+        raise SpecError(
+            f"group {name!r} has no axis {absent[0]!r}",
+            expected=", ".join(sizes),
+            hint="write the side that is cut, 'in', and its parts under folds",
+        )
     shape = Shape(spread, sizes, {axis: tuple(parts) for axis, parts in folds.items()}, rule.compress)
     diagram = _diagram(rule, shape, name)
     return Group(

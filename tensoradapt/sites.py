@@ -27,6 +27,14 @@ OTHERS = {
     b"GGUF": "a GGUF file",
     b"version ": "a pointer of git lfs: fetch the file itself with git lfs pull",
 }
+PLACED = ("data_offsets", "dtype")
+BITS = {
+    **{"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16},
+    **{"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
+}
+MAX_EXPERTS, MAX_DIMS = 4096, 64  # of one tensor
+MAX_NAMED = 10_000  # experts of a header whose tensors are not there; behind it, one for every kilobyte
 MAX_HEADER_BYTES = 100_000_000
 LISTED = 12  # subfolders in an error
 
@@ -111,6 +119,10 @@ def by_pattern(pattern: str, path: str) -> Coordinates | None:
 
 def expert_sites(tensor: str, shape: Sequence[int], layout: str = "as stored") -> list[Site]:
     """The experts of a 3-D parameter, (expert, out, in) or (expert, in, out): one site each."""
+    if shape[0] > MAX_EXPERTS:
+        raise ShapeError(
+            f"{tensor} has more experts than can be served", got=shape[0], expected=f"at most {MAX_EXPERTS}"
+        )
     side = tuple(shape[:0:-1] if layout == "in out" else shape[1:])
     path = tensor.removesuffix(".weight")
     return [
@@ -159,6 +171,7 @@ def from_headers(path: Path, names: Callable[[Iterable[str]], Mapping[str, str]]
         shapes |= found
     shapes = {name: shapes[stored] for stored, name in names(shapes).items()}
     total = sum(map(math.prod, shapes.values()))
+    _check_experts(path, shapes, sum(file.stat().st_size for file in files))
     return SiteMap(placed(_weights(shapes)), name=str(origin(path)), parameters=shapes, num_parameters=total)
 
 
@@ -178,26 +191,62 @@ def no_weights(folder: Path, sources: str) -> FileError:
 
 def _weights(shapes: Mapping[str, tuple[int, ...]]) -> list[Site]:
     """What in a header is a weight: matrices, convolutions, and experts in one tensor."""
-    found = []
+    found: list[Site] = []
     for name, shape in shapes.items():
         if len(shape) in (2, 4) and min(shape) > 0 and name.endswith("weight"):
             layout = "as stored" if len(shape) == 2 else "out in"  # convolutions are stored alike everywhere
             found.append(replace(_mapped(name.removesuffix(".weight"), shape), layout=layout))
-        elif len(shape) == 3 and min(shape) > 0 and "expert" in name and not name.endswith("bias"):
+        elif _holds_experts(name, shape):
             found += expert_sites(name, shape)
     return found
+
+
+def _holds_experts(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and min(shape) > 0 and "expert" in name and not name.endswith("bias")
+
+
+def _check_experts(path: Path, shapes: Mapping[str, tuple[int, ...]], size: int) -> None:
+    """Raise FileError on more experts than a header may name, or its tensors can hold: naming them costs nothing."""
+    named = sum(shape[0] for name, shape in shapes.items() if _holds_experts(name, shape))
+    if named > (most := MAX_NAMED + size // 1024):
+        raise FileError(
+            f"{path} names more experts than its {size:,} bytes hold", got=named, expected=f"at most {most:,}"
+        )
 
 
 def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a safetensors file, by name, from its header. Raises FileError."""
     entries = {name: entry for name, entry in read_header(file).items() if name != "__metadata__"}
-    shapes: dict[str, Any] = {
-        name: entry.get("shape") if hasattr(entry, "get") else None for name, entry in entries.items()
-    }
-    for name, shape in shapes.items():
-        if not hasattr(shape, "append") or not all(type(n) is int and n >= 0 for n in shape):
-            raise FileError(f"{file} has no shape for {name!r}", got=shape, hint="download or save it again")
-    return {name: tuple(shape) for name, shape in shapes.items()}
+    return {name: _shape(file, name, entry) for name, entry in entries.items()}
+
+
+def _shape(file: Path, name: str, entry: Any) -> tuple[int, ...]:
+    """The shape of a header's entry. Raises FileError where it has no place, or one of another number of bytes.
+
+    Whether the file goes on so far is not asked: a header alone is planned too.
+    """
+    shape, place, dtype = (entry.get(key) if isinstance(entry, dict) else None for key in ("shape", *PLACED))
+    if not _are_sizes(shape):
+        raise FileError(f"{file} has no shape for {name!r}", got=shape, hint="download or save it again")
+    if not _are_sizes(place) or len(place) != 2 or place[0] > place[1]:
+        raise FileError(
+            f"{file} has no place for {name!r}", got=place, expected="two numbers, the first byte and the end"
+        )
+    held, bits = 8 * (place[1] - place[0]), BITS.get(str(dtype))
+    wanted = math.prod(shape) * (bits or 1)
+    if held != wanted if bits else held < wanted:
+        raise FileError(
+            f"{file} has another number of bytes for {name!r} than its shape takes",
+            got=f"{shape} of {dtype!r} in {held // 8:,} bytes",
+            hint="download or save it again",
+        )
+    return tuple(shape)
+
+
+def _are_sizes(found: Any) -> bool:
+    return (
+        isinstance(found, list) and len(found) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 48 for n in found)
+    )
 
 
 def read_header(file: Path) -> dict[str, Any]:

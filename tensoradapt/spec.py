@@ -20,15 +20,15 @@ from tensoradapt.errors import RankError, SpecError
 from tensoradapt.foreign import PEFT_WORDS, peft_word
 from tensoradapt.textfiles import read_plain, write_plain
 
+MAX_RULES, MAX_PARTS = 1000, 64  # of a spec; of an axis that is cut
 Rank = Annotated[StrictInt, Field(gt=0)]
 Ranks = Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank | str]
 Positive = Annotated[StrictInt, Field(gt=0)]
-Fold = str | Annotated[list[Positive | str], Field(min_length=1)]
+Fold = str | Annotated[list[Positive | str], Field(min_length=1, max_length=MAX_PARTS)]
 LARGEST_SCALE = 1e12  # what a delta is multiplied by: a weight's largest number in float32 is 3e38
 Scale = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-LARGEST_SCALE, le=LARGEST_SCALE)]
 Law = Annotated[str, Field(max_length=200)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-MAX_RULES = 1000
 Set = Literal["query-value", "attention", "qkv", "feed-forward", "block", "convolutions", "all-linear"]
 SETS: tuple[str, ...] = get_args(Set)  # words that stand for the weights of a model that have a part in common
 

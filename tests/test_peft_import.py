@@ -316,14 +316,12 @@ CONFIGS = [
     ({"peft_type": None}, "peft_type .* is not served"),
     ({"peft_type": ["LORA"]}, "peft_type .* is not served"),
     *(({"r": bad}, "r in .* is no r") for bad in ("8", 0, -1, True, 8.0, None, 10**9)),
-    *(
-        ({"lora_alpha": bad}, "lora_alpha in .* is no")
-        for bad in ("16", True, float("nan"), float("inf"), None, 10**400)
-    ),
+    *(({"lora_alpha": bad}, "lora_alpha in .* is no") for bad in ("16", True, None, 10**400)),
+    *(({"lora_alpha": float(bad)}, "cannot be read as JSON(?s:.*)is no number") for bad in ("nan", "inf")),
     ({"rank_pattern": {"query": "5"}}, r"rank_pattern\['query'\] in"),
     ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] in"),
     ({"rank_pattern": [5]}, "rank_pattern in .* is no mapping"),
-    ({"alpha_pattern": {"query": float("nan")}}, r"alpha_pattern\['query'\] in"),
+    ({"alpha_pattern": {"query": 1e31}}, r"alpha_pattern\['query'\] in"),
     ({"rank_pattern": {"query": 5}}, "has rank 3 in its tensors, and 5"),
     ({"target_modules": [1]}, "target_modules in"),
     ({"modules_to_save": "classifier"}, "modules_to_save in"),

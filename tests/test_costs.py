@@ -1,0 +1,154 @@
+"""Small inputs that ask for much: answered, or refused by name, in 2 s of CPU (8 here, beside others) and 300 MB."""
+
+import json
+
+import pytest
+import yaml
+from fuzz.limits import watched
+
+import tensoradapt as ta
+from tensoradapt.folds import fold
+
+SHAPES = {f"encoder.layer.{k}.self.{role}": (96, 96) for k in range(12) for role in ("query", "key", "value")}
+LORA = {"preset": "lora", "rank": 2}
+
+
+def bounded(folder, work, seconds=8.0):
+    """What the work answers, or the error that it is refused by."""
+    with watched(folder, written=True, seconds=seconds) as watch:
+        try:
+            found = work()
+        except ta.TensorAdaptError as error:
+            found = error
+    assert not watch.done
+    return found
+
+
+def planned(folder, text: str, name: str = "spec.yaml"):
+    (folder / name).write_text(text, "utf-8")
+    return bounded(folder, lambda: ta.plan(ta.Spec.load(folder / name), SHAPES))
+
+
+def rule(**fields) -> str:
+    return json.dumps({"rules": [{**LORA, "targets": ["query"], **fields}]})
+
+
+CHAIN = ", ".join(f"a{k} a{k + 1}" for k in range(900))
+DENSE = [" ".join(f"b{min(j, k)}{max(j, k)}" for k in range(10) if k != j) for j in range(10)]
+DENSE = ["out " + DENSE[0], *DENSE[1:9], "in " + DENSE[9]]
+LETTERS = "abcdefghijklmnopqrstu"
+DOUBLED = [f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip(LETTERS, LETTERS[1:], strict=False)]
+SPECS = {
+    "an expression that explodes": rule(targets=["re:(.*)*x"]),
+    "expressions that explode": rule(targets=["query"], exclude=[f"re:{'.*' * k}y" for k in range(3, 60)]),
+    "exclude, layout and parts": rule(layout={"re:(a|a)*b": "in out"}, parts={"re:(\\w+\\.?)+!": ["a", "b"]}),
+    "keys given twice": '{"rules": [{"ranks": {' + ", ".join(f'"k{k}": 1' for k in range(20_000)) + ', "k1": 1}}]}',
+    "many keys": rule(ranks={f"k{k}": 1 for k in range(20_000)}),
+    "many targets": rule(targets=[f"layer.{k}" for k in range(40_000)]),
+    "many equal targets": rule(targets=["query"] * 40_000),
+    "many globs": rule(targets=["*" * k + "query" for k in range(1, 3000)]),
+    "many values": "[" + "a," * 1_500_000 + "]",
+    "many empty lists": "rules: [" + "[]," * 40_000 + "]",
+    "many lines": "rules:\n" + "- a\n" * 90_000,
+    "targets that are numbers": rule(targets=[1] * 40_000),
+    "deep lists": "[" * 100_000 + "]" * 100_000,
+    "deep mappings": "{a: " * 50_000 + "}" * 50_000,
+    "deep dashes": "- " * 60_000,
+    "aliases": "a: &a [x, x]\n" + "".join(DOUBLED),
+    "a large hexadecimal rank": "rules: [{preset: lora, rank: 0x" + "f" * 400_000 + "}]",
+    "a number in sixties": "rules: [{preset: lora, rank: 1" + ":1" * 100_000 + "}]",
+    "many rules": json.dumps({"rules": [{**LORA, "targets": ["query"]}] * 20_000}),
+    "a network of many nodes": rule(
+        preset="", format="network", network=", ".join(f"a{k} a{k + 1}" for k in range(4000))
+    ),
+    "a long network": rule(preset="", format="network", network=f"out a0, {CHAIN}, a900 in -> out in"),
+    "a dense network": rule(preset="", format="network", network=f"{', '.join(DENSE)} -> out in"),
+    "many axes": rule(preset="", axes=["out", "in", *[f"in_{k}" for k in range(3000)]]),
+    "many folds": rule(preset="tt_lora", folds={"in": [1] * 3000}),
+    "a fold in many parts": rule(preset="tt_lora", folds={"in": "auto:1000000"}),
+    "a fold by nought": rule(preset="lokr", folds={"in": "factor:0"}),
+    "large ranks": rule(rank=10**9),
+    "a long pattern": rule(pattern="{layer}" + "{role}.*?" * 400),
+}
+TAGS = [
+    "!!bool x",
+    "!!int x",
+    "!!float x",
+    "!!timestamp x",
+    "!!set {a}",
+    "!!binary a",
+    "!!python/name:os.system",
+    "!a b",
+]
+SPECS |= {tag: f"rules: [{{preset: lora, rank: {tag}}}]" for tag in [*TAGS, "2001-01-01", "&a 4", "*a", "<<: {a: 1}"]}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_spec_is_planned_or_refused_soon(name, tmp_path):
+    found = planned(tmp_path, SPECS[name])
+    assert isinstance(found, ta.TensorAdaptError | ta.Plan)
+    assert len(str(found)) < 20_000
+    assert name not in TAGS or "mend" in str(found) or "no value of a spec" in str(found)
+
+
+@pytest.mark.parametrize("name", ["many targets", "keys given twice", "deep lists", "a large hexadecimal rank"])
+def test_so_is_one_in_json(name, tmp_path):
+    assert isinstance(planned(tmp_path, SPECS[name], "spec.json"), ta.TensorAdaptError)
+
+
+def test_yaml_that_says_what_json_can_say_is_read(tmp_path):
+    spec = ta.Spec.from_dict({"rules": [{**LORA, "targets": ["a", "1"], "alpha": 0.5, "kv_heads": None}]})
+    text = yaml.safe_dump({"rules": [{**LORA, "targets": ["a", "1"], "alpha": 0.5, "kv_heads": None}]})
+    (tmp_path / "spec.yaml").write_text(text)
+    assert ta.Spec.load(tmp_path / "spec.yaml") == spec
+
+
+def header(folder, tensors):
+    text = json.dumps(tensors).encode()
+    file = folder / "model.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    return file
+
+
+HEADERS = {
+    "experts by the billion, bytes to fit": {
+        "e.experts": {"dtype": "F32", "shape": [10**9, 2, 2], "data_offsets": [0, 16 * 10**9]}
+    },
+    "experts by the billion": {"e.experts": {"dtype": "F32", "shape": [10**9, 2, 2], "data_offsets": [0, 48]}},
+    "many experts in many tensors": {
+        f"l.{k}.experts.up": {"dtype": "U8", "shape": [4096, 1, 1], "data_offsets": [4096 * k, 4096 * k + 4096]}
+        for k in range(40)
+    },
+    "an unknown dtype": {"e.experts": {"dtype": "X1", "shape": [10**9, 2, 2], "data_offsets": [0, 48]}},
+    "many dimensions": {"a.weight": {"dtype": "F32", "shape": [2**40] * 50_000, "data_offsets": [0, 4]}},
+    "huge sizes": {"a.weight": {"dtype": "F32", "shape": [10**30, 10**30], "data_offsets": [0, 4 * 10**60]}},
+    "no order": {"a.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [16, 0]}},
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_names_what_nobody_stored_is_refused_soon(name, tmp_path):
+    file = header(tmp_path, HEADERS[name])
+    found = bounded(tmp_path, lambda: ta.plan(ta.Rule(**LORA, targets=("all-linear",)), file))
+    assert isinstance(found, ta.FileError)
+
+
+def test_a_header_alone_is_planned(tmp_path):
+    tensors = {"l.0.experts.up": {"dtype": "BF16", "shape": [128, 64, 32], "data_offsets": [0, 128 * 64 * 64]}}
+    assert ta.plan(ta.Rule(**LORA, targets=("all-linear",)), header(tmp_path, tensors)).num_sites == 128
+
+
+@pytest.mark.parametrize(
+    "how", ["auto", "auto:2", "auto:12", "auto:64", "factor:-1", "factor:4", "factor:0", "auto:0", "auto:²"]
+)
+@pytest.mark.parametrize("size", [2**31 - 1, 2_095_133_040, 151_936, 10**18, 2**61 - 1, 10**30])
+def test_a_side_of_any_size_is_cut_or_refused_soon(how, size, tmp_path):
+    found = bounded(tmp_path, lambda: fold("in", size, how, {}))
+    assert isinstance(found, ta.TensorAdaptError) == (size > 2**31 or how in ("factor:0", "auto:0", "auto:²"))
+
+
+def test_sides_in_use_are_cut_as_before():
+    assert list(fold("in", 4096, "auto:4", {}).values()) == [8, 8, 8, 8]
+    assert list(fold("in", 151_936, "auto", {}).values()) == [1187, 16, 8]
+    assert list(fold("in", 2**31 - 1, "auto:2", {}).values()) == [2**31 - 1, 1]
+    assert list(fold("in", 4096, "factor:-1", {}).values()) == [64, 64]
