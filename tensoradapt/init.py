@@ -23,6 +23,7 @@ from torch import Tensor
 from tensoradapt.errors import AdapterError, RankError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.laws import BALANCED
+from tensoradapt.linalg import home_of
 from tensoradapt.linalg.lapack import svd
 from tensoradapt.rows import Factor
 
@@ -196,7 +197,7 @@ def _tt_matrix(group: Group, weight: Tensor) -> dict[str, Tensor]:
     sizes = [diagram.sizes[axis] for axis in (*diagram.fold("out"), *diagram.fold("in"))]
     ranks = [1, *(diagram.sizes[bond] for bond in diagram.bonds), 1]
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        cores = tensor_train_matrix(weight.reshape(sizes), ranks).factors
+        cores = tensor_train_matrix(weight.to(home_of(weight.device)).reshape(sizes), ranks).factors
     return dict(zip(diagram.nodes, cores, strict=True))
 
 

@@ -68,7 +68,7 @@ STATE = State()
 
 @contextmanager
 def without_float64() -> Iterator[None]:
-    """The device has no float64, as MPS has none: TypeError on whatever would make one there."""
+    """The device has no float64, as MPS has none, nor decompositions: TypeError, NotImplementedError on them."""
     before, STATE.float64 = STATE.float64, False
     try:
         yield
@@ -203,6 +203,7 @@ _SIZED = {
 }
 _SIZED |= {"bincount", "equal", "repeat_interleave", "argwhere"}
 _SOLVERS = {"_linalg_svd", "_linalg_eigh", "linalg_eig", "_linalg_eigvals", "linalg_lstsq"}
+_MISSING = {"linalg_qr", "geqrf", *_SOLVERS}  # where there is no float64
 _PUTS = {"index_put", "index_put_", "_index_put_impl_"}
 _FREE_CPU = {"index", "_unsafe_index", *_PUTS}  # indices may lie on the host
 
@@ -245,6 +246,8 @@ def _fallback(op: Any, *args: Any, **kwargs: Any) -> Any:
     index = _same_device(operation, tensors)
     if any(isinstance(value, torch.Generator) for value in flat):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+    if operation in _MISSING and not STATE.float64:
+        raise NotImplementedError(f"The operator 'aten::{operation}' is not currently implemented for the MPS device.")
     _count(operation, args)
     for seen in STATE.seen:
         seen[operation] += 1

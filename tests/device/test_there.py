@@ -4,6 +4,7 @@ import pytest
 import simulated
 import torch
 from test_device_checkpoints import sides
+from test_on_a_gpu import analysed, fitted
 
 import tensoradapt as ta
 from tensoradapt.analysis.noise import noise_of
@@ -58,3 +59,8 @@ def test_a_delta_comes_from_the_device_whatever_was_stored(device):
                 differs, square = found.change(name)
                 assert differs == wanted.change(name)[0]
                 assert square == pytest.approx(wanted.change(name)[1], rel=1e-4)
+
+
+def test_the_benchmarks_of_a_gpu_run_there_at_small_sizes(device):
+    assert fitted((3, 48, 32), device)[1] < 0.5
+    assert analysed((1, 32, 48, 64), device)[2] == 9

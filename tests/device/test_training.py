@@ -157,7 +157,7 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("preset", ["lora", "lotr", "tt_lora"])
+@pytest.mark.parametrize("preset", ["lora", "lotr"])
 @pytest.mark.parametrize("name", OURS)
 def test_our_optimisers_make_the_steps_of_the_cpu(device, name, preset):
     def job(at):
