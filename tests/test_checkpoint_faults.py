@@ -610,9 +610,10 @@ def test_a_full_disk_ends_a_stream(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(FileError, match=r"No space left(.|\n)*TMPDIR"):
-        open_checkpoint(iter(state().items()))
+    for make in (full, lambda **_: open("/dev/full", "w+b")):
+        monkeypatch.setattr("tempfile.TemporaryFile", make)
+        with pytest.raises(FileError, match=r"No space left(.|\n)*TMPDIR"):
+            open_checkpoint(iter(state().items()))
     assert list(tmp_path.iterdir()) == []
 
 

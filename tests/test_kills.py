@@ -320,3 +320,21 @@ def test_output_that_nobody_reads_or_that_has_no_room():
     assert full.returncode == 2 and "No space left" in full.stderr and "Traceback" not in full.stderr
     deaf = subprocess.run(["bash", "-c", f"{command} 2> /dev/full"], capture_output=True, text=True, check=False)
     assert deaf.returncode == 0 and deaf.stdout
+
+
+STREAM = """
+import os, signal, sys, torch
+import tensoradapt as ta
+
+def pairs(scale):
+    for k in range(4):
+        yield f"layers.{k}.q.weight", scale * torch.eye(64)
+
+ta.analyze(pairs(1.0), pairs(2.0), progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+def test_a_kill_leaves_no_copy_of_a_stream(tmp_path):
+    """Tensors that come in a stream are kept on disk while they are needed, in a file that has no name."""
+    done = subprocess.run([sys.executable, "-c", STREAM], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert done.returncode == -9 and not [file for file in os.listdir(tmp_path) if "tensoradapt" in file]

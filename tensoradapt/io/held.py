@@ -6,20 +6,19 @@ Invariant: names are distinct, every tensor has values on some device, and readi
 from __future__ import annotations
 
 import hashlib
-import shutil
 import tempfile
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tensoradapt.errors import FileError
-from tensoradapt.io.mapped import Stamp, mapped
+from tensoradapt.io.mapped import paged
 from tensoradapt.linalg import as_tensor
 
 ALIGNED = 64  # bytes: where a tensor begins in a spool
@@ -105,10 +104,9 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Spool:
-    """Tensors of a stream that can be read only once, in a temporary file that goes when the spool does."""
+    """Tensors of a stream that can be read only once, in a file without a name: it goes when its process does."""
 
-    folder: Path
-    stamp: Stamp | None = None
+    file: IO[bytes]
     entries: dict[str, tuple[tuple[int, ...], torch.dtype, int, str]] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
@@ -119,25 +117,23 @@ class Spool:
 
     def fill(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
         """Write tensor by tensor."""
-        with self._file.open("wb") as stream:
-            for name, tensor in _distinct(pairs):
-                stream.write(b"\0" * (-stream.tell() % ALIGNED))
-                begin, stored = stream.tell(), as_bytes(tensor).numpy().data
-                stream.write(stored)
-                digest = hashlib.sha256(stored).hexdigest()
-                self.entries[name] = (tuple(tensor.shape), tensor.dtype, begin, digest)
-        self.stamp = Stamp.of(self._file)
-
-    @property
-    def _file(self) -> Path:
-        return self.folder / "tensors"
+        for name, tensor in _distinct(pairs):
+            self.file.write(b"\0" * (-self.file.tell() % ALIGNED))
+            begin, stored = self.file.tell(), as_bytes(tensor).numpy().data
+            self.file.write(stored)
+            digest = hashlib.sha256(stored).hexdigest()
+            self.entries[name] = (tuple(tensor.shape), tensor.dtype, begin, digest)
+        self.file.flush()
 
     def read(self, name: str) -> Tensor:
         """One tensor, its pages those of the temporary file."""
-        if self.stamp is None:
+        if self.file.closed:
             raise FileError("this checkpoint is closed", hint="open it again")
         shape, dtype, begin, _ = self.entries[name]
-        return mapped(self._file, self.stamp, begin, shape, dtype)
+        try:
+            return paged(self.file.fileno(), begin, shape, dtype)
+        except OSError as error:
+            raise FileError("the stream of tensors cannot be read again", got=error.strerror) from None
 
     def check(self, name: str) -> None:
         """Nothing: the file is nobody else's."""
@@ -147,16 +143,15 @@ class Spool:
         return [digest for *_, digest in self.entries.values()]
 
     def close(self) -> None:
-        """Remove the temporary file; tensors that were read stay."""
-        self.stamp = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Give up the temporary file; tensors that were read stay."""
+        with suppress(OSError):  # what is left to write, where there is no room for it
+            self.file.close()
 
 
 def spooled(pairs: Iterable[tuple[str, Tensor]]) -> Spool:
     """A stream of named tensors, written to the temporary folder one by one. Raises FileError."""
     try:
-        spool = Spool(Path(tempfile.mkdtemp(prefix="tensoradapt-")))
-        weakref.finalize(spool, shutil.rmtree, spool.folder, ignore_errors=True)
+        spool = Spool(tempfile.TemporaryFile(prefix="tensoradapt-"))
         try:
             spool.fill(pairs)
         except BaseException:

@@ -48,14 +48,19 @@ class Stamp:
 
 def mapped(file: Path, stamp: Stamp, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The tensor that begins at a byte of a file. Raises FileError where it is not the file that was stamped."""
-    size = math.prod(shape) * dtype.itemsize
-    first = begin - begin % mmap.ALLOCATIONGRANULARITY
     try:
         with file.open("rb") as stream:
             stamp.compare(file, Stamp.of(stream.fileno()))
-            if not size:
-                return torch.empty(shape, dtype=dtype)
-            pages = mmap.mmap(stream.fileno(), begin - first + size, access=mmap.ACCESS_COPY, offset=first)
+            return paged(stream.fileno(), begin, shape, dtype)
     except OSError as error:
         raise FileError(f"{file} cannot be read", got=error.strerror) from None
+
+
+def paged(descriptor: int, begin: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor that begins at a byte of an open file; it stays when the file is closed. Raises OSError."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    first = begin - begin % mmap.ALLOCATIONGRANULARITY
+    pages = mmap.mmap(descriptor, begin - first + size, access=mmap.ACCESS_COPY, offset=first)
     return torch.frombuffer(pages, dtype=dtype, count=math.prod(shape), offset=begin - first).view(shape)
