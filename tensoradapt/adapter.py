@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from tensoradapt.dry_run import Reach, dry_run
 from tensoradapt.errors import AdapterError
 from tensoradapt.factors import Factors
-from tensoradapt.host import Host, carrier, copied, slashed
+from tensoradapt.hooks import unhook
+from tensoradapt.host import Host, carrier, copied, host_of, slashed
 from tensoradapt.io.saved import Saved
 from tensoradapt.merged import Merge, check_place
 from tensoradapt.merging import Target, admit, targets_of, with_copies
@@ -244,10 +245,24 @@ class Adapter(Factors):
                 "adapter.merge_and_detach() leaves it in; unmerge() first says that this is meant",
                 stacklevel=3,
             )
+        try:
+            self.leave(host)
+        except BaseException:  # Ctrl-C: a model that lost half of its hooks is neither the one nor the other
+            self.leave(host)
+            raise
+
+    def leave(self, host: Host) -> None:
+        """Take every hook off the model, and the registration; once more, where it was interrupted."""
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
+        unhook(self._model[0], self)
         host.dismiss(self._model[0], self.name)
+        self._handles.clear()
+
+    def alone(self, act: str) -> AbstractContextManager[Any]:
+        """Let no pass of the model begin meanwhile, where it is attached. Raises AdapterError where one runs."""
+        host = host_of(self._model[0])
+        return host.alone(act) if host is not None and host._modules.get(self.name) is self else nullcontext()
 
     def _host(self) -> Host:
         return carrier(self._model[0], self.name, self)

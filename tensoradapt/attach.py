@@ -19,7 +19,7 @@ from tensoradapt.callers import callers_of, held_by
 from tensoradapt.errors import AdapterError, SpecError
 from tensoradapt.grouping import Group
 from tensoradapt.handover import stand_in
-from tensoradapt.hooks import OutputHook, WeightHook
+from tensoradapt.hooks import OutputHook, WeightHook, hooking
 from tensoradapt.hooks import Site as HookedSite
 from tensoradapt.host import HOST, Bank, Host, home_of, host_of, slashed
 from tensoradapt.init import WEIGHT, draw, from_weight, parse_law, require_seed
@@ -39,7 +39,7 @@ from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
 from tensoradapt.scan import held_weight, known_base, module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sharded import check_site, sharded_by
 from tensoradapt.sites import Site, SiteMap
-from tensoradapt.standins import Standing
+from tensoradapt.standins import table_of
 from tensoradapt.targets import delivered
 
 
@@ -107,22 +107,13 @@ def _check_model(model: nn.Module, name: str, call: str) -> None:
             f"the model is sharded by {how}, which would not know of the factors: every process would train its own",
             hint="attach first, then shard the model",
         )
-    others = {adapter.name for adapter in _sources(model) if adapter._model[0] is not model}
+    others = {adapter.name for adapter in hooking(model) if adapter._model[0] is not model}
     if others:
         raise AdapterError(
             "a module of this model carries an adapter that was attached to a part of it, or to a larger model",
             got=", ".join(sorted(others)),
             hint="attach both to the same module, or detach() the first",
         )
-
-
-def _sources(model: nn.Module) -> Iterator[Adapter]:
-    """The adapters behind the hooks on a model's modules."""
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            hook = getattr(hook, "__self__", hook)
-            if isinstance(hook, OutputHook | WeightHook):
-                yield hook.source  # type: ignore[misc]
 
 
 def _check_random(plan: Plan, seed: int) -> None:
@@ -210,7 +201,7 @@ def _check_apart(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_extras(model: nn.Module, plan: Plan) -> None:
-    trained = {path: other.name for other in _sources(model) for path in other.plan.extras}
+    trained = {path: other.name for other in hooking(model) for path in other.plan.extras}
     for path in plan.extras:
         owner, name = owner_of(model, path)
         if not is_plain(owner._parameters[name]):
@@ -266,18 +257,31 @@ def _fill(adapter: Adapter, values: Iterator[tuple[str, Tensor]] | Mapping[str, 
 
 
 def _install(model: nn.Module, adapter: Adapter) -> Adapter:
-    """Freeze the base, register the adapter, and hook every site."""
+    """Freeze the base, register the adapter, and hook every site; all of it, or nothing where an interrupt comes."""
     host = host_of(model)
     if host is None:
-        host = Host(
-            {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)},
-            quantised=admit_training(model),
-        )
+        host = Host({name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)})
+    with host.alone("attaching"):
+        try:
+            _register(model, adapter, host)
+            _hook(model, adapter, host)
+        except BaseException:  # Ctrl-C too
+            adapter.leave(host)
+            raise
+    return adapter
+
+
+def _register(model: nn.Module, adapter: Adapter, host: Host) -> None:
+    if not len(host):
+        home_of(model).add_module(HOST, host)
+        host.quantised = admit_training(model)
         for parameter in model.parameters():
             parameter.requires_grad = False
-        home_of(model).add_module(HOST, host)
     host.add_module(adapter.name, adapter)
     stand_in(model, host)
+
+
+def _hook(model: nn.Module, adapter: Adapter, host: Host) -> None:
     for path, (group, site, _) in adapter._lines.items():
         if site.delivery == "output":
             hook = OutputHook(
@@ -287,7 +291,7 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     for key in dict.fromkeys((*adapter._weighted, *adapter.plan.extras)):
         owner, leaf = owner_of(model, key)
         loader = loader_of(model, key, owner._parameters.get(leaf))
-        adapter._handles.append(Standing(owner))
+        table_of(owner).users.append(adapter)
         shadow = WeightHook(adapter, key, owner, leaf, loaded=loader is not None)
         for path in adapter._callers[key]:
             caller = module_at(model, path)
@@ -300,7 +304,6 @@ def _install(model: nn.Module, adapter: Adapter) -> Adapter:
     adapter._handles.append(model.register_forward_pre_hook(watching.before, prepend=True))
     adapter._handles.append(model.register_forward_hook(watching.stop, always_call=True, prepend=True))
     adapter._handles.append(model.register_forward_hook(watching.after, with_kwargs=True))
-    return adapter
 
 
 def _without_dropout(adapter: Adapter) -> list[str]:

@@ -6,7 +6,8 @@ Invariant: each factor exists once; sites, groups and banks are views of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -116,8 +117,27 @@ class Factors(nn.Module):
         """
         self._settle()
         held = self.factors(group, start=start)
-        for node, tensor in values_for(group, held, tensors).items():
-            put(held[node], tensor)
+        values = values_for(group, held, tensors)
+        with self.kept([held[node] for node in values]):
+            for node, tensor in values.items():
+                put(held[node], tensor)
+
+    @contextmanager
+    def kept(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Let a block change these tensors, the banks and the plan: all of it, or nothing where it fails."""
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        banks = [(bank, {**bank._parameters}) for bank in self.stored.children()]
+        plan, lines, source = self.plan, self._lines, self._sources
+        try:
+            yield
+        except BaseException:  # Ctrl-C too
+            with torch.no_grad():
+                for tensor, value in values:
+                    tensor.copy_(value)
+            for bank, held in banks:
+                bank.__dict__["_parameters"] = held
+            self.plan, self._lines, self._sources = plan, lines, source
+            raise
 
     def _settle(self) -> None:
         """Make the tensors ready to be written to, where others hold copies of them."""

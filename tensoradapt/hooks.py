@@ -7,7 +7,7 @@ Invariant: a hook holds no tensor: it asks its adapter at every call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,12 +15,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from tensoradapt.chain import Chain, Convolved, staged
 from tensoradapt.errors import AdapterError
 from tensoradapt.passes import Passes
 from tensoradapt.replicas import watch_pieces
-from tensoradapt.standins import StandIn, caller, table_of
+from tensoradapt.standins import StandIn, caller, release, table_of
 
 
 class Source(Protocol):
@@ -159,10 +160,11 @@ class WeightHook:
         if self.loaded and parameter.is_meta:
             return
         self._check_copied(module)
-        found, on, frame = table.standing(self.name), self.source.active, caller()
+        found, frame = table.standing(self.name), caller()
+        where = None if frame is None else (self.source.active, _top_saved_tensors_default_hooks(True))
         mine = [each for each in found if each.by is self]
         known = frame is not None and all(each.frame is not None for each in found)
-        if known and mine and mine[-1].on == on:
+        if known and mine and mine[-1].where == where:
             value = found[-1].value
         elif known and not mine:
             value = self.made(found[-1].value if found else parameter)
@@ -170,7 +172,7 @@ class WeightHook:
             value = parameter
             for hook in (*dict.fromkeys(each.by for each in found if each.by is not self), self):
                 value = hook.made(value)
-        table.put(self.name, (*found, StandIn(self, value, on, frame)))
+        table.put(self.name, (*found, StandIn(self, value, where, frame)))
 
     def made(self, value: Tensor) -> Tensor:
         """What the adapter makes of what is read without it."""
@@ -195,3 +197,25 @@ class WeightHook:
                 f"nn.DataParallel copies modules without their parameters: what adapts {self.key} does not reach it",
                 hint="use DistributedDataParallel, or one device",
             )
+
+
+def unhook(model: nn.Module, source: Source) -> None:
+    """Take every hook of an adapter off a model, whether or not somebody keeps its handle."""
+    for module in model.modules():
+        beside: Any = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in [*hooks.items()]:
+                if getattr(getattr(hook, "__self__", hook), "source", None) is source:
+                    del hooks[key]
+                    for more in beside:
+                        more.pop(key, None)
+        release(module, source)
+
+
+def hooking(model: nn.Module) -> Iterator[Any]:
+    """The adapters behind the hooks on a model's modules."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            hook = getattr(hook, "__self__", hook)
+            if isinstance(hook, OutputHook | WeightHook):
+                yield hook.source

@@ -51,7 +51,7 @@ class Host(nn.Module):
 
         Raises AdapterError where a pass runs.
         """
-        with self.lock:
+        with self.lock.held:
             for adapter in self._modules.values():
                 if adapter.passes.running.anywhere:  # type: ignore[union-attr]
                     raise AdapterError(
@@ -86,11 +86,11 @@ class Host(nn.Module):
 
     def dismiss(self, model: nn.Module, name: str) -> None:
         """Take an adapter off the model; with the last one the host goes too."""
-        if [*self._modules] == [name]:
+        if {*self._modules} <= {name}:
             self.restore(model)  # which may be done twice, where an interrupt comes between
-            del home_of(model)._modules[HOST]
+            home_of(model)._modules.pop(HOST, None)
         else:
-            del self._modules[name]
+            self._modules.pop(name, None)
 
     def trains_on(self, model: nn.Module) -> bool:
         """Whether a parameter of the model is trained that is no merged adapter's."""

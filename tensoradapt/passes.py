@@ -247,7 +247,7 @@ class PassHook:
             passes.stop(left)
         blind = bool(self._outer()) or passes.watched or (passes.fused and not torch.is_grad_enabled())
         one = Pass(sys._getframe(1))
-        with self.lock:
+        with self.lock.held:
             passes.running.here().append(one)
         if self.source.active and not blind and self.source.training not in passes.settled:
             one.counting = passes.begin(module)

@@ -46,16 +46,13 @@ class Running(dict[int, list[Item]], Generic[Item]):
 
 
 class Lock:
-    """A lock of one thread, which may take it again. A copy of it is free."""
+    """A lock of one thread, which may take it again: `with lock.held`. A copy of it is free.
+
+    What Python's own lock does at the end of a block, no interrupt comes before.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.held = threading.RLock()
 
     def __reduce__(self) -> Any:
         return type(self), ()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()

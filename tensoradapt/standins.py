@@ -21,12 +21,12 @@ from tensoradapt.running import runs
 class StandIn(NamedTuple):
     """What a call reads, and the call: by its frame, which a compiler has none of.
 
-    `by` is who put it there, `on` whether that added anything.
+    `by` is who put it there, `where` whether that added anything, and in which part that is computed again.
     """
 
     by: Any
     value: Tensor
-    on: bool
+    where: Any
     frame: FrameType | None
 
 
@@ -100,7 +100,7 @@ class Parameters(_Standing, dict[str, Any]):
     def __init__(self, held: Iterable[tuple[str, Any]] = ()) -> None:
         super().__init__(held)
         self.local = _Local()
-        self.users: list[Standing] = []
+        self.users: list[Any] = []  # who replaces what is in it
 
     def __reduce__(self) -> Any:
         return type(self), ([(name, self.held(name)) for name in self],), {"users": self.users}
@@ -119,21 +119,13 @@ def table_of(owner: nn.Module) -> Any:
     return held
 
 
-class Standing:
-    """A module whose parameters are replaced at use, until `remove`: a handle, as of a hook."""
-
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = [owner]  # in a list: no registered reference
-        table_of(owner).users.append(self)
-
-    def remove(self) -> None:
-        """Give the module its plain table back, with the last of its users."""
-        owner = self.owner[0]
-        table: Any = owner._parameters
-        if isinstance(table, Parameters):
-            table.users[:] = [user for user in table.users if user is not self]
-            if not table.users:
-                owner.__dict__["_parameters"] = {name: table.held(name) for name in table}
+def release(owner: nn.Module, by: Any) -> None:
+    """Give a module its plain table back, where nobody but `by` replaces what is in it."""
+    table: Any = owner._parameters
+    if isinstance(table, Parameters):
+        table.users[:] = [user for user in table.users if user is not by]
+        if not table.users:
+            owner.__dict__["_parameters"] = {name: table.held(name) for name in table}
 
 
 def caller() -> FrameType | None:

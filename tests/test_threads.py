@@ -361,6 +361,20 @@ def test_what_is_computed_again_is_what_the_pass_computed(off, reentrant):
     assert any(g is not None for g in gradients[0][1:]) != off
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_sum_that_was_formed_outside_is_formed_again_in_a_part(reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny.bert_classifier(3).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        adapter = attach(model, ["query"], delivery="weight")
+        model(tiny.tokens()).logits.square().sum().backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
 # -- merging ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,8 @@ Invariant: everything that can fail is computed before the first tensor is repla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -85,13 +86,33 @@ def in_place(adapter: Adapter, turns: Sequence[Turn], optimizer: Any = None) -> 
     live = {(site.owner, site.index): site for _, site, _ in adapter._lines.values()}
     lines = lines_of(plan, live)
     swapped: dict[nn.Parameter, nn.Parameter] = {}
-    for turn in turns:
-        for key, tensor in turn.tensors.items():
-            old, new = _put(adapter, key, tensor)
-            swapped[old] = new
-    adapter.replan(plan, lines)
-    if optimizer is not None:
-        _follow(optimizer, swapped, states)
+    with ExitStack() as stack:
+        stack.enter_context(adapter.alone("a change of ranks or gauge"))
+        stack.enter_context(adapter.kept(adapter.stored.parameters()))
+        stack.enter_context(_kept(optimizer))
+        for turn in turns:
+            for key, tensor in turn.tensors.items():
+                old, new = _put(adapter, key, tensor)
+                swapped[old] = new
+        adapter.replan(plan, lines)
+        if optimizer is not None:
+            _follow(optimizer, swapped, states)
+
+
+@contextmanager
+def _kept(optimizer: Any) -> Iterator[None]:
+    """Let a block change what an optimiser holds, or nothing of it where the block fails."""
+    groups = [[*group["params"]] for group in getattr(optimizer, "param_groups", ())]
+    state = {**getattr(optimizer, "state", {})}
+    try:
+        yield
+    except BaseException:  # Ctrl-C too
+        for group, held in zip(getattr(optimizer, "param_groups", ()), groups, strict=True):
+            group["params"] = held
+        if optimizer is not None:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        raise
 
 
 def _parameter(adapter: Adapter, key: str) -> nn.Parameter:

@@ -39,11 +39,12 @@ def install(adapter: Adapter, begun: Begun) -> None:
     lines = lines_of(plan, live)
     for group in plan.groups:
         _check(group, begun.factors[group.name])
-    for name, factors in begun.factors.items():
-        adapter.set_factors(name, rounded(adapter.factors(name), factors))
-    for key, factor in plan.factors.items():
-        _copy(adapter, key, copied=factor.copied)
-    adapter.replan(plan, lines)
+    with adapter.alone("setting first factors"), adapter.kept(adapter.stored.parameters()):
+        for name, factors in begun.factors.items():
+            adapter.set_factors(name, rounded(adapter.factors(name), factors))
+        for key, factor in plan.factors.items():
+            _copy(adapter, key, copied=factor.copied)
+        adapter.replan(plan, lines)
 
 
 def _copy(adapter: Adapter, key: str, *, copied: bool) -> None:
