@@ -104,8 +104,8 @@ def _check_model(model: nn.Module, name: str, call: str) -> None:
     how = sharded_by(model)
     if how:
         raise AdapterError(
-            f"the model is sharded by {how}, which would not know of the factors: every process would train its own",
-            hint="attach first, then shard the model",
+            f"the model is wrapped by {how}, which would not know of the factors: every process would train its own",
+            hint="attach first, then wrap or shard the model",
         )
     others = {adapter.name for adapter in hooking(model) if adapter._model[0] is not model}
     if others:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tensoradapt.errors import AdapterError
 
@@ -71,8 +72,11 @@ def _by_fsdp(module: nn.Module) -> bool:
 
 
 def sharded_by(model: nn.Module) -> str:
-    """What shards a model's modules: FSDP, or nothing."""
+    """What keeps parameters on several processes, and knows those that it found; empty where nothing does."""
     modules = list(model.modules())
+    replicas = [module for module in modules if isinstance(module, DistributedDataParallel)]
+    if any(dist.get_world_size(module.process_group) > 1 for module in replicas):
+        return "DistributedDataParallel"
     if any("_fsdp_wrapped_module" in module._modules for module in modules):
         return "FullyShardedDataParallel"
     return "fully_shard" if any(map(_by_fsdp, modules)) else ""

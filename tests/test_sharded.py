@@ -110,6 +110,7 @@ def refused(rank: int, part: slice, folder: Path) -> dict:
     found["layers sharded"] = refusal(lambda: ta.attach(model, SPEC))
     fully_shard(model)
     found["model sharded"] = refusal(lambda: ta.load(folder / "DDP 0", model))
+    found["replicated"] = refusal(lambda: ta.attach(DistributedDataParallel(tiny.bert_classifier()), SPEC))
     model = tiny.bert_classifier()
     layers = "bert.encoder.layer.*.attention"
     plan = {f"{layers}.self.query": ColwiseParallel(), f"{layers}.output.dense": RowwiseParallel()}
@@ -161,8 +162,9 @@ def test_two_processes_train_write_and_merge_the_adapter_of_one(tmp_path: Path):
         assert "sharded" in found["resized"]
         assert found["set"].any() and not found["zero"].any() and not found["still zero"].any()
         assert found["names left"] == []
-        assert "sharded by fully_shard" in found["layers sharded"] and "attach first" in found["model sharded"]
+        assert "wrapped by fully_shard" in found["layers sharded"] and "attach first" in found["model sharded"]
         assert "query is sharded, by tensor" in found["tensor parallel"] and "DTensor" in found["by rows"]
+        assert "wrapped by DistributedDataParallel" in found["replicated"]
         assert found["beside it"] == "not refused"
     assert not list(tmp_path.glob("* by 1"))
     for when in ("step", "evaluation"):
