@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError
-from tensoradapt.fit.policy import squares
+from tensoradapt.fit.policy import energy
 from tensoradapt.grouping import Group
 from tensoradapt.linalg import Product, Slice
 from tensoradapt.lower import lower
@@ -49,23 +49,24 @@ def compared(
 ) -> dict[str, float | None]:
     """The error of one site's delta, a strip of rows at a time where the chain allows."""
     chain = lower(group, placement, factors)
-    pair, lost = chain.low_rank, 0.0
+    pair, lost = chain.low_rank, []
     if pair is not None and isinstance(found, Product):  # through the factors alone: [B, -B^] [A; A^]
         left = Product(torch.cat([found.outer, -pair[0] * group.scale], 1), torch.cat([found.inner, pair[1]]))
         return site_row(left.square, found.square)
     delta = found.dense()
     if pair is None:
-        lost = squares(delta - chain.dense().reshape(delta.shape) * group.scale)
+        lost.append(energy(delta - chain.dense().reshape(delta.shape) * group.scale))
     else:
         outer = pair[0] * group.scale
         height = max(1, STRIP // max(1, delta.shape[1]))
         for start in range(0, len(delta), height):
             rows = delta[start : start + height]
-            lost += squares(torch.addmm(rows, outer[start : start + height], pair[1], alpha=-1))
-    if not math.isfinite(lost):
+            lost.append(energy(torch.addmm(rows, outer[start : start + height], pair[1], alpha=-1)))
+    left, total = torch.stack([torch.stack(lost).sum(), found.energy]).tolist()  # a device is waited for once
+    if not math.isfinite(left):
         raise ShapeError(
             f"the fitted delta of {placement.site.path} has entries beyond {str(delta.dtype).removeprefix('torch.')}",
-            got=f"a delta of norm {math.sqrt(found.square):.3g}",
+            got=f"a delta of norm {math.sqrt(total):.3g}",
             hint="leave this weight out (exclude), or fit it with a higher rank",
         )
-    return site_row(lost, found.square)
+    return site_row(left, total)

@@ -268,7 +268,8 @@ def _stored(found: Fit, group: Group) -> dict[str, Tensor]:
         node: (tensor * (by * signs.get(node, 1.0)) if node in free else tensor).to(dtype)
         for node, tensor in found.factors.items()
     }
-    bad = next((node for node, tensor in made.items() if not bool(tensor.isfinite().all())), None)
+    sound = torch.stack([tensor.isfinite().all() for tensor in made.values()]).tolist()
+    bad = next((node for node, finite in zip(made, sound, strict=True) if not finite), None)
     if bad is not None:
         raise ShapeError(
             f"node {bad!r} of group {group.name!r} has entries beyond {group.rule.dtype}",

@@ -124,7 +124,7 @@ def fit(
         smallest, near = made.at(1), settled(source)
         found = _fitted(near.reshape([smallest.sizes[a] for a in smallest.open]), made, goal, settings)
         return _held(found).to(source.device)
-    each = partial(plain, device=options.get("device"))
+    each: Callable[[Any], Tensor] = partial(plain, device=options.get("device"))
     at = each(next(iter(slices_of(source)))).device
     if at.type != "cpu" and math.prod(shape) <= SMALL:
         source = [settled(each(part)) for part in slices_of(source)]

@@ -45,7 +45,8 @@ def norm_of(a: Tensor) -> float:
     """The Frobenius norm, also of numbers whose squares no dtype has."""
     flat = a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(1, -1)
     found = float(torch.linalg.vector_norm(norms(flat)))
-    if not a.numel() or (math.isfinite(found) and found > math.sqrt(FAINT)):
+    summed = a.dtype != torch.float64 and a.device.type != "cpu" and has_float64(a.device)  # which has all squares
+    if not a.numel() or (math.isfinite(found) and (summed or found > math.sqrt(FAINT))):
         return found
     largest = float(flat.abs().max())
     if not largest or not math.isfinite(largest):
