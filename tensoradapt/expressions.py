@@ -43,15 +43,19 @@ class Expression:
 
     def fits(self, path: str) -> bool:
         """Whether the whole of a path is meant. Raises ValueError where it would take long to find out."""
-        few = self.steps(len(path))
-        if few <= QUICK:
-            return self.engine.fullmatch(path) is not None
-        work = QUICK + SET_STEPS * _work(self.tree, len(path)) if self.engine.flags == re.UNICODE else math.inf
-        if min(few, work) > MAX_STEPS:
+        few, steps = self.steps(len(path)), self.cost(len(path))
+        if steps > MAX_STEPS:
             raise ValueError("it may take very long to match")
-        if few <= work:
+        if few <= steps:
             return self.engine.fullmatch(path) is not None
         return bool(_ends(self.tree, 1, _Text.of(path)) >> len(path))
+
+    def cost(self, longest: int) -> float:
+        """The engine's steps that a path may take, or as many as those on sets take the time of."""
+        few = self.steps(longest)
+        if few <= QUICK or self.engine.flags != re.UNICODE:
+            return few
+        return min(few, QUICK + SET_STEPS * _work(self.tree, longest))
 
     def steps(self, longest: int) -> float:
         """The ways in which the engine may try a path, n^k / k! for k repeats; no end where a repeat is in a repeat."""
@@ -63,7 +67,18 @@ def means(pattern: str, path: str, wrap: str = "{}") -> bool:
     """Whether an expression means the whole of a path. Raises SpecError where it is none, or could run for long."""
     try:
         return read(wrap.format(pattern)).fits(path)
-    except (re.error, ValueError, OverflowError, RecursionError) as error:
+    except (re.error, ValueError, OverflowError, RecursionError, FutureWarning) as error:
+        raise _unfit(pattern, error) from None
+
+
+def cost(pattern: str, longest: int, wrap: str = "{}") -> float:
+    """The steps that an expression takes at most on a path of some length. Raises SpecError as `means` does."""
+    try:
+        steps = read(wrap.format(pattern)).cost(longest)
+        if steps > MAX_STEPS:
+            raise ValueError("it may take very long to match")
+        return steps
+    except (re.error, ValueError, OverflowError, RecursionError, FutureWarning) as error:
         raise _unfit(pattern, error) from None
 
 

@@ -17,10 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, f
 
 from tensoradapt.axes import SIDES, TAKEN, check_axes, parse
 from tensoradapt.errors import RankError, SpecError
+from tensoradapt.expressions import cost
 from tensoradapt.foreign import PEFT_WORDS, peft_word
 from tensoradapt.textfiles import read_plain, write_plain
 
 MAX_RULES, MAX_PARTS = 1000, 64  # of a spec; of an axis that is cut
+MAX_STEPS, MAX_LETTERS = 200_000, 400_000  # of a spec's expressions: steps on one path, a few ms, and characters
+GLOB, LONG = 100, 100  # the steps of a glob, and the characters of a long path
 Rank = Annotated[StrictInt, Field(gt=0)]
 Ranks = Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank | str]
 Positive = Annotated[StrictInt, Field(gt=0)]
@@ -231,6 +234,22 @@ class Spec(_Value):
     """An ordered list of rules; the first rule that matches a site takes it."""
 
     rules: tuple[Rule, ...] = Field((), max_length=MAX_RULES, description=f"the rules, in order; at most {MAX_RULES}")
+
+    @model_validator(mode="after")
+    def _soon(self) -> Spec:
+        """Refuse expressions that together would take long on every weight of a model, and those that are none."""
+        fields = [f for r in self.rules for f in (r.targets, r.exclude, r.layout, r.parts, r.delivery)]
+        patterns = {name for field in fields for name in field if name.startswith("re:") or set(name) & set("*?")}
+        expressions = {name[3:] for name in patterns if name.startswith("re:")}
+        letters = sum(map(len, expressions))
+        steps = GLOB * len(patterns) + sum(cost(text, LONG) for text in expressions if letters <= MAX_LETTERS)
+        if letters > MAX_LETTERS or steps > MAX_STEPS:
+            raise SpecError(
+                "the expressions and globs of a spec would take long on every weight",
+                got=f"{len(patterns):,} of {letters:,} characters",
+                hint="write fewer of them: one with (a|b) in it for several, or paths",
+            )
+        return self
 
     def __str__(self) -> str:
         rules = [line for rule in self.rules[:6] for line in wrap(str(rule), 80, subsequent_indent="  ")]

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 import yaml
 from fuzz.limits import watched
+from safetensors.torch import save_file
 
 import tensoradapt as ta
 from tensoradapt.folds import fold
@@ -40,7 +42,7 @@ LETTERS = "abcdefghijklmnopqrstu"
 DOUBLED = [f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip(LETTERS, LETTERS[1:], strict=False)]
 SPECS = {
     "an expression that explodes": rule(targets=["re:(.*)*x"]),
-    "expressions that explode": rule(targets=["query"], exclude=[f"re:{'.*' * k}y" for k in range(3, 60)]),
+    "expressions that explode": rule(targets=["query"], exclude=[f"re:{'.*' * k}y" for k in range(3, 300)]),
     "exclude, layout and parts": rule(layout={"re:(a|a)*b": "in out"}, parts={"re:(\\w+\\.?)+!": ["a", "b"]}),
     "keys given twice": '{"rules": [{"ranks": {' + ", ".join(f'"k{k}": 1' for k in range(20_000)) + ', "k1": 1}}]}',
     "many keys": rule(ranks={f"k{k}": 1 for k in range(20_000)}),
@@ -101,6 +103,41 @@ def test_yaml_that_says_what_json_can_say_is_read(tmp_path):
     text = yaml.safe_dump({"rules": [{**LORA, "targets": ["a", "1"], "alpha": 0.5, "kv_heads": None}]})
     (tmp_path / "spec.yaml").write_text(text)
     assert ta.Spec.load(tmp_path / "spec.yaml") == spec
+
+
+@pytest.mark.parametrize(
+    "key", ["rank_pattern", "alpha_pattern", "layers_pattern", "target_modules", "exclude_modules"]
+)
+def test_a_peft_config_of_many_expressions_is_imported_or_refused_soon(key, tmp_path):
+    paths = [f"model.layers.{k}.self_attn.{role}_proj" for k in range(60) for role in "qkvo"]
+    held = {f"base_model.model.{p}.lora_{side}.weight": torch.ones(2, 2) for p in paths for side in "AB"}
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    many = [f"{'.*' * (2 + k % 9)}x{k}" for k in range(3000)]
+    hostile = {"rank_pattern": dict.fromkeys(many, 2), "layers_pattern": many, "target_modules": "|".join(many)}
+    hostile |= {"alpha_pattern": dict.fromkeys(many, 2), "exclude_modules": "|".join(many)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    config |= {"layers_to_transform": [*range(60)]} if key == "layers_pattern" else {}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, key: hostile[key]}))
+    assert isinstance(bounded(tmp_path, lambda: ta.import_peft(tmp_path)), ta.FileError)
+
+
+def test_a_rank_for_every_module_is_imported_soon(tmp_path):
+    paths = [f"model.layers.{k}.self_attn.{role}_proj" for k in range(60) for role in "qkvo"]
+    ranks = {path: 1 + k % 3 for k, path in enumerate(paths)}
+    held = {}
+    for path, rank in ranks.items():
+        held |= {f"base_model.model.{path}.lora_A.weight": torch.ones(rank, 2)}
+        held |= {f"base_model.model.{path}.lora_B.weight": torch.ones(2, rank)}
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": r".*\.(q|k|v|o)_proj",
+        "rank_pattern": ranks,
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert bounded(tmp_path, lambda: ta.import_peft(tmp_path)).plan.num_sites == 240
 
 
 def header(folder, tensors):

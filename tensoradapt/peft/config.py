@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.errors import FileError, SpecError
+from tensoradapt.expressions import cost
 from tensoradapt.peft.patterns import ends, valued
 from tensoradapt.peft.trained import Trained
 from tensoradapt.sites import check_regular, read_object
 
+MAX_STEPS, LONG = 300_000_000, 100  # of all expressions on all modules, a few seconds; characters of a long path
+KEY = r"(.*\.)?({})$"
+EXPRESSIONS = {"target_modules": "{}", "exclude_modules": "{}", "layers_pattern": KEY, "rank_pattern": KEY}
+EXPRESSIONS |= {"alpha_pattern": KEY}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_BYTES, MAX_RANK = 4_000_000, 1 << 20
 _FAMILIES = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha", "VERA": ""}  # the name of alpha
@@ -82,6 +87,24 @@ class Config:
             return valued(self.values.get(patterns) or {}, path, default)
         except SpecError as error:
             raise FileError(f"{patterns} in {self.file}: {error}") from None
+
+    def check_soon(self, modules: int) -> None:
+        """Raise FileError where an expression is none, or all of them would take long on so many modules."""
+        steps = 0.0
+        for key, wrap in EXPRESSIONS.items():
+            found = self.values.get(key) or ()
+            texts = (
+                [found] if isinstance(found, str) else found if key.endswith("pattern") else ()
+            )  # a list is of names
+            try:
+                steps += sum(cost(text, LONG, wrap) for text in texts)
+            except SpecError as error:
+                raise FileError(f"{key} in {self.file}: {error}") from None
+        if steps * max(modules, 1) > MAX_STEPS:
+            raise FileError(
+                f"the expressions in {self.file} would take long on {modules} modules",
+                hint="write one rank for all, or full module paths under target_modules",
+            )
 
 
 def read_config(folder: Path) -> Config:

@@ -48,6 +48,7 @@ def import_peft(path: str | Path, *, out: str | Path | None = None, model: Model
     config = read_config(folder)
     tensors = _read(folder)
     keys = sort_keys(str(folder / WEIGHTS), config, tensors)
+    config.check_soon(len(keys.modules))
     live = {site.owner: site for site in scan(model).sites if site.index is None} if model is not None else None
     notes = _check_targets(config, keys, live)
     paths = {name: weights_of(name, keys.modules) for name in keys.modules}
