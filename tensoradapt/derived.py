@@ -143,6 +143,8 @@ class _Rows:
     def _placement(self, row: SiteRow, kind: _Kind) -> Placement:
         values = {name: tuple(v) if type(v) is list else v for name, v in vars(row).items()}
         place, slots = values.pop("place"), values.pop("slots")
+        if row.joined and not row.joined_kinds:  # older files do not say: a head has the tensor of an embedding
+            values["joined_kinds"] = ("embedding" if row.kind == "linear" else "linear",) * len(row.joined)
         site = self.stated(Site(**values))
         _check_site(site)
         _check_shape(site, slots, kind)
@@ -238,7 +240,7 @@ def _check_site(site: Site) -> None:
         raise _wrong("a site has the name of another module", path, site.owner)
     if site.rows is not None and site.rows[1] - site.rows[0] != shape[0]:
         raise _wrong(f"the rows of {path}", site.rows, f"{shape[0]} of them")
-    if len(site.joined_kinds) not in (0, len(site.joined)) or (site.joined and len(shape) > 2):
+    if len(site.joined_kinds) != len(site.joined) or (site.joined and len(shape) > 2):
         raise _wrong(f"the kinds of what is joined to {path}", site.joined_kinds, f"one for each of {site.joined}")
 
 
