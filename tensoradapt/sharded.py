@@ -23,7 +23,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, in the same memory; all of a tensor that is not sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def gathered(tensor: Tensor, name: str = "a factor") -> Tensor:
@@ -37,7 +37,7 @@ def gathered(tensor: Tensor, name: str = "a factor") -> Tensor:
             got="a parameter that DeepSpeed's ZeRO-3 keeps in pieces between its uses",
             hint="gather the parameters first: with deepspeed.zero.GatheredParameters([*model.parameters()]): ...",
         )
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_absent(tensor: Tensor | None) -> bool:
