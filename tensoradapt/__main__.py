@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
+
+try:  # `python -m` looks for modules where it is called first: in a model folder, say
+    if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
+except OSError:  # the folder is gone
+    pass
+
+import signal
 
 
 def _stopped(*_: object) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from inspect import cleandoc
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,8 +53,14 @@ def application() -> typer.Typer:
 
 def _laid_out(command: Callable[..., None]) -> str:
     """A command's help: paragraphs that fit the terminal, examples as they stand."""
-    paragraphs = cleandoc(command.__doc__ or "").split("\n\n")
+    paragraphs = cleandoc(command.__doc__ or _in_source(command)).split("\n\n")
     return "\n\n".join(f"\b\n{text}" if text.startswith("Example:") else text for text in paragraphs)
+
+
+def _in_source(command: Callable[..., None]) -> str:
+    """A command's docstring where Python has left it out (-OO)."""
+    parsed = ast.parse(Path(command.__code__.co_filename).read_text("utf-8"))
+    return next((ast.get_docstring(n) or "" for n in parsed.body if getattr(n, "name", "") == command.__name__), "")  # type: ignore[arg-type]
 
 
 def _version(wanted: bool) -> None:
@@ -94,6 +102,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     0 done, 1 a tolerance missed, 2 the input or the disk is at fault, 130 interrupted, 141 nobody reads the output.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of a path, or of a sentence
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         command = typer.main.get_command(application())
         given = list(sys.argv[1:] if arguments is None else arguments)

@@ -5,6 +5,7 @@ Invariant: no code that a folder names or holds runs, nothing is asked on standa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -98,6 +99,13 @@ def _refusal(path: Path, error: Exception, known: Container[str]) -> FileError:
             got=f"auto_map, and model_type {fields.get('model_type')!r}",
             expected="a model_type that transformers knows",
             hint="load the model where you trust its code, and give the module; or give its safetensors files",
+        )
+    if sys.flags.optimize > 1:
+        return FileError(
+            "transformers builds no model where Python leaves docstrings out",
+            got=f"PYTHONOPTIMIZE={sys.flags.optimize}",
+            expected="PYTHONOPTIMIZE=1 or less",
+            hint=f"give the safetensors files of {path.parent.name} in place of its config",
         )
     said = next(iter(str(error).splitlines()), type(error).__name__)
     return FileError(f"{path} is no config of a model that transformers can build", got=said, hint=FIT)

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tensoradapt.cli.run.words import in_options
 from tensoradapt.tables import wrapped
@@ -24,9 +24,22 @@ class Result(Protocol):
         ...
 
 
+# What stands for the one letter of our own sentences that a terminal may lack; paths may have the others.
+PLAIN = str.maketrans({"\u2026": "..."})
+
+
 def emit(text: str) -> None:
     """Print a text on stdout."""
-    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.write(_for(sys.stdout, text.rstrip("\n") + "\n"))
+
+
+def _for(stream: TextIO, text: str) -> str:
+    """A text without letters of ours that a stream's encoding lacks; what the user wrote stays."""
+    try:
+        text.encode(stream.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return text.translate(PLAIN)
+    return text
 
 
 def emit_json(values: Mapping[str, Any]) -> None:
@@ -70,4 +83,4 @@ def note(text: str) -> None:
     """Print a line beside the result, on stderr; nothing for no text."""
     if text:
         with suppress(OSError):  # a result does not fail since nobody hears what is said beside it
-            sys.stderr.write(in_options(text).rstrip("\n") + "\n")
+            sys.stderr.write(_for(sys.stderr, in_options(text).rstrip("\n") + "\n"))

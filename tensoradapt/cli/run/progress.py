@@ -116,7 +116,9 @@ def _lines(title: str) -> Iterator[Report]:
 
 @contextmanager
 def _bar(title: str) -> Iterator[Report]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(20), MofNCompleteColumn())
+    spinner = "dots" if (sys.stderr.encoding or "").lower().startswith("utf") else "line"
+    said = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(spinner), said, BarColumn(20), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         state = [Steps(0.0)]
