@@ -33,6 +33,7 @@ def main(file):
     with open(file, encoding="utf-8") as stream:
         told = json.load(stream)
     seen, codes = [], []
+    doors = [compile(source, "<doors>", "exec") for source in told["doors"]]
     from tensoradapt.cli.app import run
 
     if told["watched"]:
@@ -46,8 +47,8 @@ def main(file):
         sys.stdout.write(f"\n== {words[0]}\n")
         sys.stderr.write(f"\n== {words[0]}\n")
         codes.append(run(words))
-    for source in told["doors"]:
-        exec(source, {})
+    for door in doors:
+        exec(door, {})
     sys.stdout.flush()
     with open(told["out"], "w", encoding="utf-8") as stream:
         json.dump({"codes": codes, "seen": seen}, stream)
