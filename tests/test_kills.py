@@ -66,7 +66,7 @@ JOBS = {
     "extract": Job(commands("extract base tuned --preset lora --rank 2 --overwrite --out OUT"), whole=False),
     "analyze": Job(commands("analyze base tuned --out OUT"), few=1),
     "plot": Job(commands("plot report --format svg --out OUT"), few=1),
-    "one figure": Job(commands("plot report --figure ranks --out OUT"), "figure.svg"),
+    "one figure": Job(commands("plot report --figure ranks --out OUT"), "figure.svg", few=1),
     "budget": Job(commands("budget --model base --preset lora --target q --ranks 1:4 --out OUT"), "table.csv"),
     "plan": Job(commands("plan --model base --preset lora --target q --rank 2 --out OUT"), "spec.yaml"),
     "a spec in Python": Job(python(lambda out: ta.preset("lora", rank=3).save(out)), "spec.json"),
@@ -140,6 +140,12 @@ WAYS = {"kill": kills.kill, "interrupt": kills.interrupt, "full": kills.fill}
 CODES = {"kill": (-9,), "interrupt": (130,), "full": (2,)}
 
 
+def ways_of(job: Job, state: str, pytestconfig) -> list[str]:
+    """All of them; of a slow job, two for each state."""
+    slow = job.few == 1 and pytestconfig.getoption("--kills") != "all"
+    return [way for way in WAYS if not slow or way != {"none": "full", "old": "interrupt"}[state]]
+
+
 def steps_of(total: int, few: int, pytestconfig, seed: str) -> list[int]:
     every = range(1, total + 1)
     return list(every) if pytestconfig.getoption("--kills") == "all" else random.Random(seed).sample(every, few)
@@ -153,7 +159,7 @@ def test_nothing_is_lost_and_nothing_is_left(name, state, inputs, tmp_path, pyte
     act = job.run(str(tmp_path / "room" / job.out))
     total = kills.run(act, room_of(tmp_path, inputs, name, state)).steps
     assert total > 5
-    for way in WAYS:
+    for way in ways_of(job, state, pytestconfig):
         for at in steps_of(total, job.few, pytestconfig, f"{name} {state} {way}"):
             room = room_of(tmp_path, inputs, name, state)
             ended = kills.run(act, room, WAYS[way], at, on=way == "full")
