@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-NUMBERS = (
-    "refusals",
-    "there",
-    "fits",
-    "edits",
-    "device_starts",
-    "device_checkpoints",
-)  # where float64 makes a difference
+NUMBERS = ("refusals", "there", "fits", "device_starts", "device_checkpoints")  # where float64 makes a difference
 FILES = {"sim": [HERE / f"test_{name}.py" for name in NUMBERS], "sim-without-float64": [HERE]}
 
 
