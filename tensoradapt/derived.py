@@ -141,7 +141,7 @@ class _Rows:
         return self.kinds.setdefault((row.rule, diagram), kind)
 
     def _placement(self, row: SiteRow, kind: _Kind) -> Placement:
-        values = {name: tuple(v) if type(v) is list else v for name, v in vars(row).items()}
+        values: dict[str, Any] = {name: tuple(v) if type(v) is list else v for name, v in vars(row).items()}
         place, slots = values.pop("place"), values.pop("slots")
         if row.joined and not row.joined_kinds:  # older files do not say: a head has the tensor of an embedding
             values["joined_kinds"] = ("embedding" if row.kind == "linear" else "linear",) * len(row.joined)

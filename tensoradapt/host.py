@@ -42,8 +42,9 @@ class Host(nn.Module):
     @property
     def merged(self) -> list[str]:
         """The adapters whose deltas stand in the base, in the order in which they were merged."""
-        merges = [adapter._merge for adapter in self._modules.values() if adapter.merged]  # type: ignore[union-attr]
-        return [merge.name for merge in sorted(merges, key=lambda merge: merge.order)]  # type: ignore[union-attr,return-value]
+        adapters: list[Any] = list(self._modules.values())
+        merges = [adapter._merge for adapter in adapters if adapter.merged]
+        return [merge.name for merge in sorted(merges, key=lambda merge: merge.order)]
 
     @contextmanager
     def alone(self, act: str) -> Iterator[Host]:

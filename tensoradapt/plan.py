@@ -38,8 +38,10 @@ from tensoradapt.targets import refuse, select
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Counts that follow from shapes alone; FLOP depend on how a version lowers.
-FACTS = ("num_trainable", "num_frozen", "num_parameters", "num_extra", "num_total", "num_dense", "num_bytes")
-FACTS += ("num_sites",)
+FACTS = (
+    *("num_trainable", "num_frozen", "num_parameters", "num_extra", "num_total", "num_dense", "num_bytes"),
+    "num_sites",
+)
 START = "__start"  # the suffix of the frozen copy that a `difference` start subtracts
 
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 Item = TypeVar("Item")
 
 
-def runs(frame: FrameType | None, above: FrameType | None = None) -> bool:
+def runs(frame: object, above: FrameType | None = None) -> bool:
     """Whether a frame is on the stack of this thread, or on the one whose innermost frame is given."""
     each = above or sys._getframe(1)
     while each is not frame and each.f_back is not None:
@@ -26,7 +26,7 @@ def runs(frame: FrameType | None, above: FrameType | None = None) -> bool:
 class Running(dict[int, list[Item]], Generic[Item]):
     """Calls by thread, the innermost last; every thread changes its own list. A copy of it has none."""
 
-    def __init__(self, frame_of: Callable[[Item], FrameType]) -> None:
+    def __init__(self, frame_of: Callable[[Item], object]) -> None:
         super().__init__()
         self.frame_of = frame_of
 

@@ -50,7 +50,7 @@ class Switch:
         task = torch._C._current_graph_task_id()
         if task == -1 or (off and state.task == task):
             return not off
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         return node is None or self not in node.metadata
 
     @contextmanager
@@ -74,14 +74,18 @@ class Switch:
         """
         if not self.on or self.adds or not torch.is_grad_enabled():
             return
-        seen, left = ([t.grad_fn for t in tree_leaves(each) if isinstance(t, Tensor)] for each in (inputs, outputs))
-        seen = {*seen, None}
+        seen, left = set(_nodes(inputs)), _nodes(outputs)
         while left:
             node = left.pop()
-            if node not in seen:
+            if node is not None and node not in seen:
                 seen.add(node)
                 node.metadata[self] = True
                 left += [other for other, _ in node.next_functions]
+
+
+def _nodes(tree: Any) -> list[Any]:
+    """The nodes of autograd's graph that made the tensors of a tree; `None` for one that nothing made."""
+    return [tensor.grad_fn for tensor in tree_leaves(tree) if isinstance(tensor, Tensor)]
 
 
 def _made(on: bool) -> Switch:
