@@ -63,8 +63,9 @@ class Fit:
         if all(tensor.device == device for tensor in (*self.factors.values(), *self.spectra.values())):
             return self
         homes = {torch.float64: home_of(device)}
+        free = device.type == "cuda"  # what is uploaded there is copied before the call returns: nobody has to wait
         factors, spectra = (
-            {name: tensor.to(homes.get(tensor.dtype, device)) for name, tensor in held.items()}
+            {name: tensor.to(homes.get(tensor.dtype, device), non_blocking=free) for name, tensor in held.items()}
             for held in (self.factors, self.spectra)
         )
         return replace(self, factors=factors, spectra=spectra)

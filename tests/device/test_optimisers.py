@@ -29,7 +29,8 @@ TREES: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
     "Stiefel of LoTR": ("lotr", {"rank": 3}, lambda a: ta.optim.Stiefel(a, torch.optim.SGD, lr=1e-2)),
     "Stiefel by QR": ("lotr", {"rank": 3}, lambda a: ta.optim.Stiefel(a, retraction="qr", lr=1e-2)),
 }
-OTHERS = {"LoRAPro of CP": ("lorta", {"rank": 3, "heads": 4}, lambda a: ta.optim.LoRAPro(a, lr=1e-2))}
+# Damped, and in short steps: on random gradients others grow without end, and rounding with them.
+OTHERS = {"LoRAPro of CP": ("lorta", {"rank": 3, "heads": 4}, lambda a: ta.optim.LoRAPro(a, lr=1e-4, damping=1e-2))}
 LOOK = 32  # iterations of conjugate gradients from one question to the next
 MOST = ta.optim.LoRAPro.max_iterations // LOOK + 1
 

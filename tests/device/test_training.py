@@ -153,7 +153,8 @@ OURS = {
     "Stiefel by QR": lambda model, adapter: Stiefel(adapter, lr=0.01, retraction="qr"),
     "rates by role": lambda model, adapter: torch.optim.AdamW(parameter_groups(adapter, lr=0.01)),
     "GaLore": galore,
-    "GaLore of a group": lambda model, adapter: galore(model, adapter, projector="group"),
+    # Adam divides what is nearly zero by itself: with its usual eps, rounding alone moves these steps by 4e-3.
+    "GaLore of a group": lambda model, adapter: galore(model, adapter, projector="group", eps=1e-3),
 }
 
 
