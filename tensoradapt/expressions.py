@@ -234,17 +234,18 @@ def _ends(tree: Any, starts: int, text: _Text) -> int:
         elif code is codes.AT:
             starts &= text.at(argument)
         elif code in _REPEATS:
-            starts = _repeat(*argument, starts, text)
+            starts = _repeat(argument, starts, text)
         elif code in _LOOKS:
-            seen = sum(at for at in _each(starts) if _sees(*argument, at, text))
+            seen = _union(at for at in _each(starts) if _sees(argument, at, text))
             starts = seen if code is codes.ASSERT else starts & ~seen
         else:
             starts = _union(_ends(part, starts, text) for part in _parts(code, argument))
     return starts
 
 
-def _sees(direction: int, body: Any, at: int, text: _Text) -> bool:
+def _sees(argument: Any, at: int, text: _Text) -> bool:
     """Whether an expression begins at a place; or ends there, all of whose texts are of one length."""
+    direction, body = argument
     if direction > 0:
         return bool(_ends(body, at, text))
     return bool(_ends(body, at >> body.getwidth()[0], text) & at)
@@ -264,7 +265,8 @@ def _each(places: int) -> Iterator[int]:
         places ^= last
 
 
-def _repeat(low: int, high: Any, body: Any, starts: int, text: _Text) -> int:
+def _repeat(argument: Any, starts: int, text: _Text) -> int:
+    low, high, body = argument
     for _ in range(low):
         starts = _ends(body, starts, text)
     if _is_run(low, high, body):

@@ -225,7 +225,8 @@ def _shape(file: Path, name: str, entry: Any) -> tuple[int, ...]:
 
     Whether the file goes on so far is not asked: a header alone is planned too.
     """
-    shape, place, dtype = (entry.get(key) if isinstance(entry, dict) else None for key in ("shape", *PLACED))
+    known: Any = entry if isinstance(entry, dict) else {}
+    shape, place, dtype = (known.get(key) for key in ("shape", *PLACED))
     if not _are_sizes(shape):
         raise FileError(f"{file} has no shape for {name!r}", got=shape, hint="download or save it again")
     if not _are_sizes(place) or len(place) != 2 or place[0] > place[1]:

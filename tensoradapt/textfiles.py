@@ -125,7 +125,7 @@ class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
         return root
 
 
-def _inside(node: yaml.Node) -> list[yaml.Node]:
+def _inside(node: Any) -> list[yaml.Node]:
     """The nodes of a list or a mapping. Raises SpecError where the node is nothing that JSON has."""
     kind = PLAIN.get(node.tag)
     if kind != node.id or (node.tag == "tag:yaml.org,2002:bool" and node.value.lower() not in BOOLS):
