@@ -33,8 +33,9 @@ BITS = {
     **{"U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
     **{"F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4},
 }
-MAX_EXPERTS, MAX_DIMS = 4096, 64  # of one tensor
+MAX_DIMS = 64  # of one tensor
 MAX_NAMED = 10_000  # experts of a header whose tensors are not there; behind it, one for every kilobyte
+MAX_NAME = 1000  # characters of a tensor's name
 MAX_HEADER_BYTES = 100_000_000
 LISTED = 12  # subfolders in an error
 
@@ -119,10 +120,6 @@ def by_pattern(pattern: str, path: str) -> Coordinates | None:
 
 def expert_sites(tensor: str, shape: Sequence[int], layout: str = "as stored") -> list[Site]:
     """The experts of a 3-D parameter, (expert, out, in) or (expert, in, out): one site each."""
-    if shape[0] > MAX_EXPERTS:
-        raise ShapeError(
-            f"{tensor} has more experts than can be served", got=shape[0], expected=f"at most {MAX_EXPERTS}"
-        )
     side = tuple(shape[:0:-1] if layout == "in out" else shape[1:])
     path = tensor.removesuffix(".weight")
     return [
@@ -263,6 +260,8 @@ def read_header(file: Path) -> dict[str, Any]:
         raise FileError(f"{file} cannot be read as safetensors", got=str(error)) from None
     if header is None:
         raise _headless(file, first, rest)
+    if long := next((name for name in header if len(name) > MAX_NAME), None):
+        raise FileError(f"{file} has a name of {len(long):,} characters", expected=f"at most {MAX_NAME}")
     return header
 
 

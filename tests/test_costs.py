@@ -6,10 +6,12 @@ import pytest
 import torch
 import yaml
 from fuzz.limits import watched
+from fuzz.readers import BERT, LLAMA, MIXTRAL
 from safetensors.torch import save_file
 
 import tensoradapt as ta
 from tensoradapt.folds import fold
+from tensoradapt.io import config as config_module
 
 SHAPES = {f"encoder.layer.{k}.self.{role}": (96, 96) for k in range(12) for role in ("query", "key", "value")}
 LORA = {"preset": "lora", "rank": 2}
@@ -168,6 +170,35 @@ def test_a_header_that_names_what_nobody_stored_is_refused_soon(name, tmp_path):
     file = header(tmp_path, HEADERS[name])
     found = bounded(tmp_path, lambda: ta.plan(ta.Rule(**LORA, targets=("all-linear",)), file))
     assert isinstance(found, ta.FileError)
+
+
+NAMES = ["layers." + "9" * 5000 + ".q", ".".join("a" * 50_000), "layers.1." * 5000 + "q", "experts." * 5000]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_of_any_length_is_read_or_refused_soon(name, tmp_path):
+    file = header(tmp_path, {f"{name}.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}})
+    found = bounded(tmp_path, lambda: ta.plan(ta.Rule(**LORA, targets=("all-linear",)), file))
+    assert isinstance(found, ta.FileError)
+
+
+COUNTS = {"num_hidden_layers": (10**9, 20_000, 1025), "num_labels": (10**9,), "num_local_experts": (10**9, 10**6)}
+
+
+@pytest.mark.parametrize(("key", "many"), [(key, many) for key, values in COUNTS.items() for many in values])
+@pytest.mark.parametrize("config", [BERT, LLAMA, MIXTRAL], ids=["bert", "llama", "mixtral"])
+def test_a_config_that_counts_by_the_thousand_is_refused_soon(config, key, many, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**config, key: many}))
+    found = bounded(tmp_path, lambda: ta.plan(ta.Rule(**LORA, targets=("all-linear",)), tmp_path))
+    assert isinstance(found, ta.FileError) and f"counts too many of {key}" in str(found)
+
+
+def test_a_config_that_multiplies_its_counts_is_refused_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_module, "MAX_MODULES", 500)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 100}))
+    with pytest.raises(ta.FileError, match="more than 500 modules"):
+        ta.plan(ta.Rule(**LORA, targets=("all-linear",)), tmp_path)
+    assert ta.plan(ta.Rule(**LORA, targets=("all-linear",)), {"a.q": (2, 2)}).num_sites == 1
 
 
 def test_a_header_alone_is_planned(tmp_path):

@@ -5,14 +5,18 @@ Invariant: no code that a folder names or holds runs, nothing is asked on standa
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Container, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from tensoradapt.errors import FileError
 from tensoradapt.sites import read_object
@@ -21,6 +25,12 @@ from tensoradapt.sites import read_object
 COMPUTED = ("_attn_implementation", "_experts_implementation", "attn_implementation", "experts_implementation")
 PLAIN = ("eager", "sdpa")
 ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")  # of timm's models: read from there when they are made
+MAX_MODULES = 1 << 17  # the largest models of experts that are modules each have half as many
+COUNTED = {  # fields that say how many of something are made, and the most of it that any model comes near to
+    re.compile(r"^n(um)?_.*(layer|block|stage|repeat|depth)|(layers|depths?|blocks|stages|repeats)$"): 1024,
+    re.compile(r"^n(um)?_.*expert|experts$"): 1 << 14,
+    re.compile(r"^n(um)?_.*label"): 1 << 16,
+}
 FIT = "give the model's own config.json, or its safetensors files"
 
 
@@ -49,18 +59,55 @@ def built(path: Path) -> nn.Module:
         raise FileError(
             "reading a config needs transformers", hint='pip install "tensoradapt[hf]", or give the safetensors file'
         ) from None
+    _check_counts(path, _fields(path))
     try:
         folder = path.parent if path.name == "config.json" else path
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _disarm(config)
         classes = list(_classes(transformers, config.architectures))
-        with torch.device("meta"):
+        with _bounded(), torch.device("meta"):
             made = (
                 classes[0](config) if classes else transformers.AutoModel.from_config(config, trust_remote_code=False)
             )
     except Exception as error:  # whatever a model's constructor makes of sizes that do not fit
         raise _refusal(path, error, transformers.CONFIG_MAPPING) from None
+    experts = sum(p.shape[0] for name, p in made.named_parameters() if p.dim() == 3 and "expert" in name)
+    if experts > MAX_MODULES:
+        raise FileError(
+            f"{path} describes too many experts", got=experts, expected=f"at most {MAX_MODULES:,}", hint=FIT
+        )
     return made  # type: ignore[no-any-return]
+
+
+def _check_counts(path: Path, fields: Any, name: str = "") -> None:
+    """Raise FileError where a config counts more layers, experts or labels than any model has, made one by one."""
+    inner = fields.items() if isinstance(fields, dict) else [(name, one) for one in fields]
+    for key, value in inner:
+        if isinstance(value, dict | list):
+            _check_counts(path, value, key)
+        elif type(value) is int and (most := _most(key)) is not None and value > most:
+            raise FileError(f"{path} counts too many of {key}", got=value, expected=f"at most {most:,}", hint=FIT)
+
+
+def _most(key: str) -> int | None:
+    """The most of what a field counts; None where it counts nothing that is made one by one."""
+    return next((most for kind, most in COUNTED.items() if kind.search(key)), None)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Raise ValueError in this thread where more modules are made than any model has."""
+    here, made = get_ident(), count()
+
+    def see(*_: object) -> None:
+        if get_ident() == here and next(made) > MAX_MODULES:
+            raise ValueError(f"it describes more than {MAX_MODULES:,} modules")
+
+    handle = register_module_module_registration_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _classes(transformers: Any, names: Any) -> Iterator[Any]:

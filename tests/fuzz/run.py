@@ -108,7 +108,7 @@ def slice_of(name: str, seed: int, seconds: float, known: list[str]) -> Tally:
             said, code = "no answer", "timeout"
         if code == 0:
             return Tally(**json.loads(found.stdout.splitlines()[-1]))
-        kept = HERE / "corpus" / name / f"died-{seed}"
+        kept = HERE / "corpus" / name / f"0-died-{seed}"
         if current.exists():
             shutil.copytree(current, kept, dirs_exist_ok=True)
         return Tally(name, {"died": 1}, {f"process ended with {code}": f"{said}\n    kept in {kept}"})
