@@ -140,7 +140,7 @@ def _disarm(part: Any) -> None:
 def _refusal(path: Path, error: Exception, known: Container[str]) -> FileError:
     """The error on a config that no class of transformers can be built of."""
     fields = _fields(path)
-    if "auto_map" in fields and fields.get("model_type") not in known:
+    if "auto_map" in fields and str(fields.get("model_type")) not in known:
         return FileError(
             f"{path} describes a model by code of its own, which is never run",
             got=f"auto_map, and model_type {fields.get('model_type')!r}",

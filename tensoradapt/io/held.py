@@ -32,14 +32,23 @@ class Held:
     tensors: Mapping[str, Tensor]
     files: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    copied: dict[tuple[str, int], Tensor] = field(default_factory=dict, compare=False, repr=False)  # the last one
 
     def __iter__(self) -> Listing:
         for name, tensor in self.tensors.items():
             yield name, tuple(tensor.shape), tensor.dtype, None
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        return self.tensors[name].detach().cpu()
+        """One tensor, on the CPU. A large one is read in many strips: its copy from a device is kept until the next."""
+        tensor = self.tensors[name].detach()
+        if tensor.device.type == "cpu" or tensor.is_inference():
+            return tensor.cpu()
+        as_it_is = name, tensor._version
+        if (copy := self.copied.get(as_it_is)) is None:
+            copy = tensor.cpu()
+            self.copied.clear()
+            self.copied[as_it_is] = copy
+        return copy
 
     def check(self, name: str) -> None:
         """Nothing: no file can change."""

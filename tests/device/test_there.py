@@ -61,6 +61,19 @@ def test_a_delta_comes_from_the_device_whatever_was_stored(device):
                 assert square == pytest.approx(wanted.change(name)[1], rel=1e-4)
 
 
+def test_strips_of_a_weight_on_a_device_copy_it_once(device):
+    """A head is read in hundreds of strips: each of them copied all of it."""
+    here, there = (side.state_dict() for side in sides(torch.float32))
+    found = open_source(*({name: tensor.to(device) for name, tensor in side.items()} for side in (here, there)))
+    path = found.sites[0].path
+    with simulated.host_syncs() as counted:
+        strips = [found.strip(path, slice(at, at + 1)) for at in range(4)]
+    assert sum(sync.kind == "copy" for sync in counted.waits) == 2, counted.table()
+    wanted = open_source(here, there)
+    for at, strip in enumerate(strips):
+        assert torch.equal(strip, wanted.strip(path, slice(at, at + 1)))
+
+
 def test_the_benchmarks_of_a_gpu_run_there_at_small_sizes(device):
     assert fitted((3, 48, 32), device)[1] < 0.5
     assert analysed((1, 32, 48, 64), device)[2] == 9
