@@ -11,6 +11,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import tensoradapt as ta
 from tensoradapt.cli.app import run
@@ -325,7 +326,16 @@ def test_files_without_a_fingerprint_load_in_silence(tmp_path):
         assert b"/home/me" not in (tmp_path / "again" / FILE).read_bytes()
 
 
-def test_a_fingerprint_reads_a_few_entries_alone(monkeypatch):
+@pytest.mark.parametrize("layers", [8, 64, 80])
+def test_every_role_is_looked_at_in_a_large_model(layers):
+    model = nn.ModuleList(nn.ModuleDict({f"r{k}": nn.Linear(4, 4) for k in range(7)}) for _ in range(layers))
+    adapter = ta.attach(model, SPEC)
+    found = list(adapter.base["weights"])
+    assert {path.rpartition(".")[2] for path in found} == {f"r{k}" for k in range(7)} and 48 <= len(found) <= 64
+    assert len({path.partition(".")[0] for path in found}) > min(layers, 64) // 2
+
+
+def test_a_fingerprint_reads_a_few_entries_alone():
     """Of a weight that is larger than memory: its pages are made up as they are read."""
     huge = torch.zeros(1).expand(1 << 20, 1 << 20)
     assert samples(huge).shape == (SAMPLES,)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -64,8 +63,14 @@ def recorded(base: Mapping[str, Any]) -> Fingerprint:
 def fingerprint(plan: Plan, read: Read) -> Fingerprint:
     """The fingerprint of the weights that a plan adapts, of those of them that are at hand."""
     held = _weights(plan)
-    step = max(1, math.ceil(len(held) / LOOKED_AT))
-    return {path: row for path in [*held][::step] if (row := _row(held[path], read))}
+    paths = list(held)
+    taken = range(len(held)) if len(held) <= LOOKED_AT else sorted(set(_spread(LOOKED_AT, len(held))))
+    return {paths[k]: row for k in taken if (row := _row(held[paths[k]], read))}
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """Places below a total that lie evenly, and at no distance that roles or rows could have."""
+    return [(k * GOLDEN % 2**64) * total >> 64 for k in range(1, count + 1)]
 
 
 def _weights(plan: Plan) -> dict[str, Site]:
@@ -86,8 +91,7 @@ def _row(site: Site, read: Read) -> dict[str, str]:
 
 def samples(tensor: Tensor) -> Tensor:
     """Some entries of a tensor, on the CPU: no other is read, wherever it lies.  Shape: (SAMPLES,)."""
-    at = [(k * GOLDEN % 2**64) * tensor.numel() >> 64 for k in range(1, SAMPLES + 1)]
-    places = torch.unravel_index(torch.tensor(at), tensor.shape)
+    places = torch.unravel_index(torch.tensor(_spread(SAMPLES, tensor.numel())), tensor.shape)
     return tensor.detach()[tuple(place.to(tensor.device) for place in places)].cpu()
 
 
