@@ -43,6 +43,7 @@ def main(file):
 
         watch(told["watched"], seen)
     for words in told["commands"]:
+        words = [os.fsdecode(word.encode()) for word in words]  # as Python decodes what it is called with
         sys.argv = ["tensoradapt", *words]
         sys.stdout.write(f"\n== {words[0]}\n")
         sys.stderr.write(f"\n== {words[0]}\n")

@@ -119,7 +119,7 @@ for a in (o + "/adapter", o + "/again", o + "/peft"):
     door(ta.open_adapter, a)
 door(ta.Spec.load, o + "/spec.yaml")
 """
-MODELS = {"known": {}, "unknown": {"model_type": "evil"}, "another class": {"architectures": ["EvilModel"]}}
+MODELS = {"known": {}, "unknown": {"model_type": "evil"}}
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
@@ -162,7 +162,6 @@ PLACES = {
     "the C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     "a home that cannot be written": {"HOME": "/dev/null/home", "MPLCONFIGDIR": None, "HF_HOME": None},
     "no home": {"HOME": None, "MPLCONFIGDIR": None, "HF_HOME": None},
-    "no asserts": {"PYTHONOPTIMIZE": "1"},
 }
 
 
@@ -174,8 +173,10 @@ def test_every_command_works_there(environment, tmp_path):
     assert codes == [0] * len(codes) and last == AT_FAULT, told.decode(errors="replace")[-2000:]
     assert b"Traceback" not in told and b"Error" not in told
     assert b"\\u2026" not in printed + told  # our own letters have others that stand for them
+    letters = {"ascii": b"mod\\xe8le\\u2192\\xfc", "latin-1": b"mod\xe8le\\u2192\xfc"}
+    assert letters.get(environment.get("PYTHONIOENCODING"), b"") in told
     if environment.get("PYTHONIOENCODING") == "ascii" or "LC_ALL" in environment:
-        assert (printed + told).isascii() and b"mod\\xe8le\\u2192" in told
+        assert (printed + told).isascii()
 
     assert (tmp_path / LETTERS / "out/report/report.html").is_file()
 

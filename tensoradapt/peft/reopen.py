@@ -59,7 +59,7 @@ def reopened(folder: Path, modules: Sequence[Module], trained: Trained, model: n
     """Who re-opened a folder, and the deltas that it found there, (out, in) whatever the layout."""
     try:
         import peft
-    except ImportError:
+    except (ImportError, ValueError):  # the latter where Python leaves out the docstrings that transformers reads
         return BY_FILE, _by_file(folder)
     if model is not None:
         loaded = _opened(folder, emptied(model, trained.tensors))

@@ -23,7 +23,7 @@ def _moves(name: str, model: nn.Module) -> bool:
     try:
         from peft import LoraConfig
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # no PEFT, or one that leaves targets as they are
+    except (ImportError, ValueError):  # no PEFT, or one that leaves targets as they are
         return False
     config = LoraConfig(target_modules=[name])
     try:
