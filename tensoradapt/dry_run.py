@@ -6,7 +6,7 @@ Invariant: modes, buffers and random states are afterwards what they were.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,7 @@ def _as_it_was(model: nn.Module, *, train: bool, grad: bool) -> Iterator[None]:
     """Run a model in one mode; afterwards modes, buffers and random states are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if train else []
-    used = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
-    with torch.random.fork_rng(sorted(used)), torch.set_grad_enabled(grad):  # every one there is would be woken
+    with _forked(model), torch.set_grad_enabled(grad):
         try:
             model.train(train)
             yield
@@ -51,6 +50,18 @@ def _as_it_was(model: nn.Module, *, train: bool, grad: bool) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def _forked(model: nn.Module) -> Iterator[None]:
+    """Leave the random states of the CPU, and of the GPUs that hold the model, as they were; no other one is woken."""
+    used = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        for kind in ("cuda", "xpu"):  # those that have a generator for each index
+            if indices := sorted(device.index for device in used if device.type == kind):
+                stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
+        yield
 
 
 def dry_run(model: nn.Module, source: Source, batch: Any, *, train: bool, grad: bool) -> Reach:

@@ -140,7 +140,8 @@ class Deltas:
     def _there(self, base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides where they are subtracted: on the CPU where the device has no float64, and one of them is that."""
         where = home_of(self.device) if torch.float64 in (base.dtype, tuned.dtype) else self.device
-        return base.to(where), tuned.to(where)
+        free = where.type == "cuda"  # what is uploaded there is copied before the call returns: nobody has to wait
+        return base.to(where, non_blocking=free), tuned.to(where, non_blocking=free)
 
     def _refuse_nonfinite(self, pair: Pair, dtype: torch.dtype) -> NoReturn:
         counts = self.nonfinite(pair.site.path)
