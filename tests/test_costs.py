@@ -193,6 +193,17 @@ def test_a_config_that_counts_by_the_thousand_is_refused_soon(config, key, many,
     assert isinstance(found, ta.FileError) and f"counts too many of {key}" in str(found)
 
 
+def test_a_config_that_hides_its_counts_is_refused_soon(tmp_path):
+    many = json.dumps({**LLAMA, "num_hidden_layers": 10**9})
+    (tmp_path / "config.json").write_text('{"model_type": "llama", ' + many[1:])  # a key twice
+    with pytest.raises(ta.FileError, match="counts too many"):
+        ta.plan(ta.Rule(**LORA, targets=("all-linear",)), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "configuration_files": ["config.4.0.json"]}))
+    (tmp_path / "config.4.0.json").write_text(many)
+    with pytest.raises(ta.FileError, match="counts too many"):
+        ta.plan(ta.Rule(**LORA, targets=("all-linear",)), tmp_path)
+
+
 def test_a_config_that_multiplies_its_counts_is_refused_soon(tmp_path, monkeypatch):
     monkeypatch.setattr(config_module, "MAX_MODULES", 500)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": 100}))

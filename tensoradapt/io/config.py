@@ -5,6 +5,7 @@ Invariant: no code that a folder names or holds runs, nothing is asked on standa
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Container, Iterator
@@ -59,7 +60,8 @@ def built(path: Path) -> nn.Module:
         raise FileError(
             "reading a config needs transformers", hint='pip install "tensoradapt[hf]", or give the safetensors file'
         ) from None
-    _check_counts(path, _fields(path))
+    for file in (path, *path.parent.glob("config.*.json")):  # a config can name one of another version beside it
+        _check_counts(file, _read(file))
     try:
         folder = path.parent if path.name == "config.json" else path
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -77,6 +79,14 @@ def built(path: Path) -> nn.Module:
             f"{path} describes too many experts", got=experts, expected=f"at most {MAX_MODULES:,}", hint=FIT
         )
     return made  # type: ignore[no-any-return]
+
+
+def _read(file: Path) -> Any:
+    """A config's JSON as transformers reads it: of a key that is there twice the last; nothing where it is none."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text("utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _check_counts(path: Path, fields: Any, name: str = "") -> None:
@@ -141,9 +151,11 @@ def _refusal(path: Path, error: Exception, known: Container[str]) -> FileError:
     """The error on a config that no class of transformers can be built of."""
     fields = _fields(path)
     if "auto_map" in fields and str(fields.get("model_type")) not in known:
+    kind = fields.get("model_type")
+    if "auto_map" in fields and not (isinstance(kind, str) and kind in known):
         return FileError(
             f"{path} describes a model by code of its own, which is never run",
-            got=f"auto_map, and model_type {fields.get('model_type')!r}",
+            got=f"auto_map, and model_type {kind!r}",
             expected="a model_type that transformers knows",
             hint="load the model where you trust its code, and give the module; or give its safetensors files",
         )

@@ -7,12 +7,12 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensoradapt.errors import SpecError
+from tensoradapt.errors import FileError, SpecError
 from tensoradapt.plots.front import front_caption, plot_front
 from tensoradapt.plots.heat import plot_ranks, ranks_caption
 from tensoradapt.plots.modes import modes_caption, plot_modes
 from tensoradapt.plots.page import checked, save
-from tensoradapt.plots.reading import check_report
+from tensoradapt.plots.reading import check_report, consistent
 from tensoradapt.plots.shares import parameters_caption, plot_parameters
 from tensoradapt.plots.sheet import sheet
 from tensoradapt.plots.similarity import plot_similarity, similarity_caption
@@ -53,7 +53,9 @@ def draw_figure(
     """
     target, data = checked(path), _data(report)
     draw, _ = _named(name, choices)
-    figure = draw(data, sheet(ax, figsize, labels, colors), **choices)
+    page = sheet(ax, figsize, labels, colors)
+    with consistent():
+        figure = draw(data, page, **choices)
     save(figure, target)
     return figure
 
@@ -61,7 +63,9 @@ def draw_figure(
 def caption(report: Any, name: str, **choices: Any) -> str:
     """What to read off a figure, in sentences. Raises as `draw_figure` does."""
     data = _data(report)
-    return _named(name, choices)[1](data, **choices)
+    say = _named(name, choices)[1]
+    with consistent():
+        return say(data, **choices)
 
 
 def _data(report: Any) -> Report:
@@ -78,8 +82,9 @@ def drawable(report: Report) -> tuple[str, ...]:
 
 def _works(said: Callable[..., str], report: Report) -> bool:
     try:
-        said(report)
-    except SpecError:
+        with consistent():
+            said(report)
+    except (SpecError, FileError):
         return False
     return True
 

@@ -27,7 +27,7 @@ from tensoradapt.plots.answer import (
 from tensoradapt.plots.figures import FIGURES, caption
 from tensoradapt.plots.page import INCH, WRITTEN, writing
 from tensoradapt.plots.panels import PAGE
-from tensoradapt.plots.reading import check_report
+from tensoradapt.plots.reading import check_report, consistent
 from tensoradapt.plots.sheet import sheet
 from tensoradapt.plots.words import figures, has_noise, listed, percent, plain, proposed, rule_words, some
 
@@ -52,6 +52,11 @@ ADDRESSED = re.compile(r'(\bid="|url\(#|href="#)')
 def render_html(report: Report) -> str:
     """The report as one self-contained page of HTML. Raises FileError on what is no report (`check_report`)."""
     check_report(report)
+    with consistent():
+        return _page(report)
+
+
+def _page(report: Report) -> str:
     here = files("tensoradapt.plots")
     title = _path(sides_words(report).replace("->", "→"))
     body = [

@@ -6,13 +6,14 @@ Invariant: what `check_report` lets through has every key that is drawn, of the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tensoradapt.errors import FileError
+from tensoradapt.errors import FileError, TensorAdaptError
 from tensoradapt.paths import expand
 
 FORMAT, VERSION = "tensoradapt.report", 1
@@ -230,20 +231,31 @@ def read_report(path: str | Path) -> dict[str, Any]:
     path = expand(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise FileError(f"{path} is too large for a report", got=f"{path.stat().st_size:,} bytes")
+            raise FileError(f"{path} is too large for a report", expected=f"at most {MAX_BYTES:,} bytes")
         data = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise FileError(
-            f"there is no report at {path}", got=error.strerror, hint="give the report.json that analyze wrote"
-        ) from error
+        hint = "give the report.json that analyze wrote"
+        raise FileError(f"there is no report at {path}", got=error.strerror, hint=hint) from error
+    except FileError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(
             f"{path} is damaged or no JSON", got=str(error), hint="write it again: tensoradapt analyze BASE TUNED"
         ) from error
     check_report(data)
     return data
+
+
+@contextmanager
+def consistent() -> Iterator[None]:
+    """Raise FileError where values of a report contradict each other: what they run into is the error's cause."""
+    try:
+        yield
+    except TensorAdaptError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise FileError("values of the report contradict each other", got=said) from error
 
 
 def check_report(data: Any) -> None:
@@ -296,6 +308,9 @@ def _check_references(data: Mapping[str, Any]) -> None:
             if len(energy.get(key, ())) != many:
                 key = _written(("groups", name, "shared_energy", key))
                 raise FileError(f"the report's key {key} is wrong", expected=f"{many} numbers, one for each rank")
+        if len({len(energy.get(key, ())) for key in ("rank", "shared", "private")}) > 1:
+            key = _written(("groups", name, "shared_energy"))
+            raise FileError(f"the report's key {key} is wrong", expected="as many of shared and of private as of rank")
     chosen = data["choice"]
     if chosen is not None and chosen["label"] not in [candidate["label"] for candidate in data["candidates"]]:
         raise FileError("the report's key choice.label is wrong", got=chosen["label"], expected="a candidate's label")
