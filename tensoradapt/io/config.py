@@ -150,7 +150,6 @@ def _disarm(part: Any) -> None:
 def _refusal(path: Path, error: Exception, known: Container[str]) -> FileError:
     """The error on a config that no class of transformers can be built of."""
     fields = _fields(path)
-    if "auto_map" in fields and str(fields.get("model_type")) not in known:
     kind = fields.get("model_type")
     if "auto_map" in fields and not (isinstance(kind, str) and kind in known):
         return FileError(

@@ -304,13 +304,9 @@ def _check_references(data: Mapping[str, Any]) -> None:
                 raise FileError(f"the report's key {key} is wrong", expected=f"{many} rows of {many} numbers")
         energy = group.get("shared_energy") or {}
         many = len(energy.get("rank", ()))
-        for key in ("shared", "private"):
-            if len(energy.get(key, ())) != many:
-                key = _written(("groups", name, "shared_energy", key))
-                raise FileError(f"the report's key {key} is wrong", expected=f"{many} numbers, one for each rank")
-        if len({len(energy.get(key, ())) for key in ("rank", "shared", "private")}) > 1:
-            key = _written(("groups", name, "shared_energy"))
-            raise FileError(f"the report's key {key} is wrong", expected="as many of shared and of private as of rank")
+        if wrong := [key for key in ("shared", "private") if len(energy.get(key, ())) != many]:
+            key = _written(("groups", name, "shared_energy", wrong[0]))
+            raise FileError(f"the report's key {key} is wrong", expected=f"{many} numbers, one for each rank")
     chosen = data["choice"]
     if chosen is not None and chosen["label"] not in [candidate["label"] for candidate in data["candidates"]]:
         raise FileError("the report's key choice.label is wrong", got=chosen["label"], expected="a candidate's label")
