@@ -35,7 +35,7 @@ BITS = {
 }
 MAX_DIMS = 64  # of one tensor
 MAX_NAMED = 10_000  # experts of a header whose tensors are not there; behind it, one for every kilobyte
-MAX_NAME = 1000  # characters of a tensor's name
+MAX_NAME = 8192  # characters of a tensor's name
 MAX_HEADER_BYTES = 100_000_000
 LISTED = 12  # subfolders in an error
 
@@ -261,7 +261,7 @@ def read_header(file: Path) -> dict[str, Any]:
     if header is None:
         raise _headless(file, first, rest)
     if long := next((name for name in header if len(name) > MAX_NAME), None):
-        raise FileError(f"{file} has a name of {len(long):,} characters", expected=f"at most {MAX_NAME}")
+        raise FileError(f"{file} has a name of {len(long):,} characters", expected=f"at most {MAX_NAME:,}")
     return header
 
 
