@@ -36,6 +36,7 @@ BITS = {
 MAX_DIMS = 64  # of one tensor
 MAX_NAMED = 10_000  # experts of a header whose tensors are not there; behind it, one for every kilobyte
 MAX_NAME = 8192  # characters of a tensor's name
+NO_NUMBER = re.compile(r"\d{1000}")
 MAX_HEADER_BYTES = 100_000_000
 LISTED = 12  # subfolders in an error
 
@@ -262,6 +263,8 @@ def read_header(file: Path) -> dict[str, Any]:
         raise _headless(file, first, rest)
     if long := next((name for name in header if len(name) > MAX_NAME), None):
         raise FileError(f"{file} has a name of {len(long):,} characters", expected=f"at most {MAX_NAME:,}")
+    if odd := next((name for name in header if NO_NUMBER.search(name)), None):
+        raise FileError(f"{file} has a name with a number that counts nothing", got=f"{odd[:80]!r}")
     return header
 
 
