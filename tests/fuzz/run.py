@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -128,7 +129,7 @@ def tried(name: str, seed: int, seconds: float, current: Path, known: set[str]) 
     from hypothesis.errors import HypothesisException
 
     reader, counts, tally = warmed(name), Counter(), Tally(name)
-    until, before = time.monotonic() + seconds, held()
+    until = time.monotonic() + seconds
     limit = int(time.process_time() + seconds + 400)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 30))
 
@@ -136,7 +137,9 @@ def tried(name: str, seed: int, seconds: float, current: Path, known: set[str]) 
         """The escape of an input that is not known yet."""
         shutil.rmtree(current, ignore_errors=True)
         laid(files, current)
+        before = held()
         found = outcome(reader, files)
+        tally.megabytes += held() - before  # what making the input took is no reader's
         counts[found.word] += 1
         return found if found.escaped and found.place not in known else None
 
@@ -170,11 +173,9 @@ def tried(name: str, seed: int, seconds: float, current: Path, known: set[str]) 
             tally.escapes[found.place] = f"{found.said[:500]}\n    kept in {keep(reader, files)}"
         found_here.clear()
 
-    number = seed * 100_003
-    while time.monotonic() < until:
+    for number in takewhile(lambda _: time.monotonic() < until, count(seed * 100_003)):
         batch(number)
-        number += 1
-    tally.words, tally.megabytes = dict(counts), held() - before
+    tally.words = dict(counts)
     if tally.megabytes > GROWTH:
         tally.escapes["memory"] = f"the process grew by {tally.megabytes:.0f} MB"
     return tally
