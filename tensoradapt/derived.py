@@ -240,7 +240,7 @@ def _check_site(site: Site) -> None:
         raise _wrong("a site has the name of another module", path, site.owner)
     if site.rows is not None and site.rows[1] - site.rows[0] != shape[0]:
         raise _wrong(f"the rows of {path}", site.rows, f"{shape[0]} of them")
-    if len(site.joined_kinds) != len(site.joined) or (site.joined and len(shape) > 2):
+    if len(site.joined_kinds) != len(site.joined):
         raise _wrong(f"the kinds of what is joined to {path}", site.joined_kinds, f"one for each of {site.joined}")
 
 
