@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tensoradapt.diagram import Diagram
 from tensoradapt.interchange import from_diagram
-from tensoradapt.linalg import double, home_of
+from tensoradapt.linalg import double, home_of, moved
 from tensoradapt.lower import dense
 
 
@@ -63,9 +63,8 @@ class Fit:
         if all(tensor.device == device for tensor in (*self.factors.values(), *self.spectra.values())):
             return self
         homes = {torch.float64: home_of(device)}
-        free = device.type == "cuda"  # what is uploaded there is copied before the call returns: nobody has to wait
         factors, spectra = (
-            {name: tensor.to(homes.get(tensor.dtype, device), non_blocking=free) for name, tensor in held.items()}
+            {name: moved(tensor, homes.get(tensor.dtype, device)) for name, tensor in held.items()}
             for held in (self.factors, self.spectra)
         )
         return replace(self, factors=factors, spectra=spectra)

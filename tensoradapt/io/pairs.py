@@ -19,7 +19,7 @@ from torch import Tensor
 from tensoradapt.errors import FileError, SiteError
 from tensoradapt.io.checkpoint import Checkpoint, open_checkpoint
 from tensoradapt.io.matching import Match, Pair, match, named_like
-from tensoradapt.linalg import LARGE, home_of, norm_of
+from tensoradapt.linalg import LARGE, home_of, moved, norm_of
 from tensoradapt.sites import Site, SiteMap
 
 BLOCK = 1 << 18  # entries that the CPU converts at a time: a block and its copies stay in the cache
@@ -140,8 +140,7 @@ class Deltas:
     def _there(self, base: Tensor, tuned: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides where they are subtracted: on the CPU where the device has no float64, and one of them is that."""
         where = home_of(self.device) if torch.float64 in (base.dtype, tuned.dtype) else self.device
-        free = where.type == "cuda"  # what is uploaded there is copied before the call returns: nobody has to wait
-        return base.to(where, non_blocking=free), tuned.to(where, non_blocking=free)
+        return moved(base, where), moved(tuned, where)
 
     def _refuse_nonfinite(self, pair: Pair, dtype: torch.dtype) -> NoReturn:
         counts = self.nonfinite(pair.site.path)

@@ -1,6 +1,6 @@
 """Truncated SVDs of matrices and of streams of them, each with the norm of what it leaves out."""
 
-from tensoradapt.linalg.home import double, has_float64, home_of, settled
+from tensoradapt.linalg.home import double, has_float64, home_of, moved, settled
 from tensoradapt.linalg.krylov import krylov
 from tensoradapt.linalg.level import level_of, norm_of, norms
 from tensoradapt.linalg.parts import BLOCK, LARGE, LowRank, Seed, as_tensor, empty, orthonormal, square
@@ -37,6 +37,7 @@ __all__ = [
     "krylov",
     "level_of",
     "mapped",
+    "moved",
     "norm_of",
     "norms",
     "orthonormal",

@@ -39,6 +39,11 @@ def double(tensor: Tensor) -> Tensor:
     return tensor.to(home_of(tensor.device), torch.float64)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; nobody waits for CUDA, where what is uploaded is copied before the call returns."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def settled(tensor: Tensor) -> Tensor:
     """A tensor where many steps on it are best made: on the CPU where it is small, whatever its device is.
 
