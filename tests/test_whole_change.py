@@ -194,3 +194,19 @@ def test_a_tolerance_is_for_the_whole_change_on_the_command_line(tmp_path, capsy
     assert run(["verify", str(tmp_path / "a"), *sides, "--tolerance", "0.01"]) == 1
     assert "over the whole change, tolerance 0.01: missed" in capsys.readouterr().out
     assert run(["verify", str(tmp_path / "a"), *sides, "--tolerance", "0.01", "--within-targets"]) == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 3, 0), (0,)])
+@pytest.mark.parametrize("form", ["states", "files"])
+def test_a_tensor_of_no_numbers_is_no_change_and_in_nobodys_way(shape, form, tmp_path):
+    """Models narrower than the number of their coordinates have tables of width 0 (LayoutLMv3)."""
+    base = tables() | {"coordinates.weight": torch.zeros(shape)}
+    sides = base, changed(base, *(f"layers.{k}.q.weight" for k in range(2)))
+    if form == "files":
+        for name, side in zip(("base", "tuned"), sides, strict=True):
+            save_file(side, tmp_path / f"{name}.safetensors")
+        sides = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    result = ta.extract(*sides, ta.preset("lora", rank=8, targets=["q"]), tmp_path / "a")
+    assert result.relative_error < 1e-6 and result.whole_error < 1e-6
+    rows = ta.analyze(*sides).sites
+    assert {path for path in rows if rows[path].norm} == {"layers.0.q", "layers.1.q"}

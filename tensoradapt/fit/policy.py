@@ -106,5 +106,5 @@ def squares(tensor: Tensor) -> float:
 
 def energy(tensor: Tensor) -> Tensor:
     """The same as a tensor: nothing waits for it."""
-    flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
+    flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
     return norms(flat).square().sum()

@@ -43,7 +43,7 @@ def norms(a: Tensor, dim: int = -1) -> Tensor:
 
 def norm_of(a: Tensor) -> float:
     """The Frobenius norm, also of numbers whose squares no dtype has."""
-    flat = a.reshape(-1, a.shape[-1]) if a.dim() > 1 else a.reshape(1, -1)
+    flat = a.flatten(0, -2) if a.dim() > 1 else a.reshape(1, -1)
     found = float(torch.linalg.vector_norm(norms(flat)))
     summed = a.dtype != torch.float64 and a.device.type != "cpu" and has_float64(a.device)  # which has all squares
     if not a.numel() or (math.isfinite(found) and (summed or found > math.sqrt(FAINT))):
