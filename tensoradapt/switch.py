@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,15 @@ from torch.utils._pytree import tree_leaves
 from tensoradapt.errors import AdapterError
 
 
-@dataclass(frozen=True, eq=False)
-class Off:
-    """What a context holds within `off`: the backward pass, by number, in which the block was entered; -1 for none."""
+@dataclass(eq=False)
+class Block:
+    """An `off` block: the backward pass, by number, in which it was entered, -1 for none.
+
+    `over` says that it was left by another context than entered it, as a generator's is that nobody ran to its end.
+    """
 
     task: int
+    over: bool = False
 
 
 class Switch:
@@ -31,7 +35,7 @@ class Switch:
 
     def __init__(self, *, on: bool = True) -> None:
         self.on = on
-        self._context: ContextVar[Off | None] = ContextVar("off", default=None)
+        self._context: ContextVar[tuple[Block, ...]] = ContextVar("off", default=())
         # a compiler reads what a property in C gives, and compiles again where it differs
         self._here: Any = type("Here", (), {"state": property(self._context.get)})()
 
@@ -44,29 +48,38 @@ class Switch:
         if not self.on:
             return False
         state = self._here.state  # `_here` itself where the context says nothing
-        off = isinstance(state, Off)
+        off = isinstance(state, tuple) and not all(block.over for block in state)
         if torch.compiler.is_compiling():
             return not off
         task = torch._C._current_graph_task_id()
-        if task == -1 or (off and state.task == task):
+        if task == -1 or (off and state[-1].task == task):
             return not off
         node: Any = torch._C._current_autograd_node()
         return node is None or self not in node.metadata
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Off for this context. Raises AdapterError where another context leaves the block."""
-        before, mark = self._context.get(), Off(torch._C._current_graph_task_id())
+        """Off for this context, until it leaves the block. Raises AdapterError where another one does."""
+        block = Block(torch._C._current_graph_task_id())
+        entered = self._context.set((*self._context.get(), block))
         try:
-            self._context.set(mark)
             yield
         finally:
-            if self._context.get() is not mark:
-                raise AdapterError(
-                    "a disabled() block is left in another thread or task than it was entered in",
-                    hint="enter and leave it in one, or set adapter.enabled, which is for all of them",
-                )
-            self._context.set(before)
+            self._leave(block, entered)
+
+    def _leave(self, block: Block, entered: Token[tuple[Block, ...]]) -> None:
+        """Generators may leave their blocks in any order."""
+        here = self._context.get()
+        try:
+            self._context.reset(entered)
+        except ValueError:  # of another context
+            block.over = True
+        self._context.set(tuple(each for each in here if each is not block))
+        if block not in here:
+            raise AdapterError(
+                "a disabled() block is left in another thread or task than it was entered in",
+                hint="enter and leave it in one, or set adapter.enabled, which is for all of them",
+            )
 
     def stamp(self, outputs: Any, inputs: Any) -> None:
         """Mark the graph that a pass has made, where this context is off and not all: what is computed again in its

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import threading
 import warnings
 from contextlib import ExitStack
@@ -276,6 +277,51 @@ def test_a_block_that_is_left_elsewhere_says_so():
         elsewhere = stack.pop_all()
         with pytest.raises(ta.AdapterError, match="left in another thread or task"):
             together(elsewhere.close)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first one first", "last one first"])
+def test_generators_leave_their_blocks_in_any_order(order):
+    model = Model().eval()
+    adapter = attach(model)
+    on = model(X)
+
+    def stream():
+        with adapter.disabled():
+            yield
+
+    streams = [stream(), stream()]
+    for each in streams:
+        next(each)
+    streams[order[0]].close()
+    assert not adapter.enabled
+    streams[order[1]].close()
+    assert adapter.enabled and torch.equal(model(X), on)
+
+
+def test_a_generator_that_a_task_drops_leaves_it_on():
+    model = Model().eval()
+    adapter = attach(model)
+    on = model(X)
+
+    async def stream(closed):
+        try:
+            with adapter.disabled():
+                while True:
+                    yield model(X)
+        finally:
+            closed.set()
+
+    async def request():
+        closed = asyncio.Event()
+        async for found in stream(closed):
+            assert not torch.equal(found, on)
+            break
+        gc.collect()
+        await asyncio.wait_for(closed.wait(), 60)  # what closes it is a task of its own
+        return adapter.enabled, model(X)
+
+    enabled, found = asyncio.run(request())
+    assert enabled and torch.equal(found, on)
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------
