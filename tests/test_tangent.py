@@ -138,6 +138,27 @@ def test_the_shortest_direction_is_that_of_the_pseudo_inverse(name, solve):
     assert found.residual <= 1e-10
 
 
+NETWORKS = {"lora": LORA, "lotr": LOTR, "lotr of rank 1": replace(LOTR, sizes={**LOTR.sizes, "p": 1, "q": 1})}
+SIZED = [(name, damping) for name in NETWORKS for damping in (0.0, 1e-4)] + [(name, 0.0) for name in CLOSED]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3, 1e5, 1e9])
+@pytest.mark.parametrize("name, damping", dict.fromkeys(SIZED))
+def test_the_shortest_direction_is_found_whatever_the_sizes_of_the_nodes(name, damping, size):
+    """In float32: a node far larger than the others leaves the systems of closed forms all but singular."""
+    diagram = (NETWORKS | CLOSED)[name]
+    held = {node: t.astype(np.float32).astype(float) for node, t in draw(diagram).items()}
+    large = next(iter(diagram.nodes))
+    problem = Problem(diagram, factors=held | {large: held[large] * size})
+    jacobian, shift = problem.jacobian, damping * np.square(problem.jacobian).sum() / problem.jacobian.shape[1]
+    u, s, vt = np.linalg.svd(jacobian, full_matrices=False)
+    kept = s > 1e-14 * s[0]
+    expected = vt.T[:, kept] @ ((s / (s**2 + shift))[kept] * (u.T @ problem.gradient)[kept])
+    single = [torches(each, torch.float32) for each in (problem.factors, problem.grads)]
+    found = pseudo_inverse(diagram, *single, damping).factors
+    assert_near(flat(diagram, found), expected, 1e-4)
+
+
 def test_closed_forms_and_conjugate_gradients_are_each_others_oracle():
     for diagram in CLOSED.values():
         for damping in (0.0, 1e-3, 1.0):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from tensoradapt.linalg import double
-from tensoradapt.linalg.home import at_home
+
+_TINY = 1e-100
 
 
 def pseudo_inverse_lora(b: Tensor, a: Tensor, grad_b: Tensor, grad_a: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,26 +59,36 @@ def pseudo_inverse_lotr(
 
 
 def _gauge(core: Tensor, grad_core: Tensor, n: Tensor, m: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """X and Y: their linear system written out and solved."""
+    """X and Y: their linear system written out and solved, in float64.
+
+    In X / n and Y / m it is a positive diagonal plus a Gram matrix, which alone is singular: a core far larger than its
+    sides leaves the diagonal little to say. What is rounding is added to it, so that no system is singular.
+    """
+    like, (p, q) = core, core.shape[-2:]
+    core, grad_core, n, m, w = (double(each) for each in (core, grad_core, n, m, w))
+    n, m = n.clamp(min=_TINY), m.clamp(min=_TINY)
+    triangle = torch.linalg.cholesky_ex(_system(core, n, m, w)).L
+    bent = w[..., None, :, :] * grad_core
+    targets = torch.cat([(bent @ core.mT).sum(-3).flatten(-2), (bent.mT @ core).sum(-3).flatten(-2)], -1)
+    x, y = torch.cholesky_solve(targets[..., None], triangle)[..., 0].split([p * p, q * q], -1)
+    return (n[..., None] * x.unflatten(-1, (p, p))).to(like), (m[..., None] * y.unflatten(-1, (q, q))).to(like)
+
+
+def _system(core: Tensor, n: Tensor, m: Tensor, w: Tensor) -> Tensor:
+    """The symmetric matrix of X / n and Y / m, its lower triangle.  Shape: (.., p^2 + q^2, p^2 + q^2)."""
     p, q = core.shape[-2:]
     pairs = torch.einsum("...lac,...lbd->...acbd", core, core)
-    by_x = torch.einsum("...c,...ic,...kcjc->...ikj", m, w, pairs)
-    by_y = torch.einsum("...i,...ic,...ieid->...ced", n, w, pairs)
-    crossed = torch.einsum("...ic,...idjc->...ijcd", w, pairs)
-    eye_p, eye_q = (torch.eye(n, dtype=core.dtype, device=core.device) for n in (p, q))
-    xx = torch.einsum("...ikj,ih->...ijhk", by_x, eye_p) + torch.einsum("ih,jk->ijhk", eye_p, eye_p)
-    yy = torch.einsum("...ced,cf->...cdfe", by_y, eye_q) + torch.einsum("cf,de->cdfe", eye_q, eye_q)
-    xy = n[..., :, None, None, None] * crossed
-    yx = torch.einsum("...c,...ikcd->...cdik", m, crossed)
-    lead = core.shape[:-3]
-    rows = (
-        torch.cat([xx.reshape(*lead, p * p, p * p), xy.reshape(*lead, p * p, q * q)], -1),
-        torch.cat([yx.reshape(*lead, q * q, p * p), yy.reshape(*lead, q * q, q * q)], -1),
-    )
-    bent = w[..., None, :, :] * grad_core
-    targets = (bent @ core.mT).sum(-3).flatten(-2), (bent.mT @ core).sum(-3).flatten(-2)
-    solved, _ = at_home(torch.linalg.solve_ex, torch.cat(rows, -2), torch.cat(targets, -1))
-    return solved[..., : p * p].reshape(*lead, p, p), solved[..., p * p :].reshape(*lead, q, q)
+    weights = n[..., :, None] * m[..., None, :] * w
+    made = core.new_zeros(*core.shape[:-3], p * p + q * q, p * p + q * q)
+    xx = made[..., : p * p, : p * p].unflatten(-1, (p, p)).unflatten(-3, (p, p)).diagonal(dim1=-4, dim2=-2)
+    yy = made[..., p * p :, p * p :].unflatten(-1, (q, q)).unflatten(-3, (q, q)).diagonal(dim1=-4, dim2=-2)
+    xx.copy_(torch.einsum("...ic,...kcjc->...jki", weights, pairs))
+    yy.copy_(torch.einsum("...ic,...ieid->...dec", weights, pairs))
+    yx = made[..., p * p :, : p * p].unflatten(-1, (p, p)).unflatten(-3, (q, q))
+    yx.copy_(torch.einsum("...ic,...idjc->...cdij", weights, pairs))
+    own = torch.cat([n.repeat_interleave(p, -1), m.repeat_interleave(q, -1)], -1)
+    made.diagonal(dim1=-2, dim2=-1).add_(own).mul_(1 + made.shape[-1] * torch.finfo(made.dtype).eps)
+    return made
 
 
 def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
