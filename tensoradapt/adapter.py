@@ -124,6 +124,15 @@ class Adapter(Factors):
         """
         return dry_run(self._model[0], self, batch, train=train, grad=grad)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy as `nn.DataParallel` makes for its threads. Raises AdapterError in `disabled()`, which is for one."""
+        if self.switch.on and not self.switch.adds:
+            raise AdapterError(
+                f"nn.DataParallel runs the model in threads of its own, where adapter {self.name!r} is not disabled",
+                hint="set adapter.enabled = False, which is for all threads",
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Switch the adapter off inside a `with` block, for the thread or the task that runs it and for no other.

@@ -36,6 +36,7 @@ from tensoradapt.placing import Placement
 from tensoradapt.plan import START, Plan, make_plan
 from tensoradapt.presets import SpecLike, as_spec
 from tensoradapt.quantised import admit_training, is_plain, kind_of, untrainable
+from tensoradapt.replicas import Known
 from tensoradapt.scan import held_weight, known_base, module_at, owner_of, parameter_of, scan_module
 from tensoradapt.sharded import check_site, sharded_by
 from tensoradapt.sites import Site, SiteMap
@@ -304,6 +305,7 @@ def _hook(model: nn.Module, adapter: Adapter, host: Host) -> None:
     adapter._handles.append(model.register_forward_pre_hook(watching.before, prepend=True))
     adapter._handles.append(model.register_forward_hook(watching.stop, always_call=True, prepend=True))
     adapter._handles.append(model.register_forward_hook(watching.after, with_kwargs=True))
+    adapter._handles.append(model.register_forward_pre_hook(Known(adapter)))
 
 
 def _without_dropout(adapter: Adapter) -> list[str]:

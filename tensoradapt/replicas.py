@@ -2,7 +2,8 @@
 
 Reentrant checkpointing runs the backward pass of every checkpointed part on its own. The gradient of a factor that
 several parts share then comes in several pieces: the sum is formed when the first has come, and the others stay on
-their process. Invariant: a gradient in pieces is an error, unless `static_graph` says that the last is waited for.
+their process. Invariant: a gradient in pieces is an error, unless `static_graph` says that the last is waited for; so
+is one that is never summed, of a factor that came after the model was wrapped.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ class Source(Protocol):
     """What is asked of an adapter."""
 
     name: str
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is added."""
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Every stored tensor by its key."""
@@ -44,6 +49,31 @@ def watch_pieces(source: Source) -> None:
     for key, tensor in source.tensors().items():
         if tensor.requires_grad:
             tensor.register_post_accumulate_grad_hook(_Once(key, passes))
+
+
+class Known:
+    """A hook on the model: refuses a pass whose gradients are summed, where the wrapper does not know all factors."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __call__(self, model: Any, args: Any) -> None:
+        """Raise AdapterError where one is not known."""
+        wrapper = None if torch.compiler.is_compiling() else DistributedDataParallel._active_ddp_module
+        if wrapper is None or not torch.is_grad_enabled() or not self.source.active:
+            return
+        known = {id(parameter) for parameter in (*wrapper._module_parameters, *wrapper._delay_all_reduce_params)}
+        for key, tensor in self.source.tensors().items() if dist.get_world_size(wrapper.process_group) > 1 else ():
+            if tensor.requires_grad and id(tensor) not in known and not hasattr(tensor, "_ddp_ignored"):
+                raise _unknown(self.source.name, key)
+
+
+def _unknown(adapter: str, key: str) -> AdapterError:
+    return AdapterError(
+        f"DistributedDataParallel does not know the factors of adapter {adapter!r}: every process would train its own",
+        got=f"{key}, which came after the model was wrapped",
+        hint="attach, load or change the ranks first, then wrap the model",
+    )
 
 
 class _Passes:

@@ -82,7 +82,8 @@ def sharded_by(model: nn.Module) -> str:
     replicas = [module for module in modules if isinstance(module, DistributedDataParallel)]
     if any(dist.get_world_size(module.process_group) > 1 for module in replicas):
         return "DistributedDataParallel"
-    if any("_fsdp_wrapped_module" in module._modules for module in modules):
+    flattened = any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
+    if flattened or any("_fsdp_wrapped_module" in module._modules for module in modules):
         return "FullyShardedDataParallel"
     return "fully_shard" if any(map(_by_fsdp, modules)) else ""
 

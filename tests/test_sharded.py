@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,6 +111,19 @@ def refused(rank: int, part: slice, folder: Path) -> dict:
     fully_shard(model)
     found["model sharded"] = refusal(lambda: ta.load(folder / "DDP 0", model))
     found["replicated"] = refusal(lambda: ta.attach(DistributedDataParallel(tiny.bert_classifier()), SPEC))
+    for unused in (False, True):
+        wrapper = DistributedDataParallel(tiny.bert_classifier(), find_unused_parameters=unused)
+        adapter = ta.attach(wrapper.module, SPEC)
+        found[f"attached when wrapped, unused {unused}"] = refusal(lambda: train(wrapper, adapter.parameters(), part))  # noqa: B023
+        wrapper = DistributedDataParallel(wrapper.module, find_unused_parameters=unused)
+        found[f"wrapped again, unused {unused}"] = refusal(lambda: train(wrapper, adapter.parameters(), part))  # noqa: B023
+        ta.truncate(adapter, rank=1)
+        found[f"truncated, unused {unused}"] = refusal(lambda: train(wrapper, adapter.parameters(), part))  # noqa: B023
+        with adapter.disabled(), torch.no_grad():
+            wrapper(input_ids=tiny.tokens())
+    for kept in (False, True):
+        flat = FullyShardedDataParallel(tiny.bert_classifier(), use_orig_params=kept, device_id=torch.device("cpu"))
+        found[f"flattened, kept {kept}"] = refusal(lambda: ta.attach(flat.module, SPEC))  # noqa: B023
     model = tiny.bert_classifier()
     layers = "bert.encoder.layer.*.attention"
     plan = {f"{layers}.self.query": ColwiseParallel(), f"{layers}.output.dense": RowwiseParallel()}
@@ -166,6 +179,11 @@ def test_two_processes_train_write_and_merge_the_adapter_of_one(tmp_path: Path):
         assert "query is sharded, by tensor" in found["tensor parallel"] and "DTensor" in found["by rows"]
         assert "wrapped by DistributedDataParallel" in found["replicated"]
         assert found["beside it"] == "not refused"
+        for which in (False, True):
+            for when in ("attached when wrapped", "truncated"):
+                assert "does not know the factors of adapter 'default'" in found[f"{when}, unused {which}"]
+            assert found[f"wrapped again, unused {which}"] == "not refused"
+            assert "wrapped by FullyShardedDataParallel" in found[f"flattened, kept {which}"]
     assert not list(tmp_path.glob("* by 1"))
     for when in ("step", "evaluation"):
         reader = peft.PeftModel.from_pretrained(tiny.bert_classifier(), tmp_path / f"PEFT {when} by 0")

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import sys
 import threading
 import warnings
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import tiny
 import torch
 from test_own_forward import Squashed
 from torch import nn
+from torch.nn.parallel import replicate
 from torch.utils.checkpoint import checkpoint
 
 import tensoradapt as ta
@@ -322,6 +324,26 @@ def test_a_generator_that_a_task_drops_leaves_it_on():
 
     enabled, found = asyncio.run(request())
     assert enabled and torch.equal(found, on)
+
+
+def test_replicas_of_data_parallel_are_switched_for_all_or_refused(monkeypatch):
+    model = Model().eval()
+    adapter = attach(model, ["first"])
+    on = model(X)
+    broadcast = lambda held, devices, *_, **options: [held for _ in devices]  # noqa: E731
+    monkeypatch.setattr(sys.modules[replicate.__module__], "_broadcast_coalesced_reshape", broadcast)
+
+    def replicas():
+        return together(*(partial(each, X) for each in replicate(model, [0, 1])))
+
+    assert all(torch.equal(found, on) for found in replicas())
+    with adapter.disabled():
+        off = model(X)
+        with pytest.raises(ta.AdapterError, match=r"threads of its own(?s:.*)adapter\.enabled = False"):
+            replicas()
+    adapter.enabled = False
+    with adapter.disabled():
+        assert all(torch.equal(found, off) for found in replicas())
 
 
 # -- a server ---------------------------------------------------------------------------------------------------------
