@@ -95,6 +95,19 @@ def test_factors_that_are_nan_stay_nan_without_a_foreign_error(preset, gauge, da
     assert factors(adapter)[0].isnan().all()
 
 
+@pytest.mark.parametrize("make", [LoRAPro, ScaledGD])
+@pytest.mark.parametrize("preset", ["lora", "lotr", "lorta"])
+def test_gradients_that_are_nan_are_seen_in_the_factors(make, preset):
+    options = {"moments": None} if make is LoRAPro else {}
+    model, adapter = adapted(preset)
+    optimizer = make(adapter, torch.optim.SGD, lr=1e-3, **options)
+    backward(model, optimizer, batch())
+    spoiled = factors(adapter)[0]
+    spoiled.grad[..., 0] = torch.nan
+    optimizer.step()
+    assert spoiled.isnan().any()
+
+
 @pytest.mark.parametrize("how", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("preset", ["lora", "lotr"])
 def test_a_saved_state_of_half_precision_factors_goes_on_to_the_last_bit(how, preset):

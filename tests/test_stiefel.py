@@ -526,6 +526,19 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("retraction", ["polar", "qr"])
+def test_what_is_written_past_autograd_is_no_loss_of_length(retraction):
+    """A write into `.data` leaves no trace on the tensor."""
+    model, adapter = attached("lotr")
+    optimizer = Stiefel(adapter, SGD, retraction=retraction, lr=0.0)
+    list(train(model, optimizer, 1))
+    for group in adapter.groups:
+        adapter.factors(group)["factor_out"].data.mul_(2)
+    before = deltas(adapter)
+    list(train(model, optimizer, 1))
+    assert_same_deltas(before, deltas(adapter), 1e-6)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_step_right_after_a_change_of_ranks_is_the_base_optimisers(change):
     """The factors' lengths are not lost: the delta moves as by plain SGD, and the factors are orthonormal after."""

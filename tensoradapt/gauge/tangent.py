@@ -203,7 +203,7 @@ def pseudo_inverse_cg(
 
     operator = normal(diagram, held, moving)
     left = {node: grads[node].detach().clone() for node in moving}
-    found = {node: torch.zeros_like(held[node]) for node in moving}
+    found = {node: 0.0 * left[node] for node in moving}  # what is not finite stays to be seen
     along, start = dict(left), _dot(left, left)
     size, floor = start, tolerance**2 * start
     going, done = size > floor, torch.zeros_like(size)
@@ -215,7 +215,7 @@ def pseudo_inverse_cg(
         curve = _dot(along, image)
         going = going & (curve > 0)  # else what is left is rounding, or no gradient of a function of the tensor
         step = torch.where(going, size / curve, 0.0)
-        found = {n: found[n] + step * along[n] for n in found}
+        found = {n: torch.where(going, found[n] + step * along[n], found[n]) for n in found}
         left = {n: left[n] - step * image[n] for n in left}
         size, before = torch.where(going, _dot(left, left), size), size
         turn = torch.where(going, size / before, 0.0)

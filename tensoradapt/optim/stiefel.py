@@ -22,6 +22,8 @@ from tensoradapt.interchange import rounded
 from tensoradapt.optim.frames import Alike, Frame, alike, frames_of, is_orthonormal, orthonormal
 from tensoradapt.optim.wrapper import Wrapper
 
+Stamp = tuple[Tensor, int, int]
+
 RETRACTIONS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"polar": retract_polar, "qr": retract_qr}
 
 
@@ -42,7 +44,8 @@ class Stiefel(Wrapper):
     normal: these factors have parameter groups of their own, with weight_decay 0. Factors that are not orthonormal any
     more, after `ta.resize` or `ta.truncate`, make one step of `base` as it is, and are made so again after it. With
     `polar` and SGD the change of the delta does not depend on a rotation of the bonds; with `qr` it does, by the square
-    of the step.
+    of the step. Write to these factors by `adapter.set_factors`, `load_state_dict` or in place: on an accelerator what
+    is written into their `.data` is taken for orthonormal, unless `orthonormalize` is called.
 
     Raises SpecError on networks that are no trees (a CP has no such factors), on nodes that are frozen, have several
     bonds, fewer rows than the bond has values or a frozen neighbour, and on differences whose factors are not
@@ -66,7 +69,7 @@ class Stiefel(Wrapper):
         super().__init__(adapter, base, params, **options)
         self.frames = frames_of(adapter, nodes, parameters_of(self.base))
         self.retraction = retraction
-        self._tight: dict[Frame, tuple[Tensor, int]] = {}  # the factors that are orthonormal, as last written to
+        self._tight: dict[Frame, Stamp] = {}  # the factors that are orthonormal, as last written to
         self._before: list[tuple[Alike, Tensor]] = []  # of one step: those that are led back, from where they were
         self._loose = False  # and whether there are others, which are not orthonormal
         self.orthonormalize(seed)
@@ -103,11 +106,13 @@ class Stiefel(Wrapper):
         return found
 
     def _is_tight(self, frame: Frame, factor: Tensor, diagram: Diagram) -> bool:
-        """Whether a factor is orthonormal: it is where nobody has written to it since it was made so."""
-        held, version = self._tight.get(frame, (None, 0))
-        return (held is factor and version == factor._version) or is_orthonormal(
-            frame.matrix(diagram, factor), factor.dtype
-        )
+        """Whether a factor is orthonormal. An accelerator, which has to be waited for, is asked after a write alone.
+
+        The stamp knows no writes into `.data`, so that on a CPU, which answers at once, every factor is looked at.
+        """
+        held, *written = self._tight.get(frame, (None, 0, 0))
+        known = held is factor and written == [factor.data_ptr(), factor._version] and factor.device.type != "cpu"
+        return known or is_orthonormal(frame.matrix(diagram, factor), factor.dtype)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -133,9 +138,9 @@ def _led_back(x: Tensor, after: Tensor, retract: Callable[[Tensor, Tensor], Tens
     return torch.where(sound, retract(torch.where(sound, x, 0.0), torch.where(sound, step, 0.0)), after)
 
 
-def _stamp(factor: Tensor) -> tuple[Tensor, int]:
-    """A factor, and how often it was written to."""
-    return factor, factor._version
+def _stamp(factor: Tensor) -> Stamp:
+    """A factor, where it lies, and how often it was written to."""
+    return factor, factor.data_ptr(), factor._version
 
 
 def _undecayed(base: Optimizer, factors: Collection[Tensor]) -> None:

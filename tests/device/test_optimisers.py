@@ -121,6 +121,33 @@ def test_orthonormal_factors_that_are_written_to_are_made_orthonormal_again(devi
         torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
 
 
+def test_factors_that_are_put_in_the_place_of_orthonormal_ones_keep_their_delta(device):
+    """As `module.to` puts them: the parameter is the same, and nothing was written to it."""
+    adapter = begun("lotr", {"rank": 3}, device)
+    optimiser = ta.optim.Stiefel(adapter, torch.optim.SGD, lr=0.0)
+    stepped(optimiser, list(adapter.parameters()), 0)
+    for frame in optimiser.frames:
+        factor = adapter.factors(frame.group)[frame.edge.child]
+        factor.data = 2.0 * factor.data
+    before = adapter.delta("layers.0.q_proj").cpu()
+    stepped(optimiser, list(adapter.parameters()), 1)
+    torch.testing.assert_close(adapter.delta("layers.0.q_proj").cpu(), before, rtol=1e-4, atol=1e-5)
+
+
+def test_conjugate_gradients_on_a_device_end_where_numbers_do(device):
+    """What is past the range of float32 in an iteration that nobody asked about leaves the direction as it was."""
+
+    def job(at: str) -> list[torch.Tensor]:
+        adapter = begun("lorta", {"rank": 3, "heads": 4}, at)
+        optimiser = ta.optim.LoRAPro(adapter, moments=None, damping=0.0, lr=1e-2)
+        for p in adapter.parameters():
+            p.data.mul_(3e6)
+        stepped(optimiser, list(adapter.parameters()), 0)
+        return [p.detach().isfinite() for p in adapter.parameters()]
+
+    agree(job, device)
+
+
 def test_a_rank_schedule_counts_steps_without_a_look_at_the_device(device):
     adapter = begun("lora", {"rank": 3}, device)
     optimiser = torch.optim.SGD(adapter.parameters(), lr=1e-2)
