@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from tensoradapt.axes import COORDINATES
 from tensoradapt.diagram import Diagram
@@ -25,6 +26,7 @@ from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule
 
 KEYED = ("tt", "ttm", "tucker")  # formats whose ranks are named by what a bond's name has behind `r_`
+_Known = dict[tuple[object, ...], tuple[Diagram, Mapping[str, str]]]  # diagrams of one rule, and their laws
 Progress = Callable[[str, int, int], None]  # the group at work, how many are done, how many there are
 
 
@@ -78,11 +80,11 @@ class Group:
         """The number of entries of the sites' weights."""
         return sum(p.site.numel for p in self.placements)
 
-    @property
+    @cached_property
     def flops_per_token(self) -> int:
         """Floating-point operations that the group's deltas add to one token's forward pass."""
         passes = 3 if self.rule.start == "difference" else 1  # the start, and the two terms of the product rule
-        return sum(passes * self._flops(p) for p in self.placements)
+        return passes * sum(count * self._flops(p) for p, count in self._alike)
 
     def _flops(self, placement: Placement) -> int:
         """The work of one site, and of the modules that are tied to it and adapted with it."""
@@ -96,10 +98,23 @@ class Group:
         twins = [recipe(self.diagram, placement.slots, kind, transpose=turn) for kind, turn in turned]
         return [self.recipe(placement), *twins]
 
-    @property
+    @cached_property
     def dense_flops_per_token(self) -> int:
         """The same with every delta formed, once in a step of 1024 tokens, and multiplied."""
-        return sum(made.dense_flops for p in self.placements for made in self._recipes(p))
+        return sum(count * made.dense_flops for p, count in self._alike for made in self._recipes(p))
+
+    @property
+    def lowerings(self) -> list[str]:
+        """The kinds of its sites' recipes, each once."""
+        return list(dict.fromkeys(self.lowering(p) for p, _ in self._alike))
+
+    @property
+    def _alike(self) -> list[tuple[Placement, int]]:
+        """One of all placements that are lowered alike, and how many they are."""
+        found: dict[tuple[object, ...], list[Placement]] = {}
+        for p in self.placements:
+            found.setdefault((p.slots, p.site.kind, p.site.joined_kinds, p.site.delivery), []).append(p)
+        return [(members[0], len(members)) for members in found.values()]
 
 
 def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap, tell: Progress = lambda *_: None) -> list[Group]:
@@ -114,13 +129,14 @@ def group_sites(rule: Rule, sites: Sequence[Site], model: SiteMap, tell: Progres
     plain = [group_name(rule, members, axes, multiple) for members in buckets.values()]
     counts = Counter(plain)
     groups: list[Group] = []
+    known: _Known = {}
     for done, (members, name) in enumerate(zip(buckets.values(), plain, strict=True)):
         full = f"{name}_{'x'.join(map(str, members[0].shape))}" if counts[name] > 1 else name
         tell(full, done, len(plain))
         groups += (
-            _slices(rule, axes, members, model, full)
+            _slices(rule, axes, members, model, full, known)
             if rule.shapes == "slices"
-            else [_group(rule, axes, members, model, full)]
+            else [_group(rule, axes, members, model, full, known)]
         )
     return groups
 
@@ -152,9 +168,21 @@ def _heads(rule: Rule, site: Site, model: SiteMap) -> int | None:
     return site.out // size if size and measured and (found is None or site.out % found) else found
 
 
-def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> Group:
-    out, inp, kernel = _extent(rule, axes, sites)
-    placements, labels = place(rule, axes, sites, (out, inp))
+def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str, known: _Known) -> Group:
+    extent = _extent(rule, axes, sites)
+    placements, labels = place(rule, axes, sites, extent[:2])
+    heads = _heads_of(rule, sites, model, name)
+    key = (extent, heads, *map(len, labels.values()), name if name in rule.ranks else "")
+    if key not in known:
+        diagram = _diagram(rule, _shape(rule, axes, extent, heads, labels, name), name)
+        known[key] = diagram, laws_of(rule, diagram, name)
+    diagram, laws = known[key]
+    store = {node: f"{name}.{node}" for node in diagram.nodes}
+    return Group(name, rule, diagram, tuple(placements), labels, scale_of(rule, name), laws, store)
+
+
+def _heads_of(rule: Rule, sites: Sequence[Site], model: SiteMap, name: str) -> int | None:
+    """The number of heads of a group's sites. Raises SpecError where they have unlike ones."""
     counts = {_heads(rule, site, model): site.path for site in sites}
     if len(counts) > 1:
         raise SpecError(
@@ -162,7 +190,19 @@ def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: Site
             got=", ".join(f"{count} on {path}" for count, path in list(counts.items())[:4]),
             hint="write a rule for each, with heads= and targets of its own",
         )
-    heads = next(iter(counts))
+    return next(iter(counts))
+
+
+def _shape(
+    rule: Rule,
+    axes: tuple[str, ...],
+    extent: tuple[int, int, int],
+    heads: int | None,
+    labels: Mapping[str, Sequence[int | str]],
+    name: str,
+) -> Shape:
+    """The axes of a group's tensor, cut as the rule says, and their sizes. Raises SpecError, ShapeError."""
+    out, inp, kernel = extent
     folds = {
         axis: fold(axis, size, rule.folds[axis], {"head": heads} if heads else {})
         for axis, size in (("out", out), ("in", inp), ("kernel", kernel))
@@ -177,18 +217,7 @@ def _group(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: Site
             expected=", ".join(sizes),
             hint="write the side that is cut, 'in', and its parts under folds",
         )
-    shape = Shape(spread, sizes, {axis: tuple(parts) for axis, parts in folds.items()}, rule.compress)
-    diagram = _diagram(rule, shape, name)
-    return Group(
-        name,
-        rule,
-        diagram,
-        tuple(placements),
-        labels,
-        scale_of(rule, name),
-        laws_of(rule, diagram, name),
-        {n: f"{name}.{n}" for n in diagram.nodes},
-    )
+    return Shape(spread, sizes, {axis: tuple(parts) for axis, parts in folds.items()}, rule.compress)
 
 
 def _extent(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site]) -> tuple[int, int, int]:
@@ -259,28 +288,27 @@ def _sized(rank: int | list[int] | dict[str, int | str], shape: Shape) -> Ranks:
     return {bond: shape.sizes[value] if isinstance(value, str) else value for bond, value in rank.items()}
 
 
-def _slices(rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str) -> list[Group]:
+def _slices(
+    rule: Rule, axes: tuple[str, ...], sites: Sequence[Site], model: SiteMap, name: str, known: _Known
+) -> list[Group]:
     """Groups by shape whose nodes without the axis `site` are slices of one bank of the largest size."""
     if rule.folds:
         raise SpecError(
             "slices of the largest cannot be folded", got=rule.folds, hint="use shapes: separate, or no folds"
         )
-    whole = _group(rule, axes, sites, model, name)
+    whole = _group(rule, axes, sites, model, name, known)
     bank = f"{name}_bank"
     groups = []
-    for shape in dict.fromkeys(site.shape for site in sites):
-        members = [site for site in sites if site.shape == shape]
-        part = _group(
-            rule,
-            axes,
-            members,
-            model,
-            name if shape == whole.placements[0].site.shape else f"{name}_{shape[0]}x{shape[1]}",
-        )
+    shapes: dict[tuple[int, ...], list[Site]] = {}
+    for site in sites:
+        shapes.setdefault(site.shape, []).append(site)
+    for shape, members in shapes.items():
+        own = name if shape == whole.placements[0].site.shape else f"{name}_{shape[0]}x{shape[1]}"
+        part = _group(rule, axes, members, model, own, known)
         private = [node for node, indices in part.diagram.nodes.items() if "site" in indices]
         shared = {node: f"{bank}.{node}" for node in part.diagram.nodes if node not in private}
         kept = {i: whole.diagram.sizes[i] for i in part.diagram.sizes if i not in ("out", "in", "site")}
-        placements = part.placements if "site" in axes else tuple(p for p in whole.placements if p.site in members)
+        placements = part.placements if "site" in axes else tuple(p for p in whole.placements if p.site.shape == shape)
         diagram = replace(part.diagram, sizes={**part.diagram.sizes, **kept})
         labels = part.labels if "site" in axes else whole.labels
         groups.append(

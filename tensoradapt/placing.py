@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from tensoradapt.axes import COORDINATES
 from tensoradapt.errors import SiteError, SpecError
@@ -49,13 +50,14 @@ def place(
             if axis in ("layer", "expert")
             else values
         )
-    index = [{axis: values.index(site.coordinates[axis]) for axis, values in labels.items()} for site in sites]
+    places = {axis: {value: k for k, value in enumerate(values)} for axis, values in labels.items()}
+    index = [{axis: at[site.coordinates[axis]] for axis, at in places.items()} for site in sites]
     counts = [rows * cols for rows, cols in grids]
     if "site" in axes:
         labels["site"] = tuple(
             s.path if c == 1 else f"{s.path}#{k}" for s, c in zip(sites, counts, strict=True) for k in range(c)
         )
-        index = [{"site": sum(counts[:k])} for k in range(len(sites))]
+        index = [{"site": first} for first in accumulate(counts[:-1], initial=0)]
     if "slot" in axes:
         labels["slot"] = tuple(range(max(counts)))
         index = [{**i, "slot": 0} for i in index]

@@ -6,9 +6,10 @@ Invariant: a plan's counts are those of the tensors that `attach` makes and `sav
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 from tensoradapt.derived import check_counts, groups_from, spec_from
@@ -271,17 +272,21 @@ def _joined(sites: list[Site]) -> list[Site]:
 def _unique(new: list[Group], old: list[Group]) -> list[Group]:
     """Groups with names of their own: a number is put behind one that is in use."""
     used = {group.name for group in old}
+    numbers: dict[str, Iterator[int]] = {}
     result = []
     for group in new:
-        name, k = group.name, 2
+        name = group.name
         while name in used:
-            name, k = f"{group.name}_{k}", k + 1
+            name = f"{group.name}_{next(numbers.setdefault(group.name, count(2)))}"
         used.add(name)
-        store = {
-            node: f"{name}.{node}" if key.startswith(f"{group.name}.") else key for node, key in group.store.items()
-        }
-        result.append(replace(group, name=name, store=store))
+        result.append(group if name == group.name else _renamed(group, name))
     return result
+
+
+def _renamed(group: Group, name: str) -> Group:
+    own = f"{group.name}."
+    store = {node: f"{name}.{node}" if key.startswith(own) else key for node, key in group.store.items()}
+    return replace(group, name=name, store=store)
 
 
 def _check_ranks(spec: Spec, groups: list[Group]) -> None:

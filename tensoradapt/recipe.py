@@ -105,6 +105,7 @@ def recipe(
     return replace(chosen, dense_flops=_dense(problem).per_token)
 
 
+@lru_cache(maxsize=4096)
 def formed(diagram: Diagram, slots: tuple[int, int] = (1, 1)) -> int:
     """The operations per token of a step that forming a site's delta takes."""
     return -(-_dense(_problem(diagram, slots, "linear", transpose=False)).build // TOKENS)

@@ -44,7 +44,7 @@ class Factor:
 
 def factor_of(group: Group, node: str, key: str) -> Factor:
     """The stored tensor of one node of a group."""
-    trainable = node in group.trainable
+    trainable = node not in group.rule.frozen
     copied = trainable and group.rule.start == "difference"
     return Factor(
         key,
@@ -103,7 +103,7 @@ def group_dict(group: Group, rule: int) -> dict[str, Any]:
         "start": group.rule.start,
         "rank": group.rank,
         "num_trainable": group_trainable(group),
-        "lowering": sorted({group.lowering(p) for p in group.placements}),
+        "lowering": sorted(group.lowerings),
         "flops_per_token": group.flops_per_token,
         "dense_flops_per_token": group.dense_flops_per_token,
         "labels": {axis: list(values) for axis, values in group.labels.items()},
@@ -146,8 +146,9 @@ def _spanned(names: Sequence[str]) -> str:
 
 def _runs(numbers: Sequence[int]) -> str:
     """Numbers in runs: `0..2,4`; of many runs the first two, and the last number."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
+    held = set(numbers)
+    starts = [n for n in numbers if n - 1 not in held]
+    ends = [n for n in numbers if n + 1 not in held]
     runs = [str(a) if a == b else f"{a}..{b}" for a, b in zip(starts, ends, strict=True)]
     return ",".join(runs) if len(runs) <= RUNS else f"{runs[0]},{runs[1]},..,{numbers[-1]}"
 
@@ -161,7 +162,7 @@ def row_of(name: str, members: Sequence[Group], factors: Mapping[str, Factor], *
     owned = {key for m in members for key in m.store.values()}
     trained = sum(factors[k].numel for k in owned if factors[k].trainable)
     frozen = sum(factors[k].numel * (factors[k].copied + (not factors[k].trainable)) for k in owned)
-    kinds = dict.fromkeys(m.lowering(p) for m in members for p in m.placements)
+    kinds = dict.fromkeys(kind for m in members for kind in m.lowerings)
     tensor = " ".join(f"{a}={group.diagram.sizes[a]}" for a in group.diagram.open)
     sizes = sorted({size for m in members for size in m.rank.values()})
     rank = " ".join(f"{bond}={size}" for bond, size in group.rank.items())

@@ -238,7 +238,7 @@ def _tied(sites: Sequence[Site], parameters: Mapping[str, nn.Parameter]) -> list
     for site in sites:
         names = first.get(site.tensor, [site.tensor])
         others = tuple(name.removesuffix(".weight") for name in names if name != site.tensor)
-        result.append(replace(site, tensor=names[0], aliases=others))
+        result.append(replace(site, tensor=names[0], aliases=others) if others else site)
     return result
 
 

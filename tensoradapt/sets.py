@@ -35,7 +35,7 @@ def resolve(rule: Rule, model: SiteMap) -> tuple[Rule, tuple[str, ...]]:
     if words and not mine:
         raise SiteError(f"exclude leaves nothing of {' and '.join(words)}", got=list(rule.exclude))
     others = [s.path for s in sites if s.path not in chosen and not _any(literal, s.path)]
-    others += [path for path in (*model.refused, *left) if path not in others]
+    others = list(dict.fromkeys((*others, *model.refused, *left)))
     names, more = names_of(roles.ordered(mine), others)
     drop = [*kept, *more, *names_of([s for s in sites if s.path in left and _any(literal, s.path)], list(chosen))[0]]
     resolved = rule.model_copy(update={"targets": (*literal, *names), "exclude": tuple(dict.fromkeys(drop))})

@@ -141,7 +141,7 @@ def matches(target: str, path: str) -> bool:
     """Whether a target means a path: equal, a suffix of whole components, a glob (`*`, `?`), or a `re:` expression."""
     if target.startswith("re:"):
         return means(target[3:], path)
-    if any(c in target for c in "*?"):
+    if "*" in target or "?" in target:
         return bool(_glob(target).match(path) or _glob(f"*.{target}").match(path))
     base = path.partition("[")[0]
     return target in (path, base) or path.endswith(f".{target}") or base.endswith(f".{target}")

@@ -1,6 +1,8 @@
 """Small inputs that ask for much: answered, or refused by name, in 2 s of CPU (8 here, beside others) and 300 MB."""
 
+import gc
 import json
+import time
 
 import pytest
 import torch
@@ -231,3 +233,51 @@ def test_sides_in_use_are_cut_as_before():
     assert list(fold("in", 151_936, "auto", {}).values()) == [1187, 16, 8]
     assert list(fold("in", 2**31 - 1, "auto:2", {}).values()) == [2**31 - 1, 1]
     assert list(fold("in", 4096, "factor:-1", {}).values()) == [64, 64]
+
+
+def seconds(work) -> float:
+    """The lesser CPU time of two, that of collecting garbage apart, which depends on the tests before."""
+    found = []
+    gc.disable()
+    try:
+        for _ in range(2):
+            began = time.process_time()
+            work()
+            found.append(time.process_time() - began)
+    finally:
+        gc.enable()
+    return min(found)
+
+
+def experts(count):
+    return {f"layers.0.mlp.experts.{k}.{role}_proj": (8, 8) for k in range(count // 2) for role in ("up", "down")}
+
+
+def dull(count):
+    """Roles of which no two are spelled alike, and which are one word in a group's name."""
+    return {f"q{chr(0x2190 + k % 100)}{chr(0x2200 + k // 100)}": (8, 8) for k in range(count)}
+
+
+def beside(count):
+    return {f"layers.{k}.self_attn.{role}_proj": (8, 8) for k in range(8) for role in "qkvo"} | experts(count)
+
+
+GROUPED = {
+    "all in one tensor": (ta.preset("lotr", rank=2, targets=["*"]), dull),
+    "experts on an axis": (
+        ta.Rule(targets=["*"], rank=2, axes=("expert", "out", "in"), start="nonzero", init={"*": "normal(1)"}),
+        experts,
+    ),
+    "a tensor for each": (ta.preset("lora", rank=2, targets=["*"]), experts),
+    "names that are one": (ta.preset("lora", rank=2, targets=["*"]), dull),
+    "a set without another": (ta.preset("lora", rank=2, targets=["attention"], exclude=["feed-forward"]), beside),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_the_time_of_a_plan_grows_with_its_sites(name):
+    """A plan of twenty times the sites takes about twenty times as long."""
+    spec, shapes = GROUPED[name]
+    few, many = shapes(1000), shapes(20_000)
+    assert len(str(ta.plan(spec, few))) > 100
+    assert seconds(lambda: str(ta.plan(spec, many))) < 28 * seconds(lambda: str(ta.plan(spec, few)))
