@@ -15,7 +15,17 @@ from tensoradapt.axes import parse
 from tensoradapt.diagram import Diagram
 from tensoradapt.errors import RankError, ShapeError, SpecError
 from tensoradapt.fit.curves import squeeze
-from tensoradapt.fit.door import ORDER, Slices, axes_of, finite_norm, plain, slices_of, source_of, stack_shape
+from tensoradapt.fit.door import (
+    ORDER,
+    Slices,
+    axes_of,
+    finite_norm,
+    plain,
+    slices_of,
+    source_of,
+    stack_norm,
+    stack_shape,
+)
 from tensoradapt.fit.policy import Policy, relative, squares
 from tensoradapt.fit.result import Fit
 from tensoradapt.fit.solve import Options, fit_diagram
@@ -183,7 +193,7 @@ def _streamed(source: Slices, each: Callable[[Any], Tensor], made: _Format, goal
     axes = made.shape.axes
     first = each(next(iter(slices_of(source))))
     like = first.new_zeros(())
-    norm = math.hypot(*(finite_norm(each(part)) for part in slices_of(source)))
+    norm = stack_norm(lambda: map(each, slices_of(source)))
     read = lambda: ((k, Dense(each(part).to(like))) for k, part in enumerate(slices_of(source)))  # noqa: E731
     cuts = [made.shape.folds.get(a, (a,)) for a in _unfolded(made.shape)]
     named = [{axis: made.shape.sizes[axis] for axis in cut} for cut in cuts]

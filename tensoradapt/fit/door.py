@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
+from tensoradapt.fit.policy import energy
 from tensoradapt.linalg import as_tensor, empty, has_float64, norm_of
+from tensoradapt.linalg.level import FAINT
 
 Slices = Sequence[Any] | Callable[[], Iterable[Any]]
 ORDER = "the order is ta.fit(tensor, format)"
@@ -55,6 +57,15 @@ def finite_norm(tensor: Tensor) -> float:
     if bad:
         raise ShapeError("the tensor is not finite", got=f"{bad} of {tensor.numel()} entries are NaN or infinite")
     return norm
+
+
+def stack_norm(read: Callable[[], Iterable[Tensor]]) -> float:
+    """The norm of the tensor that slices make. A device is asked once for all. Raises ShapeError as `finite_norm`."""
+    squares = [energy(part) for part in read()]
+    square = float(torch.stack([each.to(squares[0].device) for each in squares]).sum())
+    if math.isfinite(square) and square > FAINT:
+        return math.sqrt(square)
+    return math.hypot(*(finite_norm(part) for part in read()))
 
 
 def slices_of(source: Slices) -> Iterable[Any]:

@@ -29,7 +29,7 @@ def polished(fit: Fit, lost: float, tensor: Tensor, seed: int) -> Fit:
         factors, after = hooi(tensor, fit.diagram, core, fit.factors, held=fit.total - error)
         if after >= error:
             return fit
-        return replace(fit, factors=evened(factors, fit.diagram, core), relative_error=math.sqrt(after / fit.total))
+        return replace(fit, factors=evened(factors), relative_error=math.sqrt(after / fit.total))
     if fit.method == "svd":
         return fit
     found = als(tensor, fit.diagram, start=fit.factors, sweeps=SWEEPS, seed=seed)

@@ -58,13 +58,14 @@ def fit_diagram(tensor: Tensor, diagram: Diagram, options: Options | None = None
     near = settled(tensor)
     if near.device != tensor.device:
         return fit_diagram(near, diagram, options).to(tensor.device)
-    level = level_of(norm_of(tensor), tensor.dtype)
+    norm = norm_of(tensor)
+    level = level_of(norm, tensor.dtype)
     if level != 1.0:
         policy = options.policy and options.policy.at(level)
         return fit_diagram(tensor * level, diagram, replace(options, policy=policy)).times(
             1 / level, options.fixed or ()
         )
-    whole = Compressed(tensor, diagram, squares(tensor))
+    whole = Compressed(tensor, diagram, norm * norm)
     if options.policy is not None and linked(diagram) is None:
         return _climbed(whole, diagram, options)
     held = whole if options.fixed else compress(whole, seed=options.seed)
@@ -123,7 +124,7 @@ def _improved(fit: Fit, found: TreeFit, held: Compressed, core: str, options: Op
     error = math.sqrt((lost + held.lost) / held.total)
     if error >= fit.relative_error:
         return fit
-    return replace(fit, factors=evened(factors, found.diagram, core), relative_error=error, method="svd, hooi")
+    return replace(fit, factors=evened(factors), relative_error=error, method="svd, hooi")
 
 
 def _cp(held: Compressed, options: Options) -> Fit:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.fit.policy import squares
+from tensoradapt.fit.policy import energy, squares
 from tensoradapt.linalg import double, truncated_svd
 from tensoradapt.linalg.lapack import eigh, qr
 from tensoradapt.linalg.parts import gram_matrix
@@ -43,20 +43,20 @@ def hooi(
     dims = {n: diagram.open.index(axis) for n, (axis, _) in leaves.items()}
     upright = {n: factors[n] if diagram.nodes[n][0] == leaves[n][0] else factors[n].mT for n in leaves}
     bases = {n: qr(t)[0] for n, t in upright.items()}
-    middle, energy = tensor, held
+    middle = tensor
     for _ in range(sweeps):
         for n, dim in dims.items():
             middle = _projected(tensor, {dims[other]: bases[other] for other in bases if other != n})
             bases[n] = _leading(middle.movedim(dim, 0).flatten(1), bases[n].shape[1])
-        middle, before = _times(middle, dim, bases[n]), energy
-        energy = squares(middle)
-        if energy - before <= GAIN * (total - energy):
+        middle = _times(middle, dim, bases[n])
+        before, held = held, squares(middle)
+        if held - before <= GAIN * (total - held):
             break
     made = {n: (t if diagram.nodes[n][0] == leaves[n][0] else t.mT).contiguous() for n, t in bases.items()}
     bonds = dict(leaves.values())
     order = [bonds.get(axis, axis) for axis in diagram.open]
     made[core] = middle.permute([order.index(i) for i in diagram.nodes[core]]).contiguous()
-    return {n: made[n] for n in diagram.nodes}, max(0.0, total - energy)
+    return {n: made[n] for n in diagram.nodes}, max(0.0, total - held)
 
 
 def _leading(matrix: Tensor, rank: int) -> Tensor:
@@ -101,10 +101,9 @@ def axis_of(diagram: Diagram, node: str) -> tuple[str, str]:
     return (one, two) if one in diagram.open else (two, one)
 
 
-def evened(factors: dict[str, Tensor], diagram: Diagram, core: str) -> dict[str, Tensor]:
+def evened(factors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Orthonormal Tucker factors and their core, scaled to one norm per node."""
-    size = math.sqrt(max(squares(factors[core]), 1e-300))
-    count = len(factors)
-    norms = {n: math.sqrt(max(squares(t), 1e-300)) for n, t in factors.items()}
-    target = math.exp((math.log(size) + sum(math.log(v) for n, v in norms.items() if n != core)) / count)
+    found = torch.stack([energy(tensor) for tensor in factors.values()]).tolist()
+    norms = {n: math.sqrt(max(square, 1e-300)) for n, square in zip(factors, found, strict=True)}
+    target = math.exp(sum(map(math.log, norms.values())) / len(factors))
     return {n: t * (target / norms[n]) for n, t in factors.items()}

@@ -57,16 +57,15 @@ class Held:
         held, total = self.energies, self.total
         residual = (total - held[-1]).clamp(min=0)
         rounding = CANCELLED * total
-        if bool((residual <= rounding).all()):
-            return True
+        whole = (residual <= rounding).all()
         if len(held) < 2:
-            return False
+            return bool(whole)
         gained = held[-1] - held[-2]
         before = held[-2] - held[-3] if len(held) > 2 else gained
         ratio = (gained / before.clamp(min=1e-300)).clamp(FASTEST, SLOWEST)
         if self.ratio is not None:
             ratio = torch.minimum(ratio, WARY * self.ratio.square())
-        return bool((gained * ratio / (1 - ratio) <= 2 * tolerance * residual + rounding * tolerance).all())
+        return bool(whole | (gained * ratio / (1 - ratio) <= 2 * tolerance * residual + rounding * tolerance).all())
 
 
 @dataclass(frozen=True)

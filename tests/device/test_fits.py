@@ -92,6 +92,34 @@ def test_a_fit_of_a_large_cp_waits_for_no_sweep(device):
     assert len(fit.history) > 4 and len(found) <= (36 if device == "cuda" else 30), found.table()
 
 
+WIDE: dict[str, dict[str, Any]] = {
+    "tucker": {"rank": 3},
+    "tt": {"rank": 3},
+    "cp": {"rank": 3},
+    FITS["network"][0]: {"rank": 2},
+    "tt, by error": {"error": 0.5},
+    "tucker, by budget": {"max_parameters": 4000},
+}
+
+
+@pytest.mark.parametrize("form", WIDE)
+def test_a_fit_of_a_large_stack_waits_less_than_once_for_a_weight(device, form):
+    """A bounded number of times, however many weights there are. CUDA counts what is uploaded too."""
+    tensor = noisy(32, 160, 120).to(device)
+    assert tensor.numel() > home.SMALL
+    with waits(device) as found:
+        ta.fit(tensor, form.partition(", by")[0], axes=AXES, **WIDE[form])
+    assert len(found) <= len(tensor), found.table()
+
+
+@pytest.mark.parametrize("form", ["tucker", "tt"])
+def test_a_fit_of_a_large_stream_waits_less_than_once_for_a_slice(device, form):
+    slices = list(noisy(32, 160, 120).to(device))
+    with waits(device) as found:
+        ta.fit(slices, form, axes=AXES, rank=3)
+    assert len(found) <= len(slices), found.table()
+
+
 @pytest.mark.parametrize("method", ["exact", "gram", "krylov"])
 @pytest.mark.parametrize("shape", [(120, 40), (40, 120), (2, 60, 30)])
 def test_truncated_svds_on_a_device_are_those_of_the_cpu(device, method, shape):
