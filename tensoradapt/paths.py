@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,8 @@ def origin(source: str | os.PathLike[str]) -> Origin:
     name, _, revision = text.partition("@")
     if HUB_ID.fullmatch(name) and not os.path.lexists(expand(text)):
         return Origin(name, revision, hub=True)
-    whole = Path(os.path.abspath(expand(text))) if text else Path()
+    whole = expand(text) if text else Path()
+    with suppress(FileNotFoundError):  # the current folder may be gone
+        whole = Path(os.path.abspath(whole)) if text else whole
     own = whole.parent.name if whole.name in PARTS and whole.parent.name else whole.name
     return Origin(" ".join(own.rpartition("\\")[2].encode("utf-8", "replace").decode().split()))

@@ -323,6 +323,9 @@ def occupied(tmp_path: Path, both) -> dict[str, tuple[Path, str]]:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "odd" / "adapter.safetensors").mkdir(parents=True)
+    for name in ("adapter", "shards"):
+        shutil.copytree(both[0], tmp_path / f"{name}.partial")
+    (tmp_path / "adapter.partial" / "work.json").write_text("{}")
     return {
         "a finished adapter": (tmp_path / "whole", "there already"),
         "its file": (tmp_path / "whole" / "adapter.safetensors", "there already"),
@@ -331,6 +334,8 @@ def occupied(tmp_path: Path, both) -> dict[str, tuple[Path, str]]:
         "below a file": (tmp_path / "file" / "adapter", "cannot be written"),
         "a folder of the adapter's name": (tmp_path / "odd", "is a folder"),
         "the base": (both[0], "there already|holds a checkpoint"),
+        "a folder in the journal's place": (tmp_path / "adapter", "holds other files"),
+        "weights in the journal's place": (tmp_path / "shards.safetensors", "holds other files"),
         "a name of 300 letters": (tmp_path / ("a" * 300), "cannot be written"),
         "the root": (Path("/"), "no output"),
         "nothing": (Path(" "), "no output"),
@@ -340,6 +345,7 @@ def occupied(tmp_path: Path, both) -> dict[str, tuple[Path, str]]:
 @pytest.mark.parametrize("case", [
     "a finished adapter", "its file", "a folder with other files", "a file", "below a file",
     "a folder of the adapter's name", "the base", "a name of 300 letters", "the root", "nothing",
+    "a folder in the journal's place", "weights in the journal's place",
 ])  # fmt: skip
 def test_outputs_that_are_taken(case, made, tmp_path):
     out, message = occupied(tmp_path, made)[case]

@@ -5,9 +5,11 @@ nothing beside its output. A few steps of every job; `pytest tests/test_kills.py
 """
 
 import errno
+import json
 import os
 import random
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +24,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import tensoradapt as ta
+from tensoradapt import plots
 from tensoradapt.cli.app import run as command_line
+from tensoradapt.writing import folder as folder_module
 from tensoradapt.writing import locks
 from tensoradapt.writing.folder import claimed
 
@@ -40,6 +44,7 @@ class Job:
     out: str = "out"
     whole: bool = True
     few: int = 2  # steps, for each way to be stopped and each state before
+    mounted: bool = False  # whether the output, where it is there, is a folder that no other can replace
 
 
 def python(act: Callable[[Path], object]) -> Callable[[str], Callable[[], None]]:
@@ -60,6 +65,7 @@ def commands(text: str) -> Callable[[str], list[str]]:
 
 JOBS = {
     "merge": Job(commands("merge base adapter --overwrite --out OUT")),
+    "merge into a mounted folder": Job(commands("merge base adapter --overwrite --out OUT"), mounted=True),
     "convert": Job(commands("convert adapter --preset lotr --rank 2 --overwrite --out OUT"), whole=False),
     "convert to a file": Job(commands("convert adapter --preset lotr --rank 2 --overwrite --out OUT"), "a.safetensors"),
     "export": Job(commands("export adapter --to peft --overwrite --out OUT"), few=1),
@@ -136,6 +142,19 @@ def check_whole(held, old, new, job: Job) -> None:
     assert all(text in (old.get(name), new.get(name)) for name, text in seen.items())
 
 
+def mounted(monkeypatch, out: Path) -> None:
+    """Let a folder, once it is there, be one that the system neither renames nor exchanges."""
+    swap, is_mount = folder_module._swap, Path.is_mount
+
+    def busy(new, path):
+        if path == out and path.exists():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        swap(new, path)
+
+    monkeypatch.setattr(folder_module, "_swap", busy)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out or is_mount(path))
+
+
 WAYS = {"kill": kills.kill, "interrupt": kills.interrupt, "full": kills.fill}
 CODES = {"kill": (-9,), "interrupt": (130,), "full": (2,)}
 
@@ -153,8 +172,10 @@ def steps_of(total: int, few: int, pytestconfig, seed: str) -> list[int]:
 
 @pytest.mark.parametrize("state", ["none", "old"])
 @pytest.mark.parametrize("name", JOBS)
-def test_nothing_is_lost_and_nothing_is_left(name, state, inputs, tmp_path, pytestconfig):
+def test_nothing_is_lost_and_nothing_is_left(name, state, inputs, tmp_path, pytestconfig, monkeypatch):
     job, new = JOBS[name], made(inputs, name)
+    if job.mounted:
+        mounted(monkeypatch, tmp_path / "room" / job.out)
     old = older(inputs, name) if state == "old" else {}
     act = job.run(str(tmp_path / "room" / job.out))
     total = kills.run(act, room_of(tmp_path, inputs, name, state)).steps
@@ -268,6 +289,47 @@ def test_a_disk_without_locks_is_written_and_nobody_elses_temporaries_are_remove
     assert not [name for name in kills.contents(tmp_path) if "lock" in name]
 
 
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+@pytest.mark.parametrize("name", ["merge", "convert", "extract"])
+def test_folders_that_cannot_be_flushed_are_written(name, code, inputs, tmp_path, monkeypatch):
+    """As on shares of other systems; a file that cannot be is an error still."""
+    flush, kinds = os.fsync, {stat.S_ISDIR}
+
+    def fsync(descriptor):
+        if any(kind(os.fstat(descriptor).st_mode) for kind in kinds):
+            raise OSError(code, os.strerror(code))
+        flush(descriptor)
+
+    new, room = made(inputs, name), room_of(tmp_path, inputs, name, "none")
+    monkeypatch.setattr(os, "fsync", fsync)
+    act = JOBS[name].run(str(room / "out"))
+    assert kills.run(act, room).code == 0 and _plain(kills.contents(room), room) == new
+    kinds.add(stat.S_ISREG)
+    assert kills.run(act, room).code == 2
+
+
+def test_a_current_folder_that_is_gone_is_an_error(inputs, tmp_path, monkeypatch):
+    base, tuned, adapter = (str(inputs / side) for side in ("base", "tuned", "adapter"))
+    report = json.loads((inputs / "report" / "report.json").read_text())
+    spec = ta.preset("lora", rank=1, targets=["q"])
+    acts = [
+        lambda: ta.merge_folder(base, adapter, "out"),
+        lambda: ta.convert(adapter, spec, "out"),
+        lambda: ta.convert(adapter, spec, "out.safetensors"),
+        lambda: ta.export_peft(adapter, "out"),
+        lambda: ta.extract(base, tuned, spec, "out"),
+        lambda: attached().save("out"),
+        lambda: spec.save("out.yaml"),
+        lambda: plots.draw_figure(report, "ranks", "out.svg"),
+    ]
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for act in acts:
+        with pytest.raises(ta.FileError, match=r"out\S* cannot be written"):
+            act()
+
+
 def test_what_other_versions_and_other_people_left(inputs, tmp_path):
     """Temporaries named by a process's number go; what merely looks like one stays."""
     for name in (".out.tmp-4711", f".out.old-{16 * '0'}", f".out.new-{16 * '0'}"):
@@ -278,6 +340,33 @@ def test_what_other_versions_and_other_people_left(inputs, tmp_path):
     with claimed(tmp_path / "out"):
         pass
     assert sorted(os.listdir(tmp_path)) == [".out.lock.txt", ".out.tmp-mine", ".outer.tmp-4711", "out", "out.tmp-4711"]
+
+
+@pytest.mark.parametrize("name", ["merge", "export", "extract"])
+def test_hidden_files_of_others_are_no_leftovers(name, inputs, tmp_path, capsys):
+    """Lock files of other programs have names like ours: they are not lost with the folder that is replaced."""
+    act = JOBS[name].run(str(tmp_path / "out"))
+    act = [word for word in act if name != "extract" or word != "--overwrite"]  # which overwrites its files alone
+    for mine in (".package.lock", f".mine.new-{16 * 'a'}"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / mine).write_text("kept")
+        assert command_line(act) == 2 and mine in capsys.readouterr().err
+        assert kills.contents(tmp_path) == {f"out/{mine}": b"kept"}
+        (tmp_path / "out" / mine).unlink()
+
+
+@pytest.mark.parametrize("name", ["merge", "export", "analyze", "convert", "extract"])
+def test_the_current_folder_stays_the_one_that_one_stands_in(name, inputs, tmp_path, monkeypatch):
+    files = [file.partition("/")[2] for file in made(inputs, name)]
+    for side in ("base", "tuned", "adapter"):
+        (tmp_path / side).symlink_to(inputs / side)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    words = [f"../{word}" if word in ("base", "tuned", "adapter") else word for word in JOBS[name].run(".")]
+    for _ in range(2):
+        assert command_line(words) == 0
+        assert [*kills.contents(Path())] == files
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "out", "tuned"]
 
 
 def test_a_folder_that_was_moved_aside_comes_back(inputs, tmp_path):

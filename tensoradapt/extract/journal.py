@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -27,9 +28,11 @@ from tensoradapt.linalg import SOLO, Team
 from tensoradapt.textfiles import write_text
 from tensoradapt.writing.atomic import atomic
 from tensoradapt.writing.folder import claimed
-from tensoradapt.writing.hidden import unwritten
+from tensoradapt.writing.hidden import stands_for, unwritten
 
 VERSION, WORK = "1", "work.json"
+OLD_LOCK = "lock"  # of an earlier version
+PART = re.compile(r"[0-9a-f]{24}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,24 @@ class Journal:
     @property
     def begun(self) -> bool:
         """Whether any part is there."""
-        return any(self.folder.glob("*.safetensors"))
+        return any(self.parts)
+
+    @property
+    def parts(self) -> Iterator[Path]:
+        """The files of finished groups."""
+        return (file for file in self.folder.glob("*.safetensors") if PART.fullmatch(file.name))
+
+    def check_own(self) -> None:
+        """Raise FileError where the folder holds files of others: it is removed when the work is done."""
+        held = sorted(file.name for file in self.folder.iterdir()) if self.folder.is_dir() else []
+        ours = (WORK, OLD_LOCK, self.folder.name)
+        others = [n for n in held if (of := stands_for(n) or n) not in ours and not PART.fullmatch(of)]
+        if others:
+            raise FileError(
+                f"{self.folder} holds other files, and is where unfinished work would lie",
+                got=", ".join(others[:5]),
+                hint="move them, or choose another output",
+            )
 
 
 def _sums(tensors: Mapping[str, Tensor], record: str) -> dict[str, int]:
@@ -120,7 +140,7 @@ def _write_down(folder: Path, work: Mapping[str, Any]) -> None:
     text = json.dumps({"journal": VERSION, **work}, indent=1, sort_keys=True)
     before, now = _read(file), json.loads(text)
     if before is None:
-        for part in folder.glob("*.safetensors"):  # parts of which nobody knows what they are
+        for part in Journal(folder).parts:  # parts of which nobody knows what they are
             part.unlink()
     changed = sorted(key for key in {*(before or {}), *now} if (before or now).get(key) != now.get(key))
     if changed and Journal(folder).begun:

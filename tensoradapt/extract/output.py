@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from tensoradapt.errors import FileError
+from tensoradapt.extract.journal import Journal
+from tensoradapt.io.card import CARD
 from tensoradapt.io.native import FILE, file_of, write
 from tensoradapt.io.saved import Saved
 from tensoradapt.writing.atomic import atomic
-from tensoradapt.writing.hidden import is_leftover, unwritten
+from tensoradapt.writing.hidden import is_leftover, unwritten, whole
 
 RECORD = "extraction.json"
 
@@ -39,18 +41,22 @@ class Output:
     def of(cls, out: str | Path) -> Output:
         """The places that a path means. Raises FileError on the root of a file system, and on an empty path."""
         file = file_of(out)
-        whole = Path(os.path.abspath(file))
-        folder = whole.name == FILE
-        if not str(out).strip() or (folder and whole.parent == whole.parent.parent):
+        full = Path(os.path.abspath(whole(file)))
+        folder = full.name == FILE
+        if not str(out).strip() or (folder and full.parent == full.parent.parent):
             raise FileError(f"{str(out)!r} is no output", expected="a folder of the adapter's own")
-        name = whole.parent if folder else whole.with_suffix("")
+        name = full.parent if folder else full.with_suffix("")
         record = file.with_name(RECORD) if folder else file.with_suffix(f".{RECORD}")
-        return cls(file, record, name.with_name(f"{name.name}.partial"), name if folder else whole)
+        return cls(file, record, name.with_name(f"{name.name}.partial"), name if folder else full)
 
     def check(self, inputs: Iterable[Path], *, overwrite: bool) -> None:
-        """Raise FileError where something is there already, nothing can be written, or an input lies in the folder."""
+        """Raise FileError where something is there already, nothing can be written, or an input lies in the folder.
+
+        So it does where files of others lie in the journal's place.
+        """
         try:
             self._check_folder(overwrite=overwrite)
+            Journal(self.journal).check_own()
         except OSError as error:
             raise unwritten(self.file, error) from None
         own = self.file.parent.resolve()
@@ -77,7 +83,9 @@ class Output:
 
     def _check_free(self, folder: Path) -> None:
         own = [file.name for file in (self.file, self.record) if file.exists()]
-        others = [entry.name for entry in folder.iterdir() if self.file.name == FILE and not is_leftover(entry.name)]
+        made = (self.file.name, self.record.name, CARD, self.claim.name)
+        held = folder.iterdir() if self.file.name == FILE else ()
+        others = [entry.name for entry in held if not is_leftover(entry.name, made)]
         if own or others:
             raise FileError(
                 f"{folder if others else self.file} is there already",

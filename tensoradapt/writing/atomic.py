@@ -6,6 +6,7 @@ Invariant: what is written may be read by those who may read the file it replace
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -17,6 +18,7 @@ from tensoradapt.errors import FileError
 from tensoradapt.writing.hidden import FILE, FILE_LOCK, leftovers, remove, staged, unwritten, whole, with_parents
 from tensoradapt.writing.locks import locked
 
+FLUSHES_NONE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of folders: shares of other systems, file systems in FUSE
 PATIENCE = 600.0  # seconds that one who writes a file waits for another: the last to come is the one that stays
 
 
@@ -68,11 +70,15 @@ def give_mode(new: Path, old: Path, mode: int) -> None:
 
 
 def flush(path: Path) -> None:
-    """Force a file's, or a folder's, contents to the disk."""
-    if sys.platform == "win32" and path.is_dir():  # where folders cannot be opened
+    """Force a file's contents to the disk, and a folder's where its file system does that."""
+    folder = path.is_dir()
+    if sys.platform == "win32" and folder:  # where folders cannot be opened
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in FLUSHES_NONE:
+            raise
     finally:
         os.close(descriptor)

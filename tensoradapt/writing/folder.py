@@ -93,20 +93,29 @@ def _put_right(path: Path) -> None:
 def atomic_folder(path: str | Path, ours: Collection[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path`, put in its place when the block ends, removed when it fails.
 
-    Raises FileError where `path` exists and is not to be overwritten, or holds files that are not among `ours`.
+    What it holds is moved into a folder that has to stay, as `files_into` does. Raises FileError where `path` exists
+    and is not to be overwritten, or holds files that are not among `ours`.
     """
     path = whole(expand(path))
     check_free(path, ours, overwrite=overwrite)
     try:
-        with staged(path, NEW) as temporary:
+        stays = _stays(path)
+        with staged(within(path) if stays else path, NEW) as temporary:
             mode = usual_mode(temporary / "mode")
             yield temporary
             settle(temporary, path, mode)
             check_free(path, ours, overwrite=overwrite)  # where a disk has no locks, another may have written it
-            _swap(temporary, path)
+            (_move_all if stays else _swap)(temporary, path)
             flush(path.parent)
     except OSError as error:
         raise unwritten(path, error) from error
+
+
+def _stays(path: Path) -> bool:
+    """Whether a folder cannot be replaced: a mounted one, the current one, one beside which nothing can be written."""
+    if not path.is_dir():
+        return False
+    return path.is_mount() or path.samefile(os.curdir) or not os.access(path.parent, os.W_OK | os.X_OK)
 
 
 @contextmanager
@@ -121,14 +130,11 @@ def files_into(out: str | Path) -> Iterator[Path]:
         with staged(place, NEW) as temporary:
             mode = usual_mode(temporary / "mode")
             yield temporary
-            _check_places(temporary, path)
             settle(temporary, path, mode)
             if place == path:
                 os.replace(temporary, path)
             else:
-                os.replace(temporary, ready := fresh(place, READY))
-                _move_all(ready, path)
-            flush(path)
+                _move_all(temporary, path)
             flush(path.parent)
     except OSError as error:
         raise unwritten(path, error) from error
@@ -137,25 +143,30 @@ def files_into(out: str | Path) -> Iterator[Path]:
 def _check_places(new: Path, path: Path) -> None:
     """Raise FileError where a folder stands in the place of a file."""
     for file in new.iterdir():
-        if (path / file.name).is_dir():
+        if (path / file.name).is_dir() and not file.is_dir():
             raise FileError(
                 f"{path / file.name} is a folder", expected="a file, or nothing", hint="choose another folder"
             )
 
 
-def _move_all(ready: Path, folder: Path) -> None:
-    """Move files, and the rest of them all the same where an interruption comes between."""
+def _move_all(new: Path, folder: Path) -> None:
+    """Move what a folder within another holds there, and the rest all the same where an interruption comes between."""
+    _check_places(new, folder)
+    os.replace(new, ready := fresh(within(folder), READY))
     try:
         move_into(ready, folder)
     except BaseException:
         move_into(ready, folder)
         raise
+    flush(folder)
 
 
 def move_into(ready: Path, folder: Path) -> None:
-    """Move the files of one folder to another, and remove it."""
-    for file in sorted(ready.iterdir()) if ready.exists() else ():
-        os.replace(file, folder / file.name)
+    """Move the files and folders of one folder to another, and remove it."""
+    for found in sorted(ready.iterdir()) if ready.exists() else ():
+        if found.is_dir():
+            remove(folder / found.name)
+        os.replace(found, folder / found.name)
     remove(ready)
 
 
@@ -175,7 +186,7 @@ def check_free(path: Path, ours: Collection[str], *, overwrite: bool) -> None:
         return
     if not path.is_dir() or path.is_symlink():
         raise FileError(f"{path} is there already, and is no folder", hint="choose another folder")
-    held = sorted(found.name for found in path.iterdir() if not is_leftover(found.name))
+    held = sorted(found.name for found in path.iterdir() if not is_leftover(found.name, {path.name, *ours}))
     foreign = [name for name in held if name not in ours]
     if foreign:
         raise FileError(

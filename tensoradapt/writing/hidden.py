@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,13 +20,19 @@ from tensoradapt.errors import FileError
 LOCK, FILE_LOCK = "lock", "tmp-lock"
 FILE, NEW, READY, OLD = "tmp", "new", "ready", "old"  # a file at work, a folder, one that is to be moved, one replaced
 TOKEN = r"(?:[0-9a-f]{16}|\d{1,10})"  # digits alone: versions that took the process's number
-LEFT = re.compile(rf"\..+\.(?:{LOCK}|{FILE_LOCK}|(?:{FILE}|{NEW}|{READY}|{OLD})-{TOKEN})")
+LEFT = re.compile(rf"\.(?P<of>.+)\.(?:{LOCK}|{FILE_LOCK}|(?:{FILE}|{NEW}|{READY}|{OLD})-{TOKEN})")
 LONGEST = 200  # bytes of a name that a system lets grow by a few
 
 
 def whole(path: Path) -> Path:
-    """An output's absolute path, which has a name. Raises FileError on the root of a file system."""
-    path = Path(os.path.abspath(path)) if path.name in ("", "..") else path.absolute()
+    """An output's absolute path, which has a name. Raises FileError on the root of a file system.
+
+    So it does on a relative path where the current folder is gone.
+    """
+    try:
+        path = Path(os.path.abspath(path)) if path.name in ("", "..") else path.absolute()
+    except OSError as error:
+        raise unwritten(path, error) from None
     if not path.name:
         raise FileError(f"{path} is the root of a file system", expected="a path of the output's own")
     return path
@@ -34,9 +40,13 @@ def whole(path: Path) -> Path:
 
 def hidden(path: Path, kind: str) -> Path:
     """The hidden path of a kind beside an output."""
-    name = os.fsencode(path.name)
-    short = path.name if len(name) <= LONGEST else hashlib.sha256(name).hexdigest()
-    return path.with_name(f".{short}.{kind}")
+    return path.with_name(f".{_short(path.name)}.{kind}")
+
+
+def _short(name: str) -> str:
+    """A name that a system lets grow."""
+    whole = os.fsencode(name)
+    return name if len(whole) <= LONGEST else hashlib.sha256(whole).hexdigest()
 
 
 def fresh(path: Path, kind: str) -> Path:
@@ -44,9 +54,16 @@ def fresh(path: Path, kind: str) -> Path:
     return hidden(path, f"{kind}-{secrets.token_hex(8)}")
 
 
-def is_leftover(name: str) -> bool:
-    """Whether a name is one under which something is made, or was until it was killed."""
-    return LEFT.fullmatch(name) is not None
+def is_leftover(name: str, of: Iterable[str]) -> bool:
+    """Whether a name is one under which one `of` these is made, or was until that was killed."""
+    made = stands_for(name)
+    return made is not None and made in map(_short, of)
+
+
+def stands_for(name: str) -> str | None:
+    """The name, as it stands in a hidden one, of what is made under that; None where a name is no such hidden one."""
+    found = LEFT.fullmatch(name)
+    return None if found is None else found["of"]
 
 
 def leftovers(path: Path, kind: str) -> list[Path]:
