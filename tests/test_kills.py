@@ -355,6 +355,19 @@ def test_hidden_files_of_others_are_no_leftovers(name, inputs, tmp_path, capsys)
         (tmp_path / "out" / mine).unlink()
 
 
+@pytest.mark.parametrize("place", ["out", "out/more"])
+def test_a_read_only_folder_is_not_replaced(place, inputs, tmp_path, monkeypatch, capsys):
+    """Its user could not remove it afterwards."""
+    room = room_of(tmp_path, inputs, "merge", "old")
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == room / place) and access(path, mode)
+    )
+    before = kills.contents(room)
+    assert command_line(JOBS["merge"].run(str(room / "out"))) == 2
+    assert f"{room / place} cannot be written" in capsys.readouterr().err and kills.contents(room) == before
+
+
 @pytest.mark.parametrize("name", ["merge", "export", "analyze", "convert", "extract"])
 def test_the_current_folder_stays_the_one_that_one_stands_in(name, inputs, tmp_path, monkeypatch):
     files = [file.partition("/")[2] for file in made(inputs, name)]

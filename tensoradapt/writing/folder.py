@@ -199,6 +199,9 @@ def check_free(path: Path, ours: Collection[str], *, overwrite: bool) -> None:
         raise FileError(
             f"{path} is there already", got=", ".join(held), hint="choose another folder, or overwrite=True"
         )
+    for place in (path, *path.rglob("*")):  # what cannot be emptied would stay, under a hidden name
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            raise FileError(f"{place} cannot be written", got="it is read-only", hint="choose another folder")
 
 
 def _swap(new: Path, path: Path) -> None:
