@@ -10,6 +10,8 @@ from toys import Toy
 from waiting import waits
 
 import tensoradapt as ta
+from tensoradapt.gauge import retract_polar, stiefel_tangent
+from tensoradapt.linalg import home_of
 
 TREES: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any]]] = {
     "ScaledGD of LoRA": ("lora", {"rank": 3}, lambda a: ta.optim.ScaledGD(a, lr=1e-2)),
@@ -119,6 +121,17 @@ def test_orthonormal_factors_that_are_written_to_are_made_orthonormal_again(devi
         factor = adapter.factors(frame.group)[frame.edge.child].detach().cpu()
         gram = factor.mT @ factor
         torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e2, 1e5])
+def test_the_polar_retraction_of_a_step_of_any_length_is_that_of_an_svd(device, size):
+    x, step = (torch.randn(3, 40, 8, generator=torch.Generator().manual_seed(k)).double() for k in range(2))
+    x = torch.linalg.qr(x)[0]
+    step = size * stiefel_tangent(x, step)
+    u, _, vh = torch.linalg.svd(x + step, full_matrices=False)
+    at = home_of(torch.device(device))
+    found = retract_polar(x.to(at), step.to(at)).cpu()
+    torch.testing.assert_close(found, u @ vh, rtol=0, atol=1e-9)
 
 
 def test_factors_that_are_put_in_the_place_of_orthonormal_ones_keep_their_delta(device):

@@ -24,6 +24,7 @@ def test_checkpoints_are_subtracted_and_their_noise_is_summed_on_the_asked_devic
     assert seen["sub"] >= (0 if wide else len(report.sites))
     if dtype == torch.float64:
         return  # which has no noise
+    assert seen["bitwise_and"]  # the exponents of stored numbers
     with simulated.operations() as seen:
         found, wanted = (
             noise_of(*(side.encoder.layer[0].output.dense.weight for side in (base, tuned)), torch.device(at))
@@ -32,7 +33,7 @@ def test_checkpoints_are_subtracted_and_their_noise_is_summed_on_the_asked_devic
         assert found.rows.tolist() == pytest.approx(wanted.rows.tolist(), rel=1e-5) and found.single == pytest.approx(
             wanted.single
         )
-    assert seen["bitwise_and"]  # the exponents of stored numbers
+    assert seen["bitwise_and"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
