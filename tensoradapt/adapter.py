@@ -63,7 +63,7 @@ class Adapter(Factors):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._check_unmerged()
+        self.check_unmerged()
         if not isinstance(value, SupportsFloat) or not math.isfinite(value):
             raise AdapterError("a scale is a finite number", got=repr(value)[:40])
         self._scale = float(value)
@@ -75,7 +75,7 @@ class Adapter(Factors):
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._check_unmerged()
+        self.check_unmerged()
         self.switch.on = bool(value)
 
     @property
@@ -99,9 +99,16 @@ class Adapter(Factors):
         """Whether training would change nothing: merged, and no other parameter of the model is trained."""
         return self.merged and not self._host().trains_on(self._model[0])
 
-    def _check_unmerged(self) -> None:
-        if self.merged:
+    def check_unmerged(self) -> None:
+        """Raise AdapterError where the base holds deltas, or after an interrupt a part of them: of what was merged."""
+        if self._merge is not None:
+            self._merge.check_ended()
             raise AdapterError(f"adapter {self.name!r} is merged into the weights", hint="unmerge() first")
+
+    def set_factors(self, group: str, tensors: Mapping[str, Any], *, start: bool = False) -> None:
+        """As of any factors. Raises AdapterError where the adapter is merged: the base would keep the old deltas."""
+        self.check_unmerged()
+        super().set_factors(group, tensors, start=start)
 
     def in_place_of(self, key: str, parameter: Tensor) -> Tensor:
         """What a call reads in a parameter's place: it, or its trained copy, and the deltas of its sites."""
@@ -139,7 +146,7 @@ class Adapter(Factors):
 
         Raises AdapterError where it is merged.
         """
-        self._check_unmerged()
+        self.check_unmerged()
         with self.switch.off():
             yield
 
@@ -178,7 +185,8 @@ class Adapter(Factors):
             self._merge_alone(keep, untie=untie)
 
     def _merge_alone(self, keep: str | None, *, untie: bool) -> None:
-        self._check_unmerged()
+        if self.merged:
+            self.check_unmerged()
         if not self.enabled:
             raise AdapterError(f"adapter {self.name!r} is switched off", hint="set adapter.enabled = True first")
         self.passes.check(self.name)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 
+from tensoradapt.calls import computed
 from tensoradapt.chain import Chain, Convolved, staged
 from tensoradapt.errors import AdapterError
 from tensoradapt.passes import Passes
@@ -156,6 +157,10 @@ class WeightHook:
     def before(self, module: nn.Module, args: Any) -> None:
         """Put what the adapter makes of the parameter in its place, for this call."""
         table = table_of(self.owner[0])
+        if self.name not in table:
+            if self.source.active:
+                raise self._gone()
+            return
         parameter = table.held(self.name)
         if self.loaded and parameter.is_meta:
             return
@@ -190,6 +195,21 @@ class WeightHook:
         mine = mine or [k for k, each in enumerate(found) if each.by is self and each.frame is None]
         if mine:
             table.put(self.name, found[: mine[-1]] + found[mine[-1] + 1 :])
+
+    def _gone(self) -> AdapterError:
+        buffers = self.owner[0]._buffers
+        how, end = computed(self.owner[0], self.name) or (
+            "a buffer, as PyTorch leaves of a frozen weight that was parametrised"
+            if self.name in buffers
+            else "removed",
+            "",
+        )
+        return AdapterError(
+            f"{self.key} is no parameter any more, and adapter {self.source.name!r} adds to it at use",
+            got=how,
+            expected="the parameter that it was when the adapter was attached",
+            hint=f"{end} makes a parameter of it; or detach() first" if end else "detach() first",
+        )
 
     def _check_copied(self, module: nn.Module) -> None:
         if "_is_replica" in module.__dict__:

@@ -37,6 +37,7 @@ class Host(nn.Module):
         self.shadowed: dict[str, Any] = {}
         self.register_state_dict_post_hook(_without_merged)
         self.register_state_dict_post_hook(_without_place)
+        self.register_load_state_dict_pre_hook(_check_of_merged)
         self.register_load_state_dict_post_hook(_merged_may_lack)
 
     @property
@@ -147,6 +148,17 @@ def _without_place(host: Host, state: dict[str, Any], prefix: str, metadata: Any
         frame = frame.f_back  # type: ignore[assignment]
     for key in [k for k in state if k.startswith(prefix)] if frame is not None else ():
         del state[key]
+
+
+def _check_of_merged(host: Host, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raise AdapterError on a state dictionary with the factors of a merged adapter: its base lacks their deltas."""
+    for name in host.merged:
+        if any(key.startswith(f"{prefix}{name}.") for key in state):
+            raise AdapterError(
+                f"adapter {name!r} is merged, and the state dictionary is of a model where it is not: its base has no "
+                "deltas",
+                hint="unmerge(), then load it",
+            )
 
 
 def _merged_may_lack(host: Host, found: Any) -> None:

@@ -19,6 +19,7 @@ from tensoradapt.quantised import is_plain, kind_of
 from tensoradapt.sharded import local
 
 PLACES = ("cpu", "same", None)
+FOR_GOOD = "merge_and_detach() before that keeps the deltas for good; or load the base again"
 
 
 @dataclass
@@ -139,14 +140,21 @@ class Merge:
             )
 
     def check_plain(self) -> None:
-        """Raise AdapterError where a weight was quantised since: it has no place for its original."""
+        """Raise AdapterError where a weight was quantised or resized since: it has no place for its original."""
         for name, record in self.records.items():
-            held = held_at(*record.places[0])
+            held, kept = held_at(*record.places[0]), record.original if record.tied is None else record.tied
             if record.tied is None and not is_plain(None if held is None else local(held)):
                 raise AdapterError(
                     f"{name} was quantised after the merge: its original cannot be put back",
                     got=kind_of(held),
-                    hint="merge_and_detach() before quantising keeps the deltas for good; or load the base again",
+                    hint=FOR_GOOD,
+                )
+            if held is not None and kept is not None and local(held).shape != local(kept).shape:
+                raise AdapterError(
+                    f"{name} was resized after the merge: its original cannot be put back",
+                    got=tuple(local(held).shape),
+                    expected=tuple(local(kept).shape),
+                    hint=FOR_GOOD,
                 )
 
     def check_last(self, last: str) -> None:

@@ -401,9 +401,44 @@ def test_nothing_can_be_switched_while_merged():
     for act in (lambda: setattr(adapter, "scale", 2.0), lambda: setattr(adapter, "enabled", False), adapter.merge):
         with pytest.raises(ta.AdapterError, match="is merged into the weights(?s:.*)unmerge"):
             act()
+    (group,) = adapter.groups
+    held = {node: tensor.clone() for node, tensor in adapter.factors(group).items()}
+    with pytest.raises(ta.AdapterError, match="unmerge"):
+        adapter.set_factors(group, {node: tensor + 1 for node, tensor in held.items()})
     with pytest.raises(ta.AdapterError, match="unmerge"), adapter.disabled():
         pass
-    assert adapter.scale == 1.0 and adapter.enabled
+    assert adapter.scale == 1.0 and adapter.enabled and tiny.same(held, adapter.factors(group))
+
+
+def test_a_state_of_an_unmerged_model_is_not_loaded_into_a_merged_one():
+    model = tiny.bert()
+    adapter = lotr(model)
+    tiny.shake(adapter)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attached = model(tiny.tokens()).last_hidden_state
+    adapter.merge()
+    with pytest.raises(ta.AdapterError, match=r"is merged(?s:.*)unmerge\(\), then load it"):
+        model.load_state_dict(state)
+    adapter.unmerge()
+    model.load_state_dict(state)
+    assert torch.equal(model(tiny.tokens()).last_hidden_state, attached)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("keep", ["cpu", "same"])
+def test_a_weight_that_was_resized_after_the_merge_is_not_written_to(keep, tied):
+    model = tiny.llama(tie_word_embeddings=tied)
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=["embed_tokens", "v_proj"], exclude=["lm_head"]))
+    tiny.shake(adapter)
+    adapter.merge(keep, untie=True)
+    model.resize_token_embeddings(tiny.WORDS + 8)
+    merged = model(tiny.tokens()).logits
+    for undo in (adapter.unmerge, adapter.detach):
+        with pytest.raises(ta.AdapterError, match="embed_tokens.weight was resized(?s:.*)merge_and_detach"):
+            undo()
+    assert adapter.merged and torch.equal(model(tiny.tokens()).logits, merged)
+    adapter.merge_and_detach()
+    assert torch.equal(model(tiny.tokens()).logits, merged)
 
 
 def test_factors_share_memory_and_set_factors_copies():

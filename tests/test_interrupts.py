@@ -165,6 +165,16 @@ def test_a_merge_is_undone_or_can_be(made, keep):
         assert not adapter.merged and same(model, base) and torch.equal(outputs(model), attached)
 
 
+REFUSED = [
+    lambda adapter: adapter.merge("cpu"),
+    lambda adapter: adapter.unmerge(),
+    lambda adapter: setattr(adapter, "scale", 2.0),
+    lambda adapter: adapter.set_factors("plain", adapter.factors("plain")),
+    lambda adapter: ta.truncate(adapter, rank=1),
+    lambda adapter: ta.initialize(adapter, "pissa"),
+]
+
+
 def test_a_merge_without_originals_is_ended(made, monkeypatch):
     monkeypatch.setattr(merging, "BLOCK", 32)  # several blocks of rows in a weight
     expected, attached, halves = copy.deepcopy(made), outputs(made), 0
@@ -175,7 +185,7 @@ def test_a_merge_without_originals_is_ended(made, monkeypatch):
         if not adapter.merged and not same(model, made):
             halves += 1
             with pytest.raises(ta.AdapterError, match=r"was interrupted(?s:.*)merge\(keep=None\) goes on"):
-                adapter.merge("cpu") if halves % 2 else adapter.unmerge()
+                REFUSED[halves % len(REFUSED)](adapter)
         if not adapter.merged:
             merge(None)(model)
         assert adapter.merged and same(model, expected)

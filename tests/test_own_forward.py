@@ -252,3 +252,27 @@ def test_a_computed_weight_of_a_forward_of_its_own_is_refused_when_planned(chang
         ta.plan(ta.preset("lora", rank=2, targets=["inner"]), model)
     remove(model.inner)
     assert ta.plan(ta.preset("lora", rank=2, targets=["inner"]), model).num_sites == 1
+
+
+@pytest.mark.parametrize(("change", "remove", "words"), COMPUTED.values(), ids=COMPUTED)
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_weight_that_is_computed_since_it_was_adapted_is_refused_when_it_is_used(change, remove, words):
+    model = Host(Squashed(8, 6)).eval()
+    adapter = ta.attach(model, ta.preset("lora", rank=2, targets=["inner"]))
+    tiny.shake(adapter)
+    with adapter.disabled():
+        before = model(X)
+    change(model.inner)
+    with pytest.raises(ta.AdapterError, match=r"inner\.weight is no parameter any more(?s:.*)" + words):
+        model(X)
+    with adapter.disabled():
+        model(X)
+    remove(model.inner)
+    if "weight" in model.inner._buffers:
+        with pytest.raises(ta.AdapterError, match=r"inner\.weight is no parameter any more(?s:.*)a buffer"):
+            model(X)
+    else:
+        assert not torch.allclose(model(X), before, atol=1e-3)
+    adapter.detach()
+    same = "WeightNorm" in words or "weight_norm" in words  # the others change the weight
+    assert torch.allclose(model(X), before, atol=1e-5) == same

@@ -28,11 +28,7 @@ ATTACHED = "the Adapter that ta.attach or ta.load returned"
 def opened(source: Source, optimizer: Any) -> Adapter | Saved:
     """The adapter to be changed in place, or one without a model. Raises AdapterError on a merged one or a meta one."""
     if isinstance(source, Adapter):
-        if source.merged:
-            raise AdapterError(
-                f"adapter {source.name!r} is merged into the weights, which would keep the old deltas",
-                hint="unmerge() first",
-            )
+        source.check_unmerged()
         check_whole(source._model[0], source.parameters(), source.name)
         with_numbers(source.as_saved())
         return source

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tensoradapt.adapter import Adapter
 from tensoradapt.change.install import parameters_of
 from tensoradapt.diagram import Diagram
-from tensoradapt.errors import AdapterError, SpecError
+from tensoradapt.errors import SpecError
 from tensoradapt.gauge import retract_polar, retract_qr, stiefel_tangent
 from tensoradapt.interchange import rounded
 from tensoradapt.optim.frames import Alike, Frame, alike, frames_of, is_orthonormal, orthonormal
@@ -81,8 +81,7 @@ class Stiefel(Wrapper):
 
         Raises AdapterError on a merged adapter, SpecError on differences; nothing is changed then.
         """
-        if self.adapter.merged:
-            raise AdapterError(f"adapter {self.adapter.name!r} is merged into the weights", hint="unmerge() first")
+        self.adapter.check_unmerged()
         for group, tensors in orthonormal(self.adapter, self.frames, seed).items():
             self.adapter.set_factors(group, rounded(self.adapter.factors(group), tensors))
         self._tight = {frame: _stamp(self._factor(frame)) for frame in self.frames}

@@ -127,8 +127,7 @@ def _positive(value: Any) -> bool:
 
 
 def _check_adapter(adapter: Adapter) -> None:
-    if adapter.merged:
-        raise AdapterError(f"adapter {adapter.name!r} is merged into the weights", hint="unmerge() first")
+    adapter.check_unmerged()
     if any(p.is_meta for p in adapter.parameters()):
         raise AdapterError(f"adapter {adapter.name!r} is on the meta device", hint="load the weights first")
     for group in adapter.plan.groups:
