@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,18 @@ def expand(path: str | os.PathLike[str]) -> Path:
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise FileError("this is no path", got=repr(path)[:80], expected="a string or a Path")
     return Path(os.path.expanduser(path))
+
+
+def check_regular(file: Path) -> None:
+    """Raise FileError where a path is not there, or is no file (a folder, a pipe, a device); nothing is opened."""
+    try:
+        regular = stat.S_ISREG(file.stat().st_mode)
+        if not os.access(file, os.R_OK):
+            raise PermissionError("you have no permission to read it")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{file} cannot be read", got=getattr(error, "strerror", None) or str(error)) from None
+    if not regular:
+        raise FileError(f"{file} is no file", got="a folder, a pipe or a device", expected="a safetensors file")
 
 
 class Origin(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 from tensoradapt.coordinates import Coordinates, locate
 from tensoradapt.errors import FileError, ShapeError, SpecError
-from tensoradapt.paths import origin
+from tensoradapt.paths import check_regular, origin
 
 Heads = tuple[int | None, int | None, int | None]  # of queries, of keys and values, and the size of one
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -306,13 +305,3 @@ def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON's")
-
-
-def check_regular(file: Path) -> None:
-    """Raise FileError where a path is not there, or is no file (a folder, a pipe, a device); nothing is opened."""
-    try:
-        regular = stat.S_ISREG(file.stat().st_mode)
-    except (OSError, ValueError) as error:
-        raise FileError(f"{file} cannot be read", got=getattr(error, "strerror", None) or str(error)) from None
-    if not regular:
-        raise FileError(f"{file} is no file", got="a folder, a pipe or a device", expected="a safetensors file")

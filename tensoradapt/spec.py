@@ -16,15 +16,16 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, field_validator, model_validator
 
 from tensoradapt.axes import SIDES, TAKEN, check_axes, parse
-from tensoradapt.errors import RankError, SpecError
+from tensoradapt.errors import FileError, RankError, SpecError
 from tensoradapt.expressions import cost
 from tensoradapt.foreign import PEFT_WORDS, peft_word
 from tensoradapt.textfiles import read_plain, write_plain
 
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")  # ends of names that no spec takes
 MAX_RULES, MAX_PARTS = 1000, 64  # of a spec; of an axis that is cut
 MAX_STEPS, MAX_LETTERS = 200_000, 400_000  # of a spec's expressions: steps on one path, a few ms, and characters
 GLOB, LONG = 100, 100  # the steps of a glob, and the characters of a long path
-Rank = Annotated[StrictInt, Field(gt=0)]
+Rank = Annotated[StrictInt, Field(gt=0, le=1 << 48)]
 Ranks = Rank | Annotated[list[Rank], Field(min_length=1)] | dict[str, Rank | str]
 Positive = Annotated[StrictInt, Field(gt=0)]
 Fold = str | Annotated[list[Positive | str], Field(min_length=1, max_length=MAX_PARTS)]
@@ -75,9 +76,10 @@ def _explain(error: ValidationError, model: type[BaseModel], data: Mapping[str, 
     if key in ("rank", "ranks"):
         given = data.get(key)
         bad = given[first["loc"][1]] if key == "ranks" and len(first["loc"]) > 1 else given  # type: ignore[index]
+        shown = repr(bad)[:80]
         return RankError(
-            f"rank {bad!r} is not a rank",
-            got=f"{bad!r} ({type(bad).__name__})",
+            f"rank {shown} is not a rank",
+            got=f"{shown} ({type(bad).__name__})",
             expected="a positive integer, a list of them (one per bond), or a mapping from axis to rank",
             hint="write for example rank=8",
         )
@@ -297,6 +299,8 @@ class Spec(_Value):
 
         Raises FileError.
         """
+        if str(path).endswith(WEIGHTS):
+            raise FileError(f"{path} is a name of weights", expected="a name that ends in .yaml or .json")
         write_plain(path, self.to_dict())
 
 

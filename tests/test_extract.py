@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -563,6 +564,17 @@ def test_a_folder_or_a_file(tmp_path):
     record = folder.to_dict() | {"path": "adapter.safetensors"}  # as it is found from the record, wherever it lies
     assert json.loads((tmp_path / "a b" / "extraction.json").read_text()) == record
     assert json.loads((tmp_path / "ü.extraction.json").read_text())["path"] == "ü.safetensors"
+
+
+def test_a_journal_that_cannot_be_kept_is_an_error_before_anything_is_read(tmp_path, monkeypatch):
+    """A mounted folder whose parent belongs to others; a name that files of tensors cannot have."""
+    base, tuned = decaying(2, 8)
+    monkeypatch.setattr(import_module("tensoradapt.extract.run"), "whole_change", lambda *_: pytest.fail("was read"))
+    with pytest.raises(ta.FileError, match="no name in UTF-8"):
+        ta.extract(base, tuned, SHARING["lora"], f"{tmp_path}/a\udcff")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ta.FileError, match=rf"{tmp_path} is read-only(?s:.*)out/adapter"):
+        ta.extract(base, tuned, SHARING["lora"], tmp_path / "out")
 
 
 def test_the_dry_run_is_the_plan(tmp_path):

@@ -526,6 +526,25 @@ def test_paths_that_cannot_be_folders(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder.safetensors", "inside"]
 
 
+def test_what_one_may_not_read_is_said_to_be_that(saved, monkeypatch):
+    """Who may read anything is told by the same question, which is answered for the test."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != saved or not mode & os.R_OK)
+    for read in (ta.open_adapter, lambda path: ta.load(path, tiny.bert()), lambda path: ta.plan("lora", path)):
+        with pytest.raises(ta.FileError, match="cannot be read(?s:.*)permission"):
+            read(saved)
+
+
+def test_a_link_to_what_a_process_has_open_is_not_replaced(tmp_path):
+    """`--out /dev/stdout > file`: the name that all processes share would lead to a file of one of them."""
+    link, file = tmp_path / "stdout", tmp_path / "file"
+    with file.open("w") as held:
+        link.symlink_to(f"/proc/self/fd/{held.fileno()}")
+        for path in (link, Path(f"/proc/self/fd/{held.fileno()}")):
+            with pytest.raises(ta.FileError, match="what a process has open"), atomic.atomic(path):
+                pass
+    assert link.is_symlink() and file.read_text() == "" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_folders_that_cannot_be_written_to(tmp_path):
     """One that the system itself refuses: without permission, or, for who may do anything, below /proc."""
     folder = tmp_path / "locked"

@@ -178,6 +178,14 @@ REFUSED = {
     "a key that nobody knows": ("lotr", lambda p: p.update(colour="red"), "colour"),
     "a rule that is a preset": ("lotr", lambda p: p["spec"]["rules"][0].update(preset="lora"), "spec|written out"),
     "a start that the rule has not": ("lotr", put("groups", 0, "start", to="nonzero"), "start"),
+    "a rule that the spec has not": ("lotr", put("groups", 0, "rule", to=9), "the rule of group"),
+    "axes in another order": ("lotr", put("groups", 0, "diagram", "open", to=lambda axes: axes[::-1]), "group"),
+    "convolutions of one dimension that are linear": ("lotr", put(*SITE, "dims", to=1), "the shape of"),
+    "a place beyond the axis": (
+        "lotr",
+        put(*SITE, "place", to=lambda at: {k: n + 9999 for k, n in at.items()}),
+        "place",
+    ),
     "a layout by another word": ("lotr", put("layouts", to="guessed"), "layouts"),
 }
 

@@ -59,6 +59,7 @@ class Output:
             Journal(self.journal).check_own()
         except OSError as error:
             raise unwritten(self.file, error) from None
+        self._check_journal()
         own = self.file.parent.resolve()
         if any(own in (file.resolve().parent, file.parent.resolve()) for file in inputs):
             raise FileError(f"{self.file.parent} holds a checkpoint that is read", hint="choose another output folder")
@@ -75,6 +76,20 @@ class Output:
             raise FileError(f"{folder} cannot be written", got="it is read-only", hint="choose another output")
         if not overwrite and not self._unfinished:
             self._check_free(folder)
+
+    def _check_journal(self) -> None:
+        """Raise FileError where no journal can be written beside the output, or read by its name."""
+        try:
+            str(self.journal).encode()
+        except UnicodeEncodeError:
+            raise FileError(f"{self.file} is no name in UTF-8", hint="choose another output") from None
+        beside = next(folder for folder in self.journal.parents if folder.exists())
+        if not os.access(beside, os.W_OK | os.X_OK):
+            raise FileError(
+                f"{self.journal}, where unfinished work is kept, cannot be written",
+                got=f"{beside} is read-only",
+                hint=f"choose a folder within the output: {self.file.parent / 'adapter'}",
+            )
 
     @property
     def _unfinished(self) -> bool:

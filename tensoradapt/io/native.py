@@ -22,7 +22,7 @@ from torch import Tensor
 from tensoradapt.errors import FileError
 from tensoradapt.io.base import identity, shapes_of
 from tensoradapt.io.card import card, carded, command
-from tensoradapt.paths import expand
+from tensoradapt.paths import check_regular, expand
 from tensoradapt.plan import BYTES, START, Plan
 from tensoradapt.schema import base_row
 from tensoradapt.sites import read_header, read_object
@@ -141,6 +141,7 @@ def read(path: str | Path) -> Contents:
     file = file_of(path)
     if not file.is_file():
         raise FileError(f"no adapter at {path}", expected=f"a folder with {FILE} in it, or that file")
+    check_regular(file)
     try:
         with safe_open(file, framework="pt") as opened:
             read_header(file)  # which refuses a key that is there twice: safe_open takes the last

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from tensoradapt.errors import FileError
 from tensoradapt.io.mapped import Stamp, mapped
-from tensoradapt.sites import PICKLES, check_regular, no_weights, pickled, read_header, read_object
+from tensoradapt.paths import check_regular
+from tensoradapt.sites import PICKLES, no_weights, pickled, read_header, read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,9 +13,10 @@ from typing import Any
 
 from tensoradapt.errors import FileError, SpecError
 from tensoradapt.expressions import cost
+from tensoradapt.paths import check_regular
 from tensoradapt.peft.patterns import ends, valued
 from tensoradapt.peft.trained import Trained
-from tensoradapt.sites import check_regular, read_object
+from tensoradapt.sites import read_object
 
 MAX_STEPS, LONG = 300_000_000, 100  # of all expressions on all modules, a few seconds; characters of a long path
 KEY = r"(.*\.)?({})$"

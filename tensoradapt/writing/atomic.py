@@ -19,6 +19,7 @@ from tensoradapt.writing.hidden import FILE, FILE_LOCK, leftovers, remove, stage
 from tensoradapt.writing.locks import locked
 
 FLUSHES_NONE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of folders: shares of other systems, file systems in FUSE
+PROCESSES = Path("/proc")  # /dev/stdout leads there
 PATIENCE = 600.0  # seconds that one who writes a file waits for another: the last to come is the one that stays
 
 
@@ -47,10 +48,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _check_regular(path: Path) -> None:
-    """Raise FileError where a device, a pipe or a socket would be replaced."""
+    """Raise FileError where a device, a pipe or a socket would be replaced, or a link to what a process has open."""
     with suppress(OSError):
         if not stat.S_ISREG(kind := path.stat().st_mode) and not stat.S_ISDIR(kind):
             raise FileError(f"{path} is a device or a pipe, which would be replaced", hint="choose another path")
+    with suppress(OSError):
+        if PROCESSES in Path(os.readlink(path)).parents or PROCESSES in path.parent.resolve().parents:
+            raise FileError(f"{path} is what a process has open, not a file's name", hint="choose another path")
 
 
 def usual_mode(unused: Path) -> int:
