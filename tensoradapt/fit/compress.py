@@ -17,6 +17,7 @@ from torch import Tensor
 from tensoradapt.diagram import Diagram
 from tensoradapt.fit.policy import squares
 from tensoradapt.linalg import range_of
+from tensoradapt.linalg.home import moved
 from tensoradapt.linalg.krylov import OVERSAMPLE
 
 WORTH = 2  # an axis is compressed where its basis has at most 1/WORTH of its size
@@ -45,7 +46,7 @@ class Compressed:
         for dim, index in enumerate(indices):
             if index in self.bases:
                 basis = self.bases[index].to(tensor.dtype)
-                tensor = torch.movedim(torch.tensordot(tensor.to(basis.device), basis, dims=([dim], [1])), -1, dim)
+                tensor = torch.movedim(torch.tensordot(moved(tensor, basis.device), basis, dims=([dim], [1])), -1, dim)
         return tensor.contiguous()
 
 

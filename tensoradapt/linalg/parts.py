@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
-from tensoradapt.linalg.home import double, home_of
+from tensoradapt.linalg.home import double, home_of, moved
 from tensoradapt.linalg.lapack import qr
 from tensoradapt.linalg.level import norms
 
@@ -34,7 +34,7 @@ class Seed:
     def noise(self, *shape: int, like: Tensor, salt: int = 0) -> Tensor:
         """Normal entries in the dtype and on the device of `like`; another `salt` gives others."""
         generator = torch.Generator().manual_seed((self.value * 1_000_003 + salt) % (1 << 63))
-        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(like.device, like.dtype)
+        return moved(torch.randn(*shape, generator=generator, dtype=torch.float32).to(like.dtype), like.device)
 
 
 @dataclass(frozen=True)
