@@ -95,6 +95,24 @@ def test_factors_that_are_nan_stay_nan_without_a_foreign_error(preset, gauge, da
     assert factors(adapter)[0].isnan().all()
 
 
+@pytest.mark.parametrize("damping", [1e-4, 1e-8, 1e-14])
+@pytest.mark.parametrize("preset", ["lora", "lotr"])
+@pytest.mark.parametrize("make", [ScaledGD, lambda *a, **k: LoRAPro(*a, moments=None, **k)], ids=["scaled", "pro"])
+def test_a_damping_below_the_rounding_of_degenerate_factors_still_descends(make, preset, damping):
+    """Columns that are multiples of one another, whose Gram matrix float32 makes indefinite."""
+    model, adapter = adapted(preset, torch.float32)
+    with torch.no_grad():
+        for factor in adapter.parameters():
+            factor.copy_(0.3 * torch.randn(factor.shape, generator=torch.Generator().manual_seed(1)))
+            thin = factor if factor.shape[-1] < 12 else factor.mT
+            thin[..., 1] = 0.3 * thin[..., 0]
+    optimizer = make(adapter, torch.optim.SGD, damping=damping, lr=1.0)
+    backward(model, optimizer, batch(torch.float32))
+    directions = optimizer.directions()
+    assert sum(float((p.grad.double() * d).sum()) for p, d in directions.items()) > 0
+    assert max(float(d.abs().max()) for d in directions.values()) < 1e8
+
+
 @pytest.mark.parametrize("make", [LoRAPro, ScaledGD])
 @pytest.mark.parametrize("preset", ["lora", "lotr", "lorta"])
 def test_gradients_that_are_nan_are_seen_in_the_factors(make, preset):

@@ -86,7 +86,7 @@ class Metric:
         grams, like = self.grams(factors), factors[self.root]
         stacks = [double(torch.stack(grams[run])) for run in self._runs]
         if damping:
-            self._damping.add(stacks, damping)
+            self._damping.add(stacks, damping, torch.finfo(like.dtype).eps)
         made = [_inverse(stack, like) if damping else pinv(stack, like) for stack in stacks]
         return [one for stack in made for one in stack.unbind()]
 
@@ -137,12 +137,14 @@ class _Damping:
         beside = {k: [other for other in span if other != k] for span in spans for k in span}
         self.beside = [beside.get(k, []) for k in range(count)]
 
-    def add(self, stacks: Sequence[Tensor], damping: float) -> None:
-        """Damp every matrix of the stacks, in place."""
+    def add(self, stacks: Sequence[Tensor], damping: float, rounding: float) -> None:
+        """Damp every matrix of the stacks, in place: by no less than its rounding, which makes it indefinite."""
         diagonals = [stack.diagonal(0, -2, -1) for stack in stacks]
         means = [mean for diagonal in diagonals for mean in _means(diagonal)]
         delta = sum([math.prod([means[k] for k in span], start=share) for share, span in self.shares]) * damping
+        traces = [mean * d.shape[-1] for mean, d in zip(means, (d for d in diagonals for _ in d), strict=True)]
         shifts = [delta / (math.prod([means[k] for k in rest]) + _TINY) if rest else delta for rest in self.beside]
+        shifts = [shift + rounding * trace for shift, trace in zip(shifts, traces, strict=True)]
         for diagonal in diagonals:
             diagonal.add_(_column(shifts[: len(diagonal)], diagonal))
             shifts = shifts[len(diagonal) :]
