@@ -155,6 +155,8 @@ class Plan(Tabular):
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values: its counts, and all that `from_dict` needs."""
         counts = (*FACTS, "num_model", "flops_per_token", "dense_flops_per_token")
+        rules = self.spec.rules
+        at = {id(rule): k for k, rule in enumerate(rules)}  # which are not compared, field by field, but where copied
         return {
             "model": self.model,
             "layouts": STATED,
@@ -162,7 +164,7 @@ class Plan(Tabular):
             "notes": list(self.notes),
             "spec": self.spec.to_dict(),
             "extras": {path: list(shape) for path, shape in self.extras.items()},
-            "groups": [group_dict(group, self.spec.rules.index(group.rule)) for group in self.groups],
+            "groups": [group_dict(g, at[id(g.rule)] if id(g.rule) in at else rules.index(g.rule)) for g in self.groups],
         }
 
     @classmethod

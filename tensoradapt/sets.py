@@ -13,7 +13,7 @@ from tensoradapt.errors import SiteError
 from tensoradapt.roles import Roles
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import SETS, Rule
-from tensoradapt.targets import matches, parts_of
+from tensoradapt.targets import all_parts, matches
 
 
 def resolve(rule: Rule, model: SiteMap) -> tuple[Rule, tuple[str, ...]]:
@@ -21,7 +21,7 @@ def resolve(rule: Rule, model: SiteMap) -> tuple[Rule, tuple[str, ...]]:
 
     A word that is a weight's own name in the model means that weight. Raises SiteError where a set cannot be told.
     """
-    sites = [part for site in model.sites for part in parts_of(site, rule)]
+    sites = all_parts(model.sites, rule)
     targets = rule.targets or ((rule.default,) if rule.default else ())
     words = [t for t in targets if t in SETS and (not rule.targets or not _named(t, sites))]
     without = [t for t in rule.exclude if t in SETS and not _named(t, sites)]

@@ -29,7 +29,7 @@ def select(sites: Sequence[Site], rule: Rule) -> list[Site]:
         raise SiteError(
             "a rule has no targets", hint=f"write targets=['query', 'value'], or one of the sets {', '.join(SETS)}"
         )
-    sites = [part for site in sites for part in parts_of(site, rule)]
+    sites = all_parts(sites, rule)
     for target in rule.targets:
         _check_match("target", target, sites)
     wanted, left = _meant(rule.targets, sites), _meant(rule.exclude, sites)
@@ -81,7 +81,7 @@ def refuse(model: SiteMap, rule: Rule) -> None:
     for path, reason in model.packed.items() if rule.delivery else ():
         if asks_weight(rule, path) and _any(rule.targets, path) and not _any(rule.exclude, path):
             raise SiteError(f"{path} cannot be delivered by weight: {reason}", hint=f"leave {path!r} out of delivery")
-    split = [part for site in model.sites for part in parts_of(site, rule)]
+    split = all_parts(model.sites, rule)
     refused = [Site(path, (1, 1)) for path in model.refused]
     asked = () if rule.delivery == "weight" else tuple(rule.delivery)
     named = (
@@ -162,6 +162,13 @@ def _check_match(field: str, name: str, sites: Sequence[Site]) -> None:
         if close
         else "names are paths, suffixes, globs or 're:' expressions",
     )
+
+
+def all_parts(sites: Sequence[Site], rule: Rule) -> list[Site]:
+    """Sites, and row ranges of those that a rule's `parts` names, in the layouts that the rule states."""
+    if not rule.parts and not rule.layout:
+        return [*sites]
+    return [part for site in sites for part in parts_of(site, rule)]
 
 
 def parts_of(site: Site, rule: Rule) -> list[Site]:

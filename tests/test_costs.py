@@ -281,3 +281,13 @@ def test_the_time_of_a_plan_grows_with_its_sites(name):
     few, many = shapes(1000), shapes(20_000)
     assert len(str(ta.plan(spec, few))) > 100
     assert seconds(lambda: str(ta.plan(spec, many))) < 28 * seconds(lambda: str(ta.plan(spec, few)))
+
+
+def test_a_rule_for_every_weight_is_planned_soon():
+    """As many rules as a spec may have. What names no parts and no layout is not asked for them, rule by rule."""
+    shapes = {f"layers.{k}.self_attn.{role}_proj": (8, 8) for k in range(250) for role in "qkvo"}
+    plain = ta.Spec.from_dict({"rules": [{"preset": "lora", "rank": 2, "targets": [path]} for path in shapes]})
+    plan = ta.plan(plain, shapes)
+    assert [row["rule"] for row in plan.to_dict()["groups"]] == [*range(1000)]
+    one = seconds(lambda: ta.plan(ta.preset("lora", rank=2, targets=["*"]), shapes).to_dict())
+    assert seconds(lambda: ta.plan(plain, shapes).to_dict()) < 40 * one

@@ -16,7 +16,7 @@ from tensoradapt.presets import expand
 from tensoradapt.sets import names_of, resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule, Spec
-from tensoradapt.targets import parts_of, select
+from tensoradapt.targets import all_parts, select
 
 WASTE = 10  # times the entries of its weights: a network of more parameters is no adapter of them
 
@@ -63,14 +63,10 @@ def _claims(rules: Sequence[Rule], free: Sequence[Site], model: SiteMap) -> list
             own = {site.path for site in select(model.sites, resolve(rule, model)[0])}
         except SiteError:  # the model's names do not tell its set
             own = set()
-        mine = [site for site in _parts(rule, free) if site.path in own - gone]
+        mine = [site for site in all_parts(free, rule) if site.path in own - gone]
         claims.append(mine)
         gone |= {site.path for site in mine}
-    return [*claims, _left(rules[-1], [site for site in _parts(rules[-1], free) if site.path not in gone], model)]
-
-
-def _parts(rule: Rule, sites: Sequence[Site]) -> list[Site]:
-    return [part for site in sites for part in parts_of(site, rule)]
+    return [*claims, _left(rules[-1], [site for site in all_parts(free, rules[-1]) if site.path not in gone], model)]
 
 
 def _left(rule: Rule, sites: list[Site], model: SiteMap) -> list[Site]:
@@ -155,7 +151,7 @@ def _add(found: Taken, rule: Rule, sites: Sequence[Site], model: SiteMap) -> Non
     if not _holds(found, rule, sites, model):
         return
     mine = {site.path for site in sites}
-    others = [site.path for site in _parts(rule, model.sites) if site.path not in mine]
+    others = [site.path for site in all_parts(model.sites, rule) if site.path not in mine]
     targets, exclude = names_of(sites, [*others, *model.refused])
     fields = {"targets": tuple(targets), "exclude": tuple(exclude), "train": () if found.rules else rule.train}
     found.rules.append(rule.model_copy(update=fields))
