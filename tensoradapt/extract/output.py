@@ -80,8 +80,8 @@ class Output:
     def _check_journal(self) -> None:
         """Raise FileError where no journal can be written beside the output, or read by its name."""
         try:
-            str(self.journal).encode()
-        except UnicodeEncodeError:
+            os.fsencode(self.journal).decode()
+        except UnicodeDecodeError:
             raise FileError(f"{self.file} is no name in UTF-8", hint="choose another output") from None
         beside = next(folder for folder in self.journal.parents if folder.exists())
         if not os.access(beside, os.W_OK | os.X_OK):
