@@ -62,7 +62,7 @@ class Metric:
         ways = [(e.child, e.bond, True) for e in edges] + [(e.parent, e.bond, False) for e in reversed(edges)]
         self._sweep = [(self.place[b, to], n, around(n, b), legs[n, b]) for n, b, to in ways]
         self._moves = [_Move(node, around(node), self.place.get((above.get(node, ""), True))) for node in self.nodes]
-        self._damping = _Damping(diagram, self._moves, len(keys))
+        self._damping = _Damping(diagram, self._moves, sizes)
 
     def grams(self, factors: Factors) -> list[Tensor]:
         """Every bond's Gram matrix of all behind it and of all before it, in the order of `place`.
@@ -130,21 +130,22 @@ class _Move:
 class _Damping:
     """What is added to Gram matrices: from the mean of their diagonals, by the blocks they are in."""
 
-    def __init__(self, diagram: Diagram, moves: Sequence[_Move], count: int) -> None:
+    def __init__(self, diagram: Diagram, moves: Sequence[_Move], sizes: Sequence[int]) -> None:
         entries = sum(diagram.numel(move.node) for move in moves)
         spans = [[k for k, _ in move.bonds] for move in moves]
         self.shares = [(diagram.numel(m.node) / entries, span) for m, span in zip(moves, spans, strict=True)]
         beside = {k: [other for other in span if other != k] for span in spans for k in span}
-        self.beside = [beside.get(k, []) for k in range(count)]
+        self.beside = [(beside.get(k, []), size) for k, size in enumerate(sizes)]
 
     def add(self, stacks: Sequence[Tensor], damping: float, rounding: float) -> None:
         """Damp every matrix of the stacks, in place: by no less than its rounding, which makes it indefinite."""
         diagonals = [stack.diagonal(0, -2, -1) for stack in stacks]
         means = [mean for diagonal in diagonals for mean in _means(diagonal)]
         delta = sum([math.prod([means[k] for k in span], start=share) for share, span in self.shares]) * damping
-        traces = [mean * d.shape[-1] for mean, d in zip(means, (d for d in diagonals for _ in d), strict=True)]
-        shifts = [delta / (math.prod([means[k] for k in rest]) + _TINY) if rest else delta for rest in self.beside]
-        shifts = [shift + rounding * trace for shift, trace in zip(shifts, traces, strict=True)]
+        shifts = [
+            (delta / (math.prod([means[k] for k in rest]) + _TINY) if rest else delta) + rounding * size * mean
+            for (rest, size), mean in zip(self.beside, means, strict=True)
+        ]
         for diagonal in diagonals:
             diagonal.add_(_column(shifts[: len(diagonal)], diagonal))
             shifts = shifts[len(diagonal) :]
