@@ -62,8 +62,10 @@ class Known:
         wrapper = None if torch.compiler.is_compiling() else DistributedDataParallel._active_ddp_module
         if wrapper is None or not torch.is_grad_enabled() or not self.source.active:
             return
+        if dist.get_world_size(wrapper.process_group) == 1:
+            return
         known = {id(parameter) for parameter in (*wrapper._module_parameters, *wrapper._delay_all_reduce_params)}
-        for key, tensor in self.source.tensors().items() if dist.get_world_size(wrapper.process_group) > 1 else ():
+        for key, tensor in self.source.tensors().items():
             if tensor.requires_grad and id(tensor) not in known and not hasattr(tensor, "_ddp_ignored"):
                 raise _unknown(self.source.name, key)
 

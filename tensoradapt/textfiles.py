@@ -112,6 +112,7 @@ class _PlainLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
     """
 
     def get_single_node(self) -> yaml.Node | None:
+        """The nodes of the one document. Raises SpecError on aliases, and on tags."""
         root: yaml.Node | None = super().get_single_node()
         waiting, seen = [root] if root is not None else [], set()
         while waiting:

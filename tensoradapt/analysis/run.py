@@ -30,10 +30,9 @@ from tensoradapt.analysis.steps import Steps
 from tensoradapt.analysis.trials import tried
 from tensoradapt.errors import RankError, SpecError
 from tensoradapt.fit.compress import Compressed, compress
-from tensoradapt.fit.policy import energy
 from tensoradapt.grouping import Group, resized
 from tensoradapt.io.pairs import Deltas
-from tensoradapt.linalg import BLOCK, LARGE, SOLO, Dense, Slice, Strips, Team, each, empty, level_of, mapped
+from tensoradapt.linalg import BLOCK, LARGE, SOLO, Dense, Slice, Strips, Team, each, empty, energy, level_of, mapped
 from tensoradapt.sets import resolve
 from tensoradapt.sites import Site, SiteMap
 from tensoradapt.spec import Rule

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError
-from tensoradapt.fit.policy import energy
 from tensoradapt.grouping import Group
-from tensoradapt.linalg import Product, Slice
+from tensoradapt.linalg import Product, Slice, energy
 from tensoradapt.lower import lower
 from tensoradapt.placing import Placement
 

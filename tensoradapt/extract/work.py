@@ -32,7 +32,7 @@ from tensoradapt.grouping import Group
 from tensoradapt.init import WEIGHT, draw, from_weight
 from tensoradapt.io.pairs import Deltas
 from tensoradapt.layouts import crossed
-from tensoradapt.linalg import SOLO, Dense, Slice, Team
+from tensoradapt.linalg import SOLO, Dense, Slice, Team, first_not_finite
 from tensoradapt.plan import Plan
 from tensoradapt.rows import Factor, factor_of
 from tensoradapt.sites import Site
@@ -268,8 +268,7 @@ def _stored(found: Fit, group: Group) -> dict[str, Tensor]:
         node: (tensor * (by * signs.get(node, 1.0)) if node in free else tensor).to(dtype)
         for node, tensor in found.factors.items()
     }
-    sound = torch.stack([tensor.isfinite().all() for tensor in made.values()]).tolist()
-    bad = next((node for node, finite in zip(made, sound, strict=True) if not finite), None)
+    bad = first_not_finite(made)
     if bad is not None:
         raise ShapeError(
             f"node {bad!r} of group {group.name!r} has entries beyond {group.rule.dtype}",

@@ -35,7 +35,7 @@ from tensoradapt.folds import fold
 from tensoradapt.formats import FORMATS
 from tensoradapt.formats.build import Ranks, Shape
 from tensoradapt.formats.network import network as network_diagram
-from tensoradapt.linalg import Dense, Stack, level_of, settled
+from tensoradapt.linalg import Dense, Stack, first_not_finite, level_of, settled
 from tensoradapt.linalg.home import SMALL
 
 Folds = Mapping[str, str | list[int | str]]  # by axis: sizes and names, or `auto:3`
@@ -144,15 +144,13 @@ def fit(
 
 def _held(found: Fit) -> Fit:
     """The fit, where its dtype has its factors. Raises ShapeError."""
-    factors = found.factors
-    sound = torch.stack([factor.isfinite().all() for factor in factors.values()]).tolist()
-    for (node, factor), finite in zip(factors.items(), sound, strict=True):
-        if not finite:
-            raise ShapeError(
-                f"the factor {node!r} has entries beyond {str(factor.dtype).removeprefix('torch.')}",
-                got=f"a tensor of norm {math.sqrt(found.total):.3g}",
-                hint="fit a part of the tensor, or give it in float64",
-            )
+    bad = first_not_finite(found.factors)
+    if bad is not None:
+        raise ShapeError(
+            f"the factor {bad!r} has entries beyond {str(found.factors[bad].dtype).removeprefix('torch.')}",
+            got=f"a tensor of norm {math.sqrt(found.total):.3g}",
+            hint="fit a part of the tensor, or give it in float64",
+        )
     return found
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import ShapeError, SpecError
-from tensoradapt.fit.policy import energy
-from tensoradapt.linalg import as_tensor, empty, has_float64, norm_of
+from tensoradapt.linalg import as_tensor, empty, energy, has_float64, norm_of
 from tensoradapt.linalg.level import FAINT
 
 Slices = Sequence[Any] | Callable[[], Iterable[Any]]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tensoradapt.errors import RankError
-from tensoradapt.linalg import double, norms
+from tensoradapt.linalg import double, energy
 
 
 class Policy(Protocol):
@@ -102,9 +102,3 @@ def relative(error: float, total: float, bonds: int) -> Within:
 def squares(tensor: Tensor) -> float:
     """The squared norm, accumulated in float64."""
     return float(energy(tensor))
-
-
-def energy(tensor: Tensor) -> Tensor:
-    """The same as a tensor: nothing waits for it."""
-    flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(1, -1)
-    return norms(flat).square().sum()

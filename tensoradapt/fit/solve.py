@@ -17,13 +17,13 @@ from tensoradapt.errors import RankError, SpecError
 from tensoradapt.fit.als import als
 from tensoradapt.fit.compress import Compressed, compress
 from tensoradapt.fit.cp import CP_SWEEPS, fit_cp, is_cp
-from tensoradapt.fit.policy import Given, Policy, Within, energy, squares
+from tensoradapt.fit.policy import Given, Policy, Within, squares
 from tensoradapt.fit.polish import polished
 from tensoradapt.fit.reach import EFFORT, effort, reach_of
 from tensoradapt.fit.result import Fit, spread
 from tensoradapt.fit.tree import TreeFit, linked, tree_svd
 from tensoradapt.fit.tucker import GAIN, SWEEPS, evened, hooi, tucker_core
-from tensoradapt.linalg import level_of, norm_of, settled
+from tensoradapt.linalg import energy, level_of, norm_of, settled
 from tensoradapt.lower import dense
 
 TRUSTED = 1e-2  # a squared relative error below this is measured, not subtracted: float32 sums lose it

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tensoradapt.diagram import Diagram
-from tensoradapt.fit.policy import energy, squares
-from tensoradapt.linalg import double, truncated_svd
+from tensoradapt.fit.policy import squares
+from tensoradapt.linalg import double, energy, truncated_svd
 from tensoradapt.linalg.lapack import eigh, qr
 from tensoradapt.linalg.parts import gram_matrix
 from tensoradapt.linalg.svd import choose

@@ -2,8 +2,18 @@
 
 from tensoradapt.linalg.home import double, has_float64, home_of, moved, settled
 from tensoradapt.linalg.krylov import krylov
-from tensoradapt.linalg.level import level_of, norm_of, norms
-from tensoradapt.linalg.parts import BLOCK, LARGE, LowRank, Seed, as_tensor, empty, orthonormal, square
+from tensoradapt.linalg.level import energy, level_of, norm_of, norms
+from tensoradapt.linalg.parts import (
+    BLOCK,
+    LARGE,
+    LowRank,
+    Seed,
+    as_tensor,
+    empty,
+    first_not_finite,
+    orthonormal,
+    square,
+)
 from tensoradapt.linalg.pool import each, mapped, pooled
 from tensoradapt.linalg.ranges import Range, Ranges, Stack, find_ranges, range_of
 from tensoradapt.linalg.slices import Dense, Product, Slice, Strips
@@ -31,7 +41,9 @@ __all__ = [
     "double",
     "each",
     "empty",
+    "energy",
     "find_ranges",
+    "first_not_finite",
     "has_float64",
     "home_of",
     "krylov",

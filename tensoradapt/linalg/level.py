@@ -41,9 +41,19 @@ def norms(a: Tensor, dim: int = -1) -> Tensor:
     return torch.linalg.vector_norm(a.to(found.device), dim=dim, dtype=torch.float64)
 
 
+def _rows(a: Tensor) -> Tensor:
+    """A tensor as one matrix, of no numbers too."""
+    return a.flatten(0, -2) if a.dim() > 1 else a.reshape(1, -1)
+
+
+def energy(a: Tensor) -> Tensor:
+    """The squared norm, accumulated in float64: nothing waits for it."""
+    return norms(_rows(a)).square().sum()
+
+
 def norm_of(a: Tensor) -> float:
     """The Frobenius norm, also of numbers whose squares no dtype has."""
-    flat = a.flatten(0, -2) if a.dim() > 1 else a.reshape(1, -1)
+    flat = _rows(a)
     found = float(torch.linalg.vector_norm(norms(flat)))
     summed = a.dtype != torch.float64 and a.device.type != "cpu" and has_float64(a.device)  # which has all squares
     if not a.numel() or (math.isfinite(found) and (summed or found > math.sqrt(FAINT))):

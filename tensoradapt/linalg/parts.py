@@ -5,6 +5,7 @@ Invariant: a norm of many float32 entries is accumulated in float64, so that a s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -84,6 +85,12 @@ def square(a: Tensor) -> Tensor:
     """The squared Frobenius norm of matrices, summed over rows or columns in float64.  Shape: (.., m, n) -> (..)."""
     along = -1 if a.stride(-1) == 1 else -2  # the way the entries lie
     return norms(a, along).square().sum(-1)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with an entry that is not finite: a device is waited for once, for all of them."""
+    sound = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+    return next((name for name, finite in zip(tensors, sound, strict=True) if not finite), None)
 
 
 def orthonormal(y: Tensor, basis: Tensor | None = None) -> Tensor:

@@ -20,8 +20,10 @@ from tensoradapt.sites import read_object
 
 MAX_STEPS, LONG = 300_000_000, 100  # of all expressions on all modules, a few seconds; characters of a long path
 KEY = r"(.*\.)?({})$"
-EXPRESSIONS = {"target_modules": "{}", "exclude_modules": "{}", "layers_pattern": KEY, "rank_pattern": KEY}
-EXPRESSIONS |= {"alpha_pattern": KEY}
+EXPRESSIONS = {
+    **dict.fromkeys(("target_modules", "exclude_modules"), "{}"),
+    **dict.fromkeys(("layers_pattern", "rank_pattern", "alpha_pattern"), KEY),
+}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_BYTES, MAX_RANK = 4_000_000, 1 << 20
 _FAMILIES = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha", "VERA": ""}  # the name of alpha
