@@ -1,12 +1,15 @@
 """Truncated SVDs against numpy's: on every spectrum and shape, by every method, and what becomes of bad input."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from tensoradapt import linalg
 from tensoradapt.errors import RankError, ShapeError, SpecError
-from tensoradapt.linalg import choose, krylov, singular_values, svd, truncated_svd
+from tensoradapt.linalg import choose, each, krylov, singular_values, svd, truncated_svd
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 devices = pytest.mark.parametrize("device", DEVICES)
@@ -282,3 +285,27 @@ def test_a_second_failure_is_the_callers():
     with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.linalg.LinAlgError, match="did not converge"):
         patch.setattr(torch.linalg, "svd", failing)
         truncated_svd(torch.ones(20, 20), 2, method="exact")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_first_of_two_errors_is_told_whichever_comes_first(two_threads):
+    """Both tasks run when the second fails: what is said does not depend on the machine's speed."""
+    both, failed = threading.Barrier(2), threading.Event()
+
+    def task(name):
+        both.wait(60)
+        if name == "first":
+            assert failed.wait(60)
+            time.sleep(0.3)  # the second's error is there by now
+        failed.set()
+        raise ValueError(name)
+
+    with pytest.raises(ValueError, match="first"):
+        list(each(["first", "second"], task))

@@ -7,7 +7,7 @@ and makes the result independent of their number. Invariant: every task computes
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
@@ -74,9 +74,10 @@ def pooled(tasks: Mapping[str, Callable[[], T]], begun: Callable[[str], None] = 
 def each(
     names: Sequence[str], task: Callable[[str], None], begun: Callable[[str], None] = lambda _: None
 ) -> Iterator[str]:
-    """Run a task for every name, some at a time; the names as they are done. The first error ends it.
+    """Run a task for every name, some at a time; the names as they are done.
 
-    `begun` is called with the name of a task that has begun, by the caller's thread.
+    The first error in the order of the names, of those that ran by then, ends it. `begun` is called
+    with the name of a task that has begun, by the caller's thread.
     """
     if not names:
         return
@@ -93,6 +94,16 @@ def each(
             new, told = started[told:], len(started)
             for name in new:
                 begun(name)
-            for future in done:
+            for future in _until_error(running, done):
                 future.result()
                 yield running.pop(future)
+
+
+def _until_error(running: Mapping[Future[None], str], done: Collection[Future[None]]) -> list[Future[None]]:
+    """Those that are done, in their order; once one has failed, all before it too, whose error is the one to raise.
+
+    Tasks begin in order, so that those before it run already, and the end of the pool would wait for them as well.
+    """
+    failed = (k for k, future in enumerate(running) if future in done and future.exception() is not None)
+    first = next(failed, 0)
+    return [future for k, future in enumerate(running) if future in done or k < first]
